@@ -1,0 +1,305 @@
+"""RetinaNet: a trunk, a feature pyramid on it, and two small heads on every level of the pyramid.
+
+The file runs in the order of the paper's Figure 3: (b) the pyramid, (c) the class subnet, (d) the box
+subnet, then the whole.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retinanet import postprocess
+from retinanet.anchors import Anchors
+from retinanet.losses import FocalLoss
+from retinanet.postprocess import Detections
+from retinanet.resnet import BasicBlock, Bottleneck, ResNet, imagenet_weights
+
+PRIOR = 0.01  # the probability of an object that every anchor starts from (section 4.1, "Initialization")
+
+ARCHITECTURES = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+}
+
+
+class PyramidFeatures(nn.Module):
+    """The feature pyramid network, P3 to P7 (Lin et al., "Feature Pyramid Networks", 2017).
+
+    A coarse level knows what is there, a fine one where it is: each coarse level is enlarged and added to
+    the finer one below it, so that both know both.
+
+    Args:
+        c3_channels: channels of the trunk's C3; likewise `c4_channels` and `c5_channels`.
+        feature_size: channels of every level of the pyramid.
+    """
+
+    def __init__(self, c3_channels: int, c4_channels: int, c5_channels: int, feature_size: int = 256):
+        super().__init__()
+        self.P5_1 = nn.Conv2d(c5_channels, feature_size, kernel_size=1)
+        self.P5_2 = nn.Conv2d(feature_size, feature_size, kernel_size=3, padding=1)
+        self.P4_1 = nn.Conv2d(c4_channels, feature_size, kernel_size=1)
+        self.P4_2 = nn.Conv2d(feature_size, feature_size, kernel_size=3, padding=1)
+        self.P3_1 = nn.Conv2d(c3_channels, feature_size, kernel_size=1)
+        self.P3_2 = nn.Conv2d(feature_size, feature_size, kernel_size=3, padding=1)
+        # "P6 is obtained via a 3x3 stride-2 conv on C5"
+        self.P6 = nn.Conv2d(c5_channels, feature_size, kernel_size=3, stride=2, padding=1)
+        # "P7 is computed by applying ReLU followed by a 3x3 stride-2 conv on P6"
+        self.P7_2 = nn.Conv2d(feature_size, feature_size, kernel_size=3, stride=2, padding=1)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """C3, C4, C5 -> P3 to P7, each [B, feature_size, H / 2^level, W / 2^level], sizes rounded up."""
+        c3, c4, c5 = features
+        # Paper and original: nearest, x 2, so sizes must divide by 32. Here: nearest, to the size of the
+        # neighbour, because the result is the same where they do, and any size works.
+        p5 = self.P5_1(c5)
+        p4 = self.P4_1(c4)
+        p4 = p4 + F.interpolate(p5, size=p4.shape[-2:], mode="nearest")
+        p3 = self.P3_1(c3)
+        p3 = p3 + F.interpolate(p4, size=p3.shape[-2:], mode="nearest")
+        p6 = self.P6(c5)
+        p7 = self.P7_2(F.relu(p6))
+        return [self.P3_2(p3), self.P4_2(p4), self.P5_2(p5), p6, p7]
+
+
+class _Head(nn.Module):
+    """Four 3x3 convolutions, and a fifth for `num_outputs` numbers at each anchor (section 4, both subnets)."""
+
+    def __init__(self, num_features_in: int, num_anchors: int, num_outputs: int, feature_size: int):
+        super().__init__()
+        self.num_outputs = num_outputs
+        self.conv1 = nn.Conv2d(num_features_in, feature_size, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(feature_size, feature_size, kernel_size=3, padding=1)
+        self.conv3 = nn.Conv2d(feature_size, feature_size, kernel_size=3, padding=1)
+        self.conv4 = nn.Conv2d(feature_size, feature_size, kernel_size=3, padding=1)
+        self.output = nn.Conv2d(feature_size, num_anchors * num_outputs, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, H * W * num_anchors, num_outputs], row by row as `Anchors` lists them."""
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            x = F.relu(conv(x), inplace=True)
+        return self.output(x).permute(0, 2, 3, 1).reshape(len(x), -1, self.num_outputs)
+
+
+class ClassificationModel(_Head):
+    """The class subnet: one logit for each class at each anchor."""
+
+    def __init__(self, num_features_in: int, num_anchors: int = 9, num_classes: int = 80, feature_size: int = 256):
+        super().__init__(num_features_in, num_anchors, num_classes, feature_size)
+
+
+class RegressionModel(_Head):
+    """The box subnet: four deltas at each anchor, the same whatever the class."""
+
+    def __init__(self, num_features_in: int, num_anchors: int = 9, feature_size: int = 256):
+        super().__init__(num_features_in, num_anchors, 4, feature_size)
+
+
+class RetinaNet(ResNet):
+    """The whole detector.
+
+    In training, `net([images, annotations])` gives the two losses; in evaluation, `net(image)` gives the
+    scores, labels and boxes of one image, and `detect` those of a batch.
+
+    Args:
+        num_classes: number of classes, without a background class.
+        block: BasicBlock or Bottleneck.
+        layers: number of blocks in each of the four stages of the trunk.
+        anchors: the reference boxes; by default the paper's.
+        criterion: the training loss; by default the paper's.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: Sequence[int],
+        anchors: Anchors | None = None,
+        criterion: FocalLoss | None = None,
+    ):
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+        super().__init__(block, layers)
+        self.num_classes = num_classes
+        self.bn_frozen = False
+        self.anchors = Anchors() if anchors is None else anchors
+        self.focalLoss = FocalLoss() if criterion is None else criterion
+        self.fpn = PyramidFeatures(*self.out_channels)
+        self.regressionModel = RegressionModel(256, self.anchors.num_anchors)
+        self.classificationModel = ClassificationModel(256, self.anchors.num_anchors, num_classes)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        # Paper: N(0, 0.01) in the heads. Original: He's initialisation by fan-out everywhere, and outputs that
+        # start as constants. Here: the original's.
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.regressionModel.output.weight)
+        nn.init.zeros_(self.regressionModel.output.bias)
+        nn.init.zeros_(self.classificationModel.output.weight)
+        # "b = -log((1 - pi) / pi)": without it the background's loss swamps the first steps.
+        nn.init.constant_(self.classificationModel.output.bias, -math.log((1 - PRIOR) / PRIOR))
+
+    def freeze_bn(self, frozen: bool = True) -> None:
+        """Keep BatchNorm's statistics as they are, from now on and through every later `train()`.
+
+        Batches of a detector are too small for statistics of their own. The scale and shift of each channel
+        are still trained.
+        """
+        # Paper: scale and shift fixed too. Original: statistics fixed until the next train(). Here: until unfrozen,
+        # because to forget the call after each train() costs accuracy and says nothing.
+        self.bn_frozen = frozen
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "RetinaNet":
+        """Switch between training and evaluation; BatchNorm stays in evaluation while it is frozen."""
+        super().train(mode)
+        if self.bn_frozen:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def heads(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The network's raw outputs: what the losses, detection, export and pictures all start from.
+
+        Args:
+            images: [B, 3, H, W] normalised; any height and width.
+
+        Returns:
+            Logits [B, A, K], deltas [B, A, 4] and anchors [1, A, 4] (xyxy, pixels of the input).
+        """
+        pyramid = self.fpn(self.trunk(images))
+        logits = torch.cat([self.classificationModel(level) for level in pyramid], dim=1)
+        deltas = torch.cat([self.regressionModel(level) for level in pyramid], dim=1)
+        return logits, deltas, self.anchors(images)
+
+    @torch.no_grad()
+    def detect(
+        self,
+        images: Tensor,
+        score_threshold: float = postprocess.SCORE_THRESHOLD,
+        nms_threshold: float = postprocess.NMS_THRESHOLD,
+        top_k: int | None = postprocess.TOP_K,
+        max_detections: int | None = postprocess.MAX_DETECTIONS,
+        image_sizes: Sequence[tuple[float, float]] | None = None,
+    ) -> list[Detections]:
+        """Find objects in a batch of images, each by itself.
+
+        Args:
+            images: [B, 3, H, W] normalised.
+            score_threshold: scores must be above it.
+            nms_threshold: IoU above which the worse of two boxes of a class is dropped.
+            top_k: candidates of each pyramid level; None for all.
+            max_detections: detections of an image; None for all.
+            image_sizes: height and width, pixels, of each image without its padding, where boxes are clipped;
+                by default the size of the batch.
+
+        Returns:
+            For each image, its Detections, best first; boxes in pixels of the input.
+        """
+        logits, deltas, anchors = self.heads(images)
+        if image_sizes is None:
+            image_sizes = [tuple(images.shape[-2:])] * len(images)
+        shapes = self.anchors.level_shapes(*images.shape[-2:])
+        level_sizes = [rows * columns * self.anchors.num_anchors for rows, columns in shapes]
+        limits = (score_threshold, nms_threshold, top_k, max_detections)
+        return [
+            postprocess.select_detections(*outputs, anchors[0], level_sizes, size, *limits)
+            for *outputs, size in zip(logits, deltas, image_sizes, strict=True)
+        ]
+
+    def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Losses in training, detections of one image in evaluation; the original's interface.
+
+        Args:
+            inputs: in training, images [B, 3, H, W] and annotations [B, G, 5] (x1, y1, x2, y2, label; rows of
+                -1 are padding); in evaluation, one image [1, 3, H, W].
+
+        Returns:
+            In training, class loss [1] and box loss [1]; in evaluation, scores [N], labels [N] and boxes
+            [N, 4] (xyxy, pixels of the input), best first.
+
+        Raises:
+            ValueError: the inputs are not those of the model's mode.
+        """
+        if self.training:
+            if isinstance(inputs, Tensor):
+                raise ValueError("in training mode the model takes [images, annotations]; call eval() to detect")
+            images, annotations = inputs
+            return self.focalLoss(*self.heads(images), annotations)
+        if not isinstance(inputs, Tensor):
+            raise ValueError("in evaluation mode the model takes images alone; call train() for the losses")
+        if len(inputs) != 1:
+            raise ValueError(f"the model takes one image at a time, not {len(inputs)}; use detect(images) for a batch")
+        return tuple(self.detect(inputs)[0])
+
+
+def resnet(
+    depth: int,
+    num_classes: int,
+    pretrained: bool = False,
+    anchors: Anchors | None = None,
+    criterion: FocalLoss | None = None,
+) -> RetinaNet:
+    """A RetinaNet on a ResNet of the given depth.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        num_classes: number of classes, without a background class.
+        pretrained: start from torchvision's ImageNet weights, and freeze BatchNorm's statistics.
+        anchors: the reference boxes; by default the paper's.
+        criterion: the training loss; by default the paper's.
+
+    Raises:
+        ValueError: there is no such depth.
+        RuntimeError: the ImageNet weights could not be had.
+    """
+    if depth not in ARCHITECTURES:
+        raise ValueError(f"depth must be one of {', '.join(map(str, ARCHITECTURES))}, not {depth}")
+    net = RetinaNet(num_classes, *ARCHITECTURES[depth], anchors, criterion)
+    if pretrained:
+        net.load_state_dict(imagenet_weights(depth), strict=False)  # the pyramid and the heads are not in it
+        net.freeze_bn()
+    return net
+
+
+def resnet18(
+    num_classes: int, pretrained: bool = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
+) -> RetinaNet:
+    """RetinaNet on ResNet-18; the arguments are those of `resnet`."""
+    return resnet(18, num_classes, pretrained, anchors, criterion)
+
+
+def resnet34(
+    num_classes: int, pretrained: bool = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
+) -> RetinaNet:
+    """RetinaNet on ResNet-34; the arguments are those of `resnet`."""
+    return resnet(34, num_classes, pretrained, anchors, criterion)
+
+
+def resnet50(
+    num_classes: int, pretrained: bool = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
+) -> RetinaNet:
+    """RetinaNet on ResNet-50; the arguments are those of `resnet`."""
+    return resnet(50, num_classes, pretrained, anchors, criterion)
+
+
+def resnet101(
+    num_classes: int, pretrained: bool = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
+) -> RetinaNet:
+    """RetinaNet on ResNet-101; the arguments are those of `resnet`."""
+    return resnet(101, num_classes, pretrained, anchors, criterion)
+
+
+def resnet152(
+    num_classes: int, pretrained: bool = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
+) -> RetinaNet:
+    """RetinaNet on ResNet-152; the arguments are those of `resnet`."""
+    return resnet(152, num_classes, pretrained, anchors, criterion)

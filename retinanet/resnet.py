@@ -1,0 +1,150 @@
+"""The trunk: a residual network without its classifier (He et al., "Deep Residual Learning", 2015).
+
+It is ResNet v1.5, where a bottleneck block shrinks the picture in its 3x3 convolution: torchvision's
+ImageNet weights, which everybody starts from, are of this form.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import get_weight
+
+
+def conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """A convolution and its batch normalisation.
+
+    While BatchNorm's statistics are frozen, it only scales and shifts each channel, so that it can be folded into
+    the convolution: weight * gamma / sigma. It is the same function with the same gradients, and saves a pass over
+    the activations in each direction.
+
+    Args:
+        conv: without a bias.
+        bn: over `conv`'s output channels.
+        x: [B, C, H, W].
+    """
+    if bn.training:
+        return bn(conv(x))
+    scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, bn.bias - bn.running_mean * scale, conv.stride, conv.padding)
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+def _conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: ResNet-18 and 34."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1, downsample: nn.Module | None = None):
+        super().__init__()
+        self.conv1 = _conv3x3(in_channels, channels, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = _conv3x3(channels, channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, channels, H / stride, W / stride]."""
+        shortcut = x if self.downsample is None else conv_bn(*self.downsample, x)
+        x = self.relu(conv_bn(self.conv1, self.bn1, x))
+        x = conv_bn(self.conv2, self.bn2, x)
+        return self.relu(x.add_(shortcut))
+
+
+class Bottleneck(nn.Module):
+    """1x1 down, 3x3, 1x1 up, and a shortcut: ResNet-50, 101 and 152."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1, downsample: nn.Module | None = None):
+        super().__init__()
+        self.conv1 = _conv1x1(in_channels, channels)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _conv3x3(channels, channels, stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = _conv1x1(channels, channels * self.expansion)
+        self.bn3 = nn.BatchNorm2d(channels * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, 4 * channels, H / stride, W / stride]."""
+        shortcut = x if self.downsample is None else conv_bn(*self.downsample, x)
+        x = self.relu(conv_bn(self.conv1, self.bn1, x))
+        x = self.relu(conv_bn(self.conv2, self.bn2, x))
+        x = conv_bn(self.conv3, self.bn3, x)
+        return self.relu(x.add_(shortcut))
+
+
+class ResNet(nn.Module):
+    """ResNet up to its last residual stage.
+
+    Args:
+        block: BasicBlock or Bottleneck.
+        layers: number of blocks in each of the four stages.
+    """
+
+    def __init__(self, block: type[BasicBlock] | type[Bottleneck], layers: Sequence[int]):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.layer1 = self._make_stage(block, 64, 64, layers[0], stride=1)
+        self.layer2 = self._make_stage(block, 64 * block.expansion, 128, layers[1], stride=2)
+        self.layer3 = self._make_stage(block, 128 * block.expansion, 256, layers[2], stride=2)
+        self.layer4 = self._make_stage(block, 256 * block.expansion, 512, layers[3], stride=2)
+        self.out_channels = [channels * block.expansion for channels in (128, 256, 512)]
+
+    @staticmethod
+    def _make_stage(
+        block: type[BasicBlock] | type[Bottleneck], in_channels: int, channels: int, num_blocks: int, stride: int
+    ) -> nn.Sequential:
+        out_channels = channels * block.expansion
+        downsample = None
+        if stride != 1 or in_channels != out_channels:
+            downsample = nn.Sequential(_conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
+        blocks = [block(in_channels, channels, stride, downsample)]
+        blocks += [block(out_channels, channels) for _ in range(num_blocks - 1)]
+        return nn.Sequential(*blocks)
+
+    def trunk(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, 3, H, W] -> C3, C4, C5: the outputs of the last three stages, at strides 8, 16 and 32."""
+        x = self.maxpool(self.relu(conv_bn(self.conv1, self.bn1, images)))
+        c3 = self.layer2(self.layer1(x))
+        c4 = self.layer3(c3)
+        return c3, c4, self.layer4(c4)
+
+
+def imagenet_weights(depth: int) -> dict[str, Tensor]:
+    """The trunk's weights from torchvision, trained on ImageNet (IMAGENET1K_V1, as the original).
+
+    They are downloaded once and kept in torch.hub's folder, where a file put by hand serves as well.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+
+    Raises:
+        RuntimeError: they are not there and cannot be downloaded; the message says what to do.
+    """
+    weights = get_weight(f"ResNet{depth}_Weights.IMAGENET1K_V1")
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except OSError as error:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise RuntimeError(
+            f"cannot download the ImageNet weights of ResNet-{depth} ({error}). Put {weights.url} into {folder}, or "
+            "start from random weights: `train.py --weights none --recipe scratch`, or pretrained=False in Python"
+        ) from error
+    return {key: value for key, value in state.items() if not key.startswith("fc.")}
