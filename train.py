@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import torch
 import torchvision
@@ -30,7 +29,7 @@ from retinanet.utils import (
     choose_device,
     choose_precision,
     log,
-    run_main,
+    script,
     seed_everything,
     setup_logging,
 )
@@ -77,6 +76,7 @@ def make_model(args: argparse.Namespace, num_classes: int, recipe: Recipe, devic
     return net.to(device, memory_format=torch.channels_last)
 
 
+@script
 def main(argv: list[str] | None = None) -> None:
     """Train as the flags say."""
     args = parse_arguments(argv)
@@ -145,4 +145,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(main())

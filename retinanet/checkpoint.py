@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ def load(path: str | Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such checkpoint") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # its text advises to load the file without this protection: no
+        raise UserError(f"{path}: is damaged, or holds more than tensors and plain types, and was not run") from error
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, struct.error) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path}: is no checkpoint, or a damaged one ({reason})") from error
     if not isinstance(content, dict):
@@ -89,8 +92,9 @@ def load_model(path: str | Path) -> tuple[RetinaNet, dict[str, Any]]:
         UserError: it is no checkpoint of a RetinaNet.
     """
     content = load(path)
-    if "model" not in content:
-        raise UserError(f"{path}: holds no model")
+    missing = {"model", "class_names", "anchors", "min_side", "max_side"} - content.keys()
+    if missing:
+        raise UserError(f"{path}: is not a checkpoint of this library, it lacks {', '.join(sorted(missing))}")
     state = content.pop("model")
     depth = infer_depth(state)
     if depth is None:

@@ -13,7 +13,7 @@ NEEDED_FLAGS = {"coco": ["coco_path"], "csv": ["csv_classes"], "shapes": []}
 
 
 def positive_int(text: str) -> int:
-    """argparse type: a whole number of at least 1."""
+    """Argparse type: a whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
@@ -21,7 +21,7 @@ def positive_int(text: str) -> int:
 
 
 def non_negative_int(text: str) -> int:
-    """argparse type: a whole number of at least 0."""
+    """Argparse type: a whole number of at least 0."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
@@ -29,7 +29,7 @@ def non_negative_int(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """argparse type: a finite number above 0."""
+    """Argparse type: a finite number above 0."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
@@ -37,7 +37,7 @@ def positive_float(text: str) -> float:
 
 
 def fraction(text: str) -> float:
-    """argparse type: a number from 0 to 1."""
+    """Argparse type: a number from 0 to 1."""
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
@@ -80,6 +80,14 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--workers", type=non_negative_int, default=2, help="processes that read pictures")
 
 
+def add_detection_arguments(parser: argparse.ArgumentParser, score_threshold: float) -> None:
+    """Flags that say which detections count."""
+    group = parser.add_argument_group("detection")
+    group.add_argument("--score_threshold", type=fraction, default=score_threshold, help="scores must be above it")
+    group.add_argument("--max_detections", type=positive_int, default=100, help="detections an image")
+    group.add_argument("--batch_size", type=positive_int, default=4, help="images a batch")
+
+
 def check_data_arguments(args: argparse.Namespace, needed: list[str]) -> list[str]:
     """What is missing among the data flags: one message each.
 
@@ -113,6 +121,17 @@ def _shapes(num_images: int, seed: int, transform: Callable[[dict], dict]) -> De
     from retinanet.shapes import ShapesDataset  # scikit-image is slow to import, and only this needs it
 
     return ShapesDataset(num_images, seed, transform=transform)
+
+
+def check_classes(model_path: str, class_names: list[str], dataset: DetectionDataset) -> None:
+    """Make sure that a model and a data set speak of the same classes.
+
+    Raises:
+        UserError: they do not; the message shows both.
+    """
+    names = list(dataset.labels.values())
+    if names != class_names:
+        raise UserError(f"{model_path} knows the classes {class_names}, but the data have {names}")
 
 
 def make_out_dir(path: str) -> Path:

@@ -1,11 +1,11 @@
 """Samples -> batches. The data sets and transforms are here too, where the original's users import them from."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from retinanet.datasets import CocoDataset, CSVDataset, DetectionDataset
@@ -95,13 +95,14 @@ class AspectRatioBasedSampler(Sampler[list[int]]):
         rng = np.random.default_rng([self.seed, self.epoch])
         self.epoch += 1
         order = rng.permutation(len(self.aspect_ratios))
-        stretches = np.split(order, range(SORTED_BATCHES * self.batch_size, len(order), SORTED_BATCHES * self.batch_size))
+        stretches = np.split(
+            order, range(SORTED_BATCHES * self.batch_size, len(order), SORTED_BATCHES * self.batch_size)
+        )
         order = np.concatenate([part[np.argsort(self.aspect_ratios[part], kind="stable")] for part in stretches])
         batches = [order[start : start + self.batch_size].tolist() for start in range(0, len(order), self.batch_size)]
         batches = batches[: self._num_batches()]
         batches = [batches[index] for index in rng.permutation(len(batches))]
-        batches += batches[: len(self) * self.world_size - len(batches)]
-        yield from batches[self.rank :: self.world_size]
+        yield from itertools.islice(itertools.cycle(batches), self.rank, len(self) * self.world_size, self.world_size)
 
 
 def make_loader(

@@ -237,9 +237,7 @@ class CSVDataset(DetectionDataset):
         UserError: a file is missing, or a line is wrong; the message names file and line.
     """
 
-    def __init__(
-        self, train_file: str | Path, class_list: str | Path, transform: Callable[[dict], dict] | None = None
-    ):
+    def __init__(self, train_file: str | Path, class_list: str | Path, transform: Callable[[dict], dict] | None = None):
         self.train_file = Path(train_file)
         class_names = _read_class_csv(Path(class_list))
         image_files, rows, image_index = _read_annotation_csv(self.train_file, class_names)

@@ -7,7 +7,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 
@@ -61,9 +61,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.O
     else:
         groups = [{"params": [weight for _, weight in named]}]
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=recipe.weight_decay)
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=recipe.weight_decay, fused=True)
     optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
-    return optimizer(groups, lr=lr, weight_decay=recipe.weight_decay)
+    return optimizer(groups, lr=lr, weight_decay=recipe.weight_decay, fused=True)
 
 
 class Schedule:

@@ -33,7 +33,7 @@ def draw_shapes(size: int, seed: int | list[int]) -> tuple[np.ndarray, np.ndarra
             (size, size),
             shape=CLASS_NAMES[label],
             max_shapes=1,
-            min_size=size // 5,
+            min_size=size // 4,
             max_size=size // 2,
             intensity_range=((0, 200),),
             rng=rng,
@@ -42,7 +42,7 @@ def draw_shapes(size: int, seed: int | list[int]) -> tuple[np.ndarray, np.ndarra
         ys, xs = inked.nonzero()
         box = slice(ys.min(), ys.max() + 1), slice(xs.min(), xs.max() + 1)
         height, width = layer[box].shape[:2]
-        if min(height, width) < size // 8 or (picture[box] != WHITE).any():  # a sliver, or no room left for it
+        if min(height, width) < size // 5 or (picture[box] != WHITE).any():  # a sliver, or no room left for it
             continue
         picture[inked] = layer[inked]
         rows.append((box[1].start, box[0].start, box[1].stop, box[0].stop, label))
@@ -59,9 +59,7 @@ class ShapesDataset(DetectionDataset):
         transform: sample -> sample.
     """
 
-    def __init__(
-        self, num_images: int, seed: int = 0, size: int = 128, transform: Callable[[dict], dict] | None = None
-    ):
+    def __init__(self, num_images: int, seed: int = 0, size: int = 96, transform: Callable[[dict], dict] | None = None):
         drawn = [draw_shapes(size, [seed, index]) for index in range(num_images)]
         self.pictures = [picture for picture, _ in drawn]
         rows = np.concatenate([rows for _, rows in drawn])

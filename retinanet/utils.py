@@ -1,5 +1,6 @@
 """Process plumbing: errors for users, progress bars, seeds, devices, and the ranks of a torchrun job."""
 
+import functools
 import logging
 import os
 import random
@@ -18,16 +19,21 @@ class UserError(ValueError):
     """A mistake that the user can mend: the scripts print its message, which says where and how, and exit with 1."""
 
 
-def run_main(main: Callable[[], None]) -> int:
-    """Run a script's `main`; returns its exit status, and turns a user's mistake into one clear message."""
-    try:
-        main()
-    except UserError as error:
-        # A data-loading worker sends its traceback as the message; what the user needs is its last line.
-        message = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else str(error)
-        sys.stderr.write(f"error: {message.removeprefix('retinanet.utils.UserError: ')}\n")
-        return 1
-    return 0
+def script(main: Callable[..., None]) -> Callable[..., int]:
+    """Decorate a script's `main`: it returns the exit status, and a user's mistake becomes one clear message."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        try:
+            main(argv)
+        except UserError as error:
+            # A data-loading worker sends its traceback as the message; what the user needs is its last line.
+            message = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else str(error)
+            sys.stderr.write(f"error: {message.removeprefix('retinanet.utils.UserError: ')}\n")
+            return 1
+        return 0
+
+    return run
 
 
 def setup_logging() -> None:
@@ -40,9 +46,9 @@ def setup_logging() -> None:
 
 
 def progress(items: Iterable, description: str, total: int | None = None) -> tqdm:
-    """A progress bar over `items`, on rank 0; it leaves the last state of a bar on a terminal only."""
-    shown = is_main_process()
-    return tqdm(items, desc=description, total=total, disable=not shown, leave=False, mininterval=0.5, dynamic_ncols=True)
+    """A progress bar over `items`, on rank 0 and on a terminal only."""
+    disable = None if is_main_process() else True  # None: where the output is no terminal
+    return tqdm(items, desc=description, total=total, disable=disable, leave=False, dynamic_ncols=True)
 
 
 def seed_everything(seed: int) -> None:

@@ -1,0 +1,33 @@
+# Two commands: `make demo` trains and shows a detector; `make test` checks everything.
+PYTHON ?= python3
+DATA = --dataset shapes --shapes_val 120
+RUN = runs/demo
+
+.PHONY: demo test lint
+
+demo: .venv/installed
+	.venv/bin/python train.py $(DATA) --shapes_train 400 --depth 18 --weights none --recipe scratch --epochs 4 \
+		--batch_size 4 --min_side 96 --lr 7e-4 --val_every 4 --out_dir $(RUN)
+	.venv/bin/python visualize.py $(DATA) --model $(RUN)/best.pt --out_dir $(RUN)
+	@echo
+	@echo "Scores on pictures that the detector never saw:"
+	@.venv/bin/python validate.py $(DATA) --model $(RUN)/best.pt
+	@echo "Its detections beside the ground truth: $(RUN)/detections.png"
+	@echo "Your own data:"
+	@echo "  .venv/bin/python train.py --dataset csv --csv_train train.csv --csv_val val.csv --csv_classes classes.csv"
+
+test: .venv/installed-for-tests lint
+	.venv/bin/python -m pytest
+
+lint: .venv/installed-for-tests
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/installed-for-tests: .venv/installed setup.py
+	.venv/bin/python -m pip install -q -e ".[dev]"
+	touch $@

@@ -1,0 +1,150 @@
+import math
+
+import pytest
+import torch
+from conftest import load_golden
+from torchvision.ops import sigmoid_focal_loss
+
+from retinanet import losses
+from retinanet.anchors import Anchors
+from retinanet.losses import FocalLoss, box_loss, focal_loss
+from retinanet.matcher import BACKGROUND, IGNORE
+
+
+@pytest.fixture
+def golden():
+    values = load_golden("loss")
+    height, width = values["image_size"].tolist()
+    values["anchors"] = Anchors()(torch.empty(1, 3, height, width))
+    values["logits"].requires_grad_()
+    values["deltas"].requires_grad_()
+    return values
+
+
+def run(golden, images=slice(None), criterion=None):
+    criterion = FocalLoss() if criterion is None else criterion
+    return criterion(
+        golden["logits"][images], golden["deltas"][images], golden["anchors"], golden["annotations"][images]
+    )
+
+
+def test_losses_and_gradients_equal_the_originals(golden):
+    class_loss, box_loss = run(golden)
+    assert class_loss.shape == box_loss.shape == (1,)
+    torch.testing.assert_close(class_loss, golden["class_loss"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(box_loss, golden["box_loss"], rtol=1e-4, atol=0)
+    (class_loss + box_loss).backward()
+    torch.testing.assert_close(golden["logits"].grad, golden["grad_logits"], rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(golden["deltas"].grad, golden["grad_deltas"], rtol=1e-4, atol=1e-8)
+
+
+def test_losses_of_each_image_equal_the_originals(golden):
+    outputs = golden["logits"], golden["deltas"], golden["anchors"], golden["annotations"]
+    class_loss, box_loss = FocalLoss().per_image(*outputs)
+    torch.testing.assert_close(class_loss.double(), golden["class_loss_per_image"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(box_loss.double(), golden["box_loss_per_image"], rtol=1e-4, atol=1e-6)
+
+
+def test_batch_equals_image_by_image(golden):
+    together = torch.cat(run(golden))
+    alone = torch.stack([torch.cat(run(golden, slice(image, image + 1))) for image in range(4)])
+    torch.testing.assert_close(together, alone.mean(dim=0))
+
+
+def test_padding_rows_change_nothing(golden):
+    expected = torch.cat(run(golden))
+    golden["annotations"] = torch.cat([golden["annotations"], torch.full((4, 20, 5), -1.0)], dim=1)
+    torch.testing.assert_close(torch.cat(run(golden)), expected)
+
+
+@pytest.mark.parametrize("alpha, gamma", [(0.25, 2.0), (0.5, 0.0), (0.75, 1.5), (0.25, 5.0)])
+def test_focal_loss_equals_torchvision(alpha, gamma):
+    logits = (4 * torch.randn(2, 50, 6)).requires_grad_()
+    labels = torch.randint(-2, 6, (2, 50))
+    targets = torch.nn.functional.one_hot(labels.clamp(min=0), 6).float() * (labels >= 0)[..., None]
+    per_anchor = sigmoid_focal_loss(logits, targets, alpha, gamma).sum(dim=-1)
+    expected = torch.where(labels == IGNORE, 0, per_anchor).sum(dim=1)
+    ours = focal_loss(logits, labels, alpha, gamma)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.tensor([1.0, 3.0])  # images that count differently
+    (expected_grad,) = torch.autograd.grad(expected @ weights, logits)
+    (grad,) = torch.autograd.grad(ours @ weights, logits)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
+
+
+def test_focal_loss_by_hand():
+    logits = torch.zeros(1, 2, 1)  # p = 0.5: cross entropy log 2, weight (1 - 0.5)^2
+    foreground, background = torch.tensor([[0, IGNORE]]), torch.tensor([[BACKGROUND, IGNORE]])
+    assert focal_loss(logits, foreground).item() == pytest.approx(0.25 * 0.25 * math.log(2))
+    assert focal_loss(logits, background).item() == pytest.approx(0.75 * 0.25 * math.log(2))
+
+
+def test_chunks_change_nothing(monkeypatch):
+    logits, labels = torch.randn(2, 100, 3), torch.randint(-2, 3, (2, 100))
+    expected = focal_loss(logits, labels)
+    monkeypatch.setattr(losses, "CPU_CHUNK", 21)
+    torch.testing.assert_close(focal_loss(logits, labels), expected)
+
+
+@pytest.mark.parametrize("logit", [-12.0, -80.0, 12.0, 80.0])
+def test_gradients_live_where_the_originals_vanish(logit):
+    logits = torch.full((1, 1, 1), logit, requires_grad=True)
+    for label in (0, BACKGROUND):
+        loss = focal_loss(logits, torch.tensor([[label]]))
+        (grad,) = torch.autograd.grad(loss, logits)
+        assert loss.isfinite() and grad.isfinite().all()
+        wrong = (label == 0) == (logit < 0)
+        if wrong:
+            assert grad.abs().item() > 0.2  # the original: 0, so that training sticks at 2.302
+
+
+def test_bf16_logits_are_scored_in_float32():
+    logits = torch.randn(1, 200, 4).bfloat16()
+    labels = torch.randint(-2, 4, (1, 200))
+    torch.testing.assert_close(focal_loss(logits, labels), focal_loss(logits.float(), labels), rtol=1e-6, atol=0)
+    logits.requires_grad_()
+    focal_loss(logits, labels).sum().backward()
+    assert logits.grad.dtype == torch.bfloat16
+
+
+def test_backward_twice_is_refused_not_wrong():
+    loss = focal_loss(torch.zeros(1, 1, 1, requires_grad=True), torch.tensor([[0]])).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+
+
+def test_box_loss_by_hand():
+    deltas = torch.tensor([[[0.05, 0.0, 0.0, 1.0], [9.0, 9.0, 9.0, 9.0]]])
+    foreground = torch.tensor([[True, False]])
+    expected = (0.5 * 9 * 0.05**2 + (1 - 0.5 / 9)) / 4
+    assert box_loss(deltas, torch.zeros(1, 2, 4), foreground).item() == pytest.approx(expected)
+    assert box_loss(deltas, torch.zeros(1, 2, 4), torch.zeros_like(foreground)).item() == 0
+
+
+def test_images_without_boxes_are_negatives():
+    anchors = Anchors()(torch.empty(1, 3, 64, 64))
+    logits = torch.zeros(2, anchors.shape[1], 3, requires_grad=True)
+    deltas = torch.ones(2, anchors.shape[1], 4, requires_grad=True)
+    for annotations in (torch.full((2, 1, 5), -1.0), torch.zeros(2, 0, 5)):
+        class_loss, box_loss = FocalLoss()(logits, deltas, anchors, annotations)
+        # not divided by anything, as in the original
+        assert class_loss.item() == pytest.approx(logits[0].numel() * 0.75 * 0.25 * math.log(2), rel=1e-4)
+        assert box_loss.item() == 0
+        (class_loss + box_loss).backward()
+        assert logits.grad.min() > 0 and not deltas.grad.any()
+
+
+def test_best_match_rule_adds_an_anchor():
+    anchors = torch.tensor([[[0.0, 0.0, 100.0, 100.0]]])
+    annotations = torch.tensor([[[0.0, 0.0, 45.0, 100.0, 0.0]]])  # IoU 0.45
+    outputs = torch.zeros(1, 1, 1), torch.zeros(1, 1, 4), anchors, annotations
+    assert [loss.item() for loss in FocalLoss()(*outputs)] == [0, 0]
+    class_loss, box_loss = FocalLoss(best_match_iou=0.4)(*outputs)
+    assert class_loss.item() == pytest.approx(0.25 * 0.25 * math.log(2)) and box_loss.item() > 0
+
+
+def test_labels_outside_the_classes_fail_loudly():
+    outputs = torch.zeros(1, 1, 2), torch.zeros(1, 1, 4), torch.tensor([[[0.0, 0.0, 9.0, 9.0]]])
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        FocalLoss()(*outputs, torch.tensor([[[0.0, 0.0, 9.0, 9.0, 2.0]]]))
