@@ -1,4 +1,4 @@
-"""Packaging: `pip install .`; the run-time requirements stand in requirements.txt."""
+"""Packaging: `pip install .`; pyproject.toml takes the run-time requirements from requirements.txt."""
 
 import re
 from pathlib import Path
@@ -9,17 +9,22 @@ here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "retinanet/__init__.py").read_text())[1]
 
 setup(
-    name="retinanet",
     version=version,
     description="A faithful, readable and fast PyTorch implementation of RetinaNet",
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=["retinanet"],
+    package_data={"retinanet": ["py.typed"]},
     py_modules=["train", "validate", "visualize"],
     python_requires=">=3.10",
-    install_requires=(here / "requirements.txt").read_text().split(),
-    extras_require={"dev": ["pytest>=8", "pytest-cov>=5", "ruff>=0.9"]},
+    extras_require={
+        "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
+        "yolo": ["pyyaml>=6"],
+        "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-cov>=5", "ruff>=0.9"],
+        "plots": ["matplotlib>=3.8"],
+        "tensorboard": ["tensorboard>=2.16"],
+    },
     entry_points={
         "console_scripts": [
             "retinanet-train = train:main",

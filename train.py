@@ -1,38 +1,69 @@
-"""Train a RetinaNet on COCO, CSV or embedded data."""
+"""Train a RetinaNet on COCO, CSV or embedded data; in one process, or in many under torchrun."""
 
 import argparse
 import json
+import re
 import sys
+import time
+from pathlib import Path
 
 import torch
 import torchvision
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
-from retinanet import __version__, checkpoint, coco_eval, engine
-from retinanet.anchors import Anchors
+from retinanet import __version__, anchor_fit, checkpoint, coco_eval, engine, views
+from retinanet.check import check_before_training
 from retinanet.cli import (
+    add_anchor_arguments,
+    add_augmentation_arguments,
     add_data_arguments,
     add_machine_arguments,
+    anchors_from_arguments,
     check_data_arguments,
+    fraction,
     make_out_dir,
     make_parser,
+    non_negative_int,
     positive_float,
     positive_int,
     training_dataset,
+    training_transform,
     validation_dataset,
 )
-from retinanet.dataloader import AspectRatioBasedSampler, Augmenter, Resizer, make_loader
+from retinanet.dataloader import AspectRatioBasedSampler, Resizer, make_loader
+from retinanet.datasets import DetectionDataset
+from retinanet.engine import Progress
 from retinanet.losses import FocalLoss
 from retinanet.model import ARCHITECTURES, RetinaNet, resnet
-from retinanet.optim import RECIPES, Recipe, Schedule, make_optimizer
+from retinanet.optim import EMA, RECIPES, Recipe, Schedule, make_optimizer
+from retinanet.run import Run, RunLog, check_resume, find_checkpoint
 from retinanet.utils import (
+    StopSignals,
     UserError,
+    broadcast_buffers,
     choose_device,
     choose_precision,
+    from_main_process,
+    gather_objects,
+    get_rank,
+    get_world_size,
+    init_distributed,
+    is_main_process,
     log,
     script,
     seed_everything,
+    seeded,
     setup_logging,
 )
+
+
+def interval(text: str) -> tuple[int, str]:
+    """Argparse type: `500` for optimizer steps, or `10m` for minutes."""
+    found = re.fullmatch(r"(\d+)(m?)", text)
+    if not found or int(found[1]) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of steps, such as 500, or minutes, such as 10m, not {text}")
+    return int(found[1]), "minutes" if found[2] else "steps"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -42,106 +73,218 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("model")
     group.add_argument("--depth", type=int, choices=sorted(ARCHITECTURES), default=50, help="layers of the ResNet")
     group.add_argument("--weights", default="imagenet", help="start from: imagenet, none (random), or a checkpoint")
+    add_anchor_arguments(parser)
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", choices=sorted(RECIPES), default="original", help="optimizer and schedule")
     group.add_argument("--epochs", type=positive_int, default=100, help="passes over the training set")
-    group.add_argument("--batch_size", type=positive_int, default=2, help="images a step")
+    group.add_argument("--batch_size", type=positive_int, default=2, help="images a batch, of each process")
     group.add_argument("--accumulate", type=positive_int, default=1, help="batches averaged for one optimizer step")
     group.add_argument("--lr", type=positive_float, help="peak learning rate (default: the recipe's, scaled)")
+    group.add_argument("--clip_norm", type=positive_float, help="limit of the gradient's norm (default: the recipe's)")
+    group.add_argument("--ema", type=fraction, help="decay of averaged weights, such as 0.999; they are what is saved")
+    group.add_argument("--early_stop", type=positive_int, help="stop after so many validations without a better AP")
+    group.add_argument("--seed", type=non_negative_int, default=0, help="decides weights, order and augmentation")
+    group = parser.add_argument_group("pictures")
     group.add_argument("--min_side", type=positive_int, default=608, help="pixels of the resized short side")
     group.add_argument("--max_side", type=positive_int, default=1024, help="limit of the resized long side, pixels")
-    group.add_argument("--seed", type=int, default=0, help="decides weights, order and augmentation")
+    add_augmentation_arguments(parser)
     add_machine_arguments(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--out_dir", default="runs/train", help="folder for checkpoints and logs")
+    group.add_argument("--resume", help="go on with a run: auto (last.pt of --out_dir, if it is there), or a last.pt")
+    group.add_argument("--checkpoint_every", type=interval, default="10m", help="steps (500) or minutes (10m)")
     group.add_argument("--val_every", type=positive_int, default=1, help="validate after every so many epochs")
-    group.add_argument("--log_every", type=positive_int, default=20, help="steps between lines of log.jsonl")
+    group.add_argument("--log_every", type=positive_int, default=20, help="optimizer steps between lines of log.jsonl")
+    group.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard as well")
     args = parser.parse_args(argv)
     errors = check_data_arguments(args, ["csv_train"])
     if args.max_side < args.min_side:
         errors.append(f"--max_side {args.max_side} is below --min_side {args.min_side}")
+    if args.jitter and not args.jitter[0] <= args.jitter[1] <= args.max_side:
+        errors.append(f"--jitter {args.jitter[0]} {args.jitter[1]} must rise, and end at --max_side {args.max_side}")
+    if args.ema == 1:
+        errors.append("--ema 1 would never change the weights")
     if errors:
         parser.error("; ".join(errors))
     return args
 
 
-def make_model(args: argparse.Namespace, num_classes: int, recipe: Recipe, device: torch.device) -> RetinaNet:
+def make_model(args: argparse.Namespace, num_classes: int, device: torch.device) -> RetinaNet:
     """The model that training starts from."""
-    criterion = FocalLoss(best_match_iou=recipe.best_match_iou)
     try:
-        net = resnet(args.depth, num_classes, args.weights == "imagenet", Anchors(), criterion)
+        net = resnet(args.depth, num_classes, args.weights == "imagenet", anchors_from_arguments(args))
     except RuntimeError as error:
         raise UserError(str(error)) from error
+    if args.weights not in ("imagenet", "none"):
+        log.info("%s", checkpoint.load_weights(net, args.weights))
+    return net
+
+
+def make_run(args: argparse.Namespace, recipe: Recipe, device: torch.device, train_set: DetectionDataset) -> Run:
+    """A run at its beginning, or where the checkpoint that it resumes left off."""
+    path = find_checkpoint(args)
+    state = None
+    if path is None:
+        net = make_model(args, train_set.num_classes(), device)
+    else:
+        net, info = checkpoint.load_model(path)
+        check_resume(path, args, info, train_set)
+        state = info["training"]
+    net.focalLoss = FocalLoss(best_match_iou=recipe.best_match_iou)
+    net.train()
     net.freeze_bn(not recipe.train_bn)
-    return net.to(device, memory_format=torch.channels_last)
-
-
-@script
-def main(argv: list[str] | None = None) -> None:
-    """Train as the flags say."""
-    args = parse_arguments(argv)
-    setup_logging()
-    recipe = RECIPES[args.recipe]
-    device = choose_device(args.device)
-    precision = choose_precision(args.precision, device)
-    seed_everything(args.seed)
-
-    resizer = Resizer(args.min_side, args.max_side)
-    train_set = training_dataset(args, lambda sample: resizer(Augmenter()(sample)))
-    val_set = validation_dataset(args, resizer)
-    sampler = AspectRatioBasedSampler(train_set, args.batch_size, seed=args.seed)
-    train_loader = make_loader(train_set, args.batch_size, args.workers, sampler)
-    val_loader = make_loader(val_set, args.batch_size, args.workers) if val_set else None
+    net.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(net, recipe, args.lr)
+    steps_per_epoch = -(-len(train_set) // args.global_batch)
+    ema = EMA(net, args.ema) if args.ema is not None else None
+    schedule = Schedule(optimizer, recipe, args.epochs * steps_per_epoch)
     class_names = list(train_set.labels.values())
+    run = Run(args, net, ema, optimizer, schedule, class_names, len(train_set))
+    if state:
+        run.restore(info)
+        log.info("going on with %s in epoch %d, after step %d", path, *run.position)
+    if is_main_process():
+        run.log = RunLog(args.out_dir, path, state["log_size"] if state else 0, args.tensorboard, steps_per_epoch)
+    return run
 
-    net = make_model(args, len(class_names), recipe, device)
-    global_batch = args.batch_size * args.accumulate
-    lr = args.lr or recipe.lr * global_batch / recipe.reference_batch
-    optimizer = make_optimizer(net, recipe, lr)
-    schedule = Schedule(optimizer, recipe, args.epochs * -(-len(train_loader) // args.accumulate))
 
+def log_header(args: argparse.Namespace, recipe: Recipe, run: Run, device: torch.device, num_boxes: int) -> None:
+    """Say in one line what is trained, on what, and how."""
+    precision = choose_precision(args.precision, device)
     log.info(
         "%s: %d images, %d boxes, %d classes | ResNet-%d, %.1f M parameters, weights: %s | %s, %s | recipe %s, "
-        "learning rate %.2g, global batch %d, %d epochs | retinanet %s, torch %s, torchvision %s",
-        args.dataset, len(train_set), len(train_set.rows), len(class_names),
-        args.depth, sum(weight.numel() for weight in net.parameters()) / 1e6, args.weights,
-        device, str(precision).removeprefix("torch."), args.recipe, lr, global_batch, args.epochs,
-        __version__, torch.__version__, torchvision.__version__,
+        "learning rate %.3g (%.3g for %d images), global batch %d = %d images x %d batches x %d processes, %d epochs%s "
+        "| retinanet %s, torch %s, torchvision %s",
+        args.dataset, run.num_images, num_boxes, len(run.class_names),
+        args.depth, sum(weight.numel() for weight in run.net.parameters()) / 1e6, args.weights,
+        device, str(precision).removeprefix("torch."), args.recipe, args.lr, recipe.lr, recipe.reference_batch,
+        args.global_batch, args.batch_size, args.accumulate, get_world_size(), args.epochs,
+        "" if args.ema is None else f", EMA {args.ema}", __version__, torch.__version__, torchvision.__version__,
     )  # fmt: skip
     if args.weights == "none" and args.recipe != "scratch":
         log.warning("warning: recipe %s does not learn from random weights; use --recipe scratch", args.recipe)
 
+
+def validate(run: Run, loader: DataLoader, dataset: DetectionDataset, device: torch.device, stop: StopSignals) -> dict:
+    """COCO's numbers of the detector, computed by all ranks together."""
+    broadcast_buffers(run.detector)  # each rank has BatchNorm statistics of its own
+    precision = choose_precision(run.args.precision, device)
+    with seeded(run.args.seed):  # what a loader draws here must not change the training
+        found = engine.detect(run.detector, loader, device, precision, stop=lambda: bool(stop.signum))
+    signum = max(gather_objects(stop.signum))
+    if signum:
+        run.stop(signum)
+    metrics = None
+    if is_main_process():
+        results = coco_eval.coco_results(dataset, found)
+        metrics = coco_eval.score(coco_eval.ground_truth(dataset), results, dataset.image_ids).metrics
+        log.info("%s", coco_eval.metrics_table(metrics))
+        views.save_detections(dataset, found, Path(run.args.out_dir) / "detections.png")
+    return from_main_process(metrics)
+
+
+def train(
+    run: Run,
+    train_loader: DataLoader,
+    sampler: AspectRatioBasedSampler,
+    val_loader: DataLoader | None,
+    val_set: DetectionDataset | None,
+    device: torch.device,
+    stop: StopSignals,
+) -> None:
+    """Train and validate, epoch by epoch, until the run is over or a signal comes."""
+    args, recipe = run.args, RECIPES[run.args.recipe]
+    model = run.net
+    if get_world_size() > 1:
+        devices = [device] if device.type == "cuda" else None
+        model = DistributedDataParallel(run.net, device_ids=devices, gradient_as_bucket_view=True)
+    number, unit = args.checkpoint_every
+
+    def after_step(signum: int) -> None:
+        if run.ema:
+            run.ema.update(run.net)
+        if signum:
+            run.stop(signum)
+        if run.progress.step % number == 0 if unit == "steps" else time.monotonic() - run.saved_at > 60 * number:
+            run.save_last()
+
+    while run.progress.epoch < args.epochs and not (args.early_stop and run.stale >= args.early_stop):
+        epoch = run.progress.epoch
+        sampler.set_epoch(*run.position)
+        stats = engine.train_one_epoch(
+            model, train_loader, run.optimizer, run.schedule, device, choose_precision(args.precision, device),
+            run.progress, args.clip_norm or recipe.clip_norm, args.accumulate, wish=lambda: stop.signum,
+            after_step=after_step, log_step=run.log.write if run.log else None, log_every=args.log_every,
+        )  # fmt: skip
+        log.info(
+            "epoch %d: class loss %.3f, box loss %.3f, %.1f images/s",
+            epoch, stats["class_loss"], stats["box_loss"], stats["images_per_second"],
+        )  # fmt: skip
+        is_last = epoch + 1 == args.epochs
+        run.metrics = {}
+        if val_loader and ((epoch + 1) % args.val_every == 0 or is_last):
+            run.metrics = validate(run, val_loader, val_set, device, stop)
+        run.schedule.end_epoch(stats["loss"])
+        run.progress = Progress(epoch + 1)
+        if run.log:
+            run.log.write({"epoch": epoch, **stats, **run.metrics})
+        if run.metrics:
+            run.stale += 1
+            if run.metrics["AP"] > run.best:
+                run.best, run.stale = run.metrics["AP"], 0
+                run.save("best.pt")
+        run.save_last()
+        if run.log and (run.metrics or is_last):
+            run.log.draw()
+    log.info("done after %d epochs%s", run.progress.epoch, f", best AP {run.best:.3f}" if run.best >= 0 else "")
+
+
+@script
+def main(argv: list[str] | None = None) -> int:
+    """Train as the flags say."""
+    args = parse_arguments(argv)
+    recipe = RECIPES[args.recipe]
+    device = choose_device(args.device)
+    init_distributed(device)
+    setup_logging()
+    args.precision = {torch.bfloat16: "bf16", torch.float32: "fp32"}[choose_precision(args.precision, device)]
+    args.global_batch = args.batch_size * args.accumulate * get_world_size()
+    args.lr = args.lr or recipe.lr * args.global_batch / recipe.reference_batch
+    seed_everything(args.seed)
+
+    train_set = training_dataset(args, training_transform(args))
+    val_set = validation_dataset(args, Resizer(args.min_side, args.max_side))
+    check_before_training(train_set, val_set, args.strict)
+    sampler = AspectRatioBasedSampler(
+        train_set, args.batch_size, False, args.seed, get_rank(), get_world_size(), args.accumulate
+    )
+    train_loader = make_loader(train_set, args.batch_size, args.workers, sampler)
+    val_loader = make_loader(val_set, args.batch_size, args.workers) if val_set else None
+
     out_dir = make_out_dir(args.out_dir)
-    (out_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
-    with open(out_dir / "log.jsonl", "w", buffering=1) as log_file:
-
-        def log_entry(entry: dict) -> None:
-            log_file.write(json.dumps(entry) + "\n")
-
-        best = -1.0
-        for epoch in range(args.epochs):
-            stats = engine.train_one_epoch(
-                net, train_loader, optimizer, schedule, device, precision, epoch,
-                recipe.clip_norm, args.accumulate, log_step=log_entry, log_every=args.log_every,
-            )  # fmt: skip
-            schedule.end_epoch(stats["loss"])
-            log.info(
-                "epoch %d: class loss %.3f, box loss %.3f, %.1f images/s",
-                epoch, stats["class_loss"], stats["box_loss"], stats["images_per_second"],
-            )  # fmt: skip
-            metrics = {}
-            if val_loader and ((epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs):
-                found = engine.detect(net, val_loader, device, precision)
-                results = coco_eval.coco_results(val_set, found)
-                metrics = coco_eval.score(coco_eval.ground_truth(val_set), results, val_set.image_ids)
-                log.info("%s", coco_eval.metrics_table(metrics))
-            log_entry({"epoch": epoch, **stats, **metrics})
-            content = checkpoint.model_entries(net, class_names, args.min_side, args.max_side)
-            content |= {"epoch": epoch, "metrics": metrics}
-            checkpoint.save(out_dir / "last.pt", content)
-            if metrics.get("AP", -1.0) > best:
-                best = metrics["AP"]
-                checkpoint.save(out_dir / "best.pt", content)
+    run = make_run(args, recipe, device, train_set)
+    log_header(args, recipe, run, device, len(train_set.rows))
+    if is_main_process():
+        (out_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
+        anchor_fit.log_summary(train_set, run.net.anchors, args.min_side, args.max_side, recipe.best_match_iou)
+        views.save_data_pictures(train_set, sampler, out_dir)
+    with StopSignals() as stop:
+        try:
+            train(run, train_loader, sampler, val_loader, val_set, device, stop)
+        except engine.NotFiniteError as error:
+            if not error.batches:
+                raise
+            path = out_dir / f"not_finite_rank{get_rank()}.pt"
+            checkpoint.save(path, {"batches": error.batches, "epoch": run.progress.epoch, "step": run.progress.step})
+            raise UserError(f"{error}. The batch is saved in {path}") from error
+        except (RuntimeError, engine.WorkerDiedError) as error:
+            if not stop.signum:
+                raise
+            # The signal went to workers and peers as well: what the last step left is whole.
+            log.warning("%s", error)
+            run.save_last()
+            return 128 + stop.signum
+    return 0
 
 
 if __name__ == "__main__":

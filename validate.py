@@ -1,11 +1,13 @@
-"""Score a trained RetinaNet with COCO's twelve numbers."""
+"""Score a detector: COCO's twelve numbers, each class, and where the AP goes."""
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 import torch
 
-from retinanet import coco_eval, engine
+from retinanet import charts, coco_eval, csv_eval, engine, error_analysis
 from retinanet.checkpoint import load_model
 from retinanet.cli import (
     add_data_arguments,
@@ -13,20 +15,43 @@ from retinanet.cli import (
     add_machine_arguments,
     check_classes,
     check_data_arguments,
+    fraction,
+    make_out_dir,
     make_parser,
+    positive_int,
     validation_dataset,
 )
 from retinanet.dataloader import Resizer, make_loader
-from retinanet.utils import choose_device, choose_precision, log, script, setup_logging
+from retinanet.datasets import DetectionDataset
+from retinanet.postprocess import Detections
+from retinanet.utils import (
+    choose_device,
+    choose_precision,
+    init_distributed,
+    is_main_process,
+    log,
+    script,
+    setup_logging,
+)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Flags -> values; a usage error exits with 2."""
     parser = make_parser(__doc__)
-    parser.add_argument("--model", required=True, help="checkpoint, such as best.pt")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="checkpoint, such as best.pt")
+    source.add_argument("--detections", help="COCO results file of any detector, in place of a model")
     add_data_arguments(parser, training=False)
     add_detection_arguments(parser, score_threshold=0.05)
     add_machine_arguments(parser)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--limit", type=positive_int, help="only the first so many images")
+    group.add_argument(
+        "--iou_threshold", type=fraction, default=0.5, help="IoU from which a box counts as found, for VOC's mAP"
+    )
+    group.add_argument("--voc07", action="store_true", help="VOC's mAP by 11 points, in place of the whole area")
+    group.add_argument("--analyse", action="store_true", help="what kinds of errors cost how much AP (TIDE)")
+    group.add_argument("--out", help="folder for detections.json, metrics.json and pictures")
     args = parser.parse_args(argv)
     errors = check_data_arguments(args, ["csv_val"])
     if errors:
@@ -34,28 +59,91 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-@script
-def main(argv: list[str] | None = None) -> None:
-    """Validate as the flags say."""
-    args = parse_arguments(argv)
-    setup_logging()
+def run_model(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Detections]]:
+    """The data set, and the detections of its images by the model; under torchrun, by all processes together."""
     device = choose_device(args.device)
+    init_distributed(device)
     net, info = load_model(args.model)
     dataset = validation_dataset(args, Resizer(info["min_side"], info["max_side"]))
     check_classes(args.model, info["class_names"], dataset)
-    loader = make_loader(dataset, args.batch_size, args.workers)
+    loader = make_loader(dataset, args.batch_size, args.workers, indices=range(len(dataset))[: args.limit])
     net.to(device, memory_format=torch.channels_last)
-    found = engine.detect(
-        net,
-        loader,
-        device,
-        choose_precision(args.precision, device),
-        score_threshold=args.score_threshold,
-        max_detections=args.max_detections,
-    )
+    precision = choose_precision(args.precision, device)
+    limits = {"score_threshold": args.score_threshold, "max_detections": args.max_detections}
+    return dataset, engine.detect(net, loader, device, precision, **limits)
+
+
+def read_detections(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Detections]]:
+    """The data set, and the detections of its images from a results file; no picture is opened."""
+    dataset = validation_dataset(args, None)
+    results = coco_eval.read_results(args.detections, coco_eval.ground_truth(dataset))
+    found = coco_eval.detections_of(dataset, results)
+    return dataset, {index: found[index] for index in range(len(dataset))[: args.limit]}
+
+
+def write_json(content: object, path: Path) -> None:
+    """Write a JSON file for people and programs."""
+    path.write_text(json.dumps(content, indent=1))
+
+
+@script
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate as the flags say."""
+    args = parse_arguments(argv)
+    setup_logging()
+    dataset, found = run_model(args) if args.model else read_detections(args)
+    if not is_main_process():
+        return
     results = coco_eval.coco_results(dataset, found)
-    metrics = coco_eval.score(coco_eval.ground_truth(dataset), results, dataset.image_ids)
-    log.info("%d images, %d detections\n%s", len(dataset), len(results), coco_eval.metrics_table(metrics))
+    scores = coco_eval.score(
+        coco_eval.ground_truth(dataset), results, [dataset.image_ids[index] for index in sorted(found)]
+    )
+    voc = csv_eval.evaluate_detections(dataset, found, args.iou_threshold, args.voc07)
+    log.info("%d images, %d detections\n%s", len(found), len(results), coco_eval.metrics_table(scores.metrics))
+    log.info("\n%s", coco_eval.class_table(scores.classes))
+    log.info(
+        "\nat IoU %g, for scores above %g:\n%s",
+        args.iou_threshold, args.score_threshold, csv_eval.class_table(voc, dataset),
+    )  # fmt: skip
+    analysis = error_analysis.analyse(dataset, found) if args.analyse else None
+    if analysis:
+        log.info(
+            "\n%s\n%s",
+            error_analysis.error_table(analysis),
+            error_analysis.confusion_table(analysis, list(dataset.classes)),
+        )
+    if args.out:
+        write_files(make_out_dir(args.out), dataset, results, scores, voc, analysis)
+
+
+def write_files(
+    folder: Path,
+    dataset: DetectionDataset,
+    results: list[dict],
+    scores: coco_eval.Scores,
+    voc: dict[int, csv_eval.ClassResult],
+    analysis: error_analysis.ErrorAnalysis | None,
+) -> None:
+    """Write detections, numbers and pictures."""
+    write_json(results, folder / "detections.json")
+    metrics = {**scores.metrics, "mAP": csv_eval.mean_average_precision(voc)}
+    classes = [
+        {**row._asdict(), "VOC_AP": result.average_precision, "precision": result.precision, "recall": result.recall}
+        for row, result in zip(scores.classes, voc.values(), strict=True)
+    ]
+    content = {**metrics, "classes": classes}
+    if analysis:
+        content["errors"] = {"AP50": analysis.ap50, "counts": analysis.counts, "lost_AP": analysis.lost}
+        content["confusion"] = analysis.confusion.tolist()
+    write_json(content, folder / "metrics.json")
+    charts.draw_curves(
+        {f"IoU {iou}": coco_eval.recall_precision(scores, row) for iou, row in (("0.50", 0), ("0.75", 5))},
+        folder / "pr_curves.png",
+    )
+    if analysis:
+        charts.draw_bars(analysis.lost, "AP50 lost to each kind of error", folder / "errors.png")
+        charts.draw_matrix(analysis.confusion, [*dataset.classes, "background"], folder / "confusion.png")
+    log.info("\nwritten to %s: %s", folder, ", ".join(sorted(path.name for path in folder.iterdir())))
 
 
 if __name__ == "__main__":

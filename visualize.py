@@ -1,60 +1,344 @@
-"""Look at a trained RetinaNet: its detections beside the ground truth, as one PNG file."""
+"""See what the detector sees: data, anchors, assignment, features, losses and detections, as PNG files."""
 
 import argparse
+import glob
+import json
+import os
+import re
 import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
-from retinanet import engine
+from retinanet import anchor_fit, engine, views
+from retinanet.anchors import Anchors
 from retinanet.checkpoint import load_model
 from retinanet.cli import (
+    add_anchor_arguments,
+    add_augmentation_arguments,
     add_data_arguments,
     add_detection_arguments,
     add_machine_arguments,
+    anchors_from_arguments,
     check_classes,
     check_data_arguments,
+    fraction,
     make_out_dir,
     make_parser,
+    non_negative_int,
     positive_int,
+    training_dataset,
+    training_transform,
     validation_dataset,
 )
 from retinanet.dataloader import Resizer, make_loader
-from retinanet.datasets import DetectionDataset
-from retinanet.drawing import contact_sheet, draw_boxes, save_picture, side_by_side
-from retinanet.postprocess import Detections
-from retinanet.utils import choose_device, choose_precision, log, script, setup_logging
+from retinanet.datasets import DetectionDataset, read_image
+from retinanet.drawing import draw_boxes, save_picture, side_by_side
+from retinanet.inference import detect_pictures
+from retinanet.model import RetinaNet
+from retinanet.transforms import normalize
+from retinanet.utils import (
+    UserError,
+    choose_device,
+    choose_precision,
+    log,
+    progress,
+    script,
+    seed_everything,
+    seeded,
+    setup_logging,
+)
+
+SHOWS = {
+    "truth": "boxes as training sees them, with --augment after augmentation",
+    "detections": "beside the truth: right ones solid, false ones dashed, missed boxes dotted",
+    "anchors": "the anchors of one location of each pyramid level",
+    "matches": "which anchors are positive, for which box, and which are ignored; boxes without any are red",
+    "pyramid": "each level's activations and class probabilities, as heat maps",
+    "loss": "where the class loss comes from: maps, and the paper's Figure 4",
+    "anchor_fit": "whether the anchors fit the boxes of the training set, and which would fit better",
+}
+NEED_MODEL = ("detections", "pyramid", "loss")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Flags -> values; a usage error exits with 2."""
+    """Flags -> values; a usage error lists all contradictions and exits with 2."""
     parser = make_parser(__doc__)
-    parser.add_argument("--model", required=True, help="checkpoint, such as best.pt")
-    add_data_arguments(parser, training=False)
+    shows = "; ".join(f"{name}: {text}" for name, text in SHOWS.items())
+    parser.add_argument("--show", choices=SHOWS, default="detections", help=f"what to draw. {shows}")
+    parser.add_argument("--model", help=f"checkpoint, such as best.pt; --show {', '.join(NEED_MODEL)} need it")
+    parser.add_argument(
+        "--images", nargs="+", metavar="PATH", help="in place of a data set: pictures, folders of pictures, or patterns"
+    )
+    add_data_arguments(parser, training=True, required=False)
+    group = parser.add_argument_group("choice of images")
+    group.add_argument("--split", choices=["train", "val"], help="which set (default: val; anchor_fit: train)")
+    group.add_argument("--indices", type=non_negative_int, nargs="+", help="images of the set by number, from 0")
+    group.add_argument("--limit", type=positive_int, default=12, help="images of the set, without --indices")
+    group.add_argument("--augment", action="store_true", help="augment as in the first epoch of training with --seed")
+    group.add_argument("--seed", type=int, default=0, help="decides augmentation, shapes and the search for anchors")
+    group.add_argument("--min_side", type=positive_int, help="pixels of the short side (default: the model's, or 608)")
+    group.add_argument("--max_side", type=positive_int, help="limit of the long side (default: the model's, or 1024)")
+    add_augmentation_arguments(parser)
+    add_anchor_arguments(parser)
+    group = parser.add_argument_group("assignment")
+    group.add_argument(
+        "--best_match_iou", type=fraction, help="a box's best anchor is positive from this IoU on (recipe paper: 0.4)"
+    )
     add_detection_arguments(parser, score_threshold=0.5)
     add_machine_arguments(parser)
     group = parser.add_argument_group("output")
-    group.add_argument("--limit", type=positive_int, default=12, help="pictures on the sheet")
-    group.add_argument("--columns", type=positive_int, default=3, help="of the sheet")
-    group.add_argument("--out_dir", default="runs/pictures", help="folder for detections.png")
+    group.add_argument("--columns", type=positive_int, default=3, help="pictures in a row of detections.png")
+    group.add_argument("--out_dir", default="runs/pictures", help="folder for the pictures")
+    group.add_argument("--window", action="store_true", help="also open each picture with the desktop's viewer")
     args = parser.parse_args(argv)
-    errors = check_data_arguments(args, ["csv_val"])
+    args.split = args.split or ("train" if args.show == "anchor_fit" else "val")
+    errors = []
+    if (args.dataset is None) == (args.images is None):
+        errors.append("give either --dataset or --images")
+    if args.dataset:
+        errors += check_data_arguments(args, ["csv_train" if args.split == "train" else "csv_val"])
+        if args.show in NEED_MODEL and not args.model:
+            errors.append(f"--show {args.show} needs --model")
+    if args.images and (args.show != "detections" or not args.model):
+        errors.append("--images needs --model and --show detections")
+    if args.model and (args.anchor_scales or args.anchor_ratios or args.anchor_sizes):
+        errors.append("--model brings its own anchors: leave out --anchor_scales, --anchor_ratios and --anchor_sizes")
+    if args.augment and args.show in ("detections", "anchor_fit"):
+        errors.append(f"--show {args.show} takes no --augment")
+    if not args.augment and (args.jitter or args.random_crop is not None or args.colour_jitter is not None):
+        errors.append("--jitter, --random_crop and --colour_jitter need --augment")
     if errors:
         parser.error("; ".join(errors))
     return args
 
 
-def draw_pair(dataset: DetectionDataset, index: int, detections: Detections) -> np.ndarray:
-    """The ground truth and the detections of one image, side by side."""
-    image, truth = dataset.load_image(index), dataset.load_annotations(index)
-    truth_labels = truth[:, 4].astype(int)
-    scores, labels, boxes = (tensor.numpy() for tensor in detections)
-    captions = [f"{dataset.label_to_name(label)} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
-    pictures = [
-        draw_boxes(image, truth[:, :4], truth_labels, [dataset.label_to_name(label) for label in truth_labels]),
-        draw_boxes(image, boxes, labels, captions),
-    ]
-    return side_by_side(pictures, ["ground truth", "detections"])
+def write(picture: np.ndarray, path: Path, window: bool) -> None:
+    """Save a picture, and open it on the desktop if `window`."""
+    save_picture(picture, path)
+    if window:
+        open_window(path)
+
+
+def open_window(path: Path) -> None:
+    """Open a PNG file with the desktop's viewer."""
+    with Image.open(path) as picture:
+        picture.show(title=path.name)
+
+
+def choose_indices(args: argparse.Namespace, dataset: DetectionDataset) -> list[int]:
+    """The images to draw.
+
+    Raises:
+        UserError: there are none of such a number.
+    """
+    if args.indices is None:
+        return list(range(min(args.limit, len(dataset))))
+    if max(args.indices) >= len(dataset):
+        raise UserError(f"--indices {max(args.indices)}: the set has {len(dataset)} images, from 0 on")
+    return args.indices
+
+
+class Input:
+    """One image as the network is given it.
+
+    Args:
+        dataset: with a Resizer among its transforms.
+        index: of the image.
+        seed: of its augmentation, which is then that of the first epoch.
+        device: for `images`.
+    """
+
+    def __init__(self, dataset: DetectionDataset, index: int, seed: int, device: torch.device):
+        with seeded(seed, 0, index):
+            sample = dataset[index]
+        self.picture: np.ndarray = views.to_picture(sample["img"])  # [H, W, 3] uint8
+        self.truth: Tensor = torch.as_tensor(sample["annot"])  # [G, 5]
+        self.images: Tensor = normalize(torch.as_tensor(sample["img"]).permute(2, 0, 1)[None].to(device))
+
+
+def show_inputs(
+    args: argparse.Namespace, dataset: DetectionDataset, net: RetinaNet | None, anchors: Anchors, device: torch.device
+) -> int:
+    """Draw truth, anchors, matches, pyramid or loss of each chosen image; returns their number."""
+    folder, names = make_out_dir(args.out_dir), list(dataset.labels.values())
+    indices = choose_indices(args, dataset)
+    outputs = []
+    for index in progress(indices, args.show):
+        item = Input(dataset, index, args.seed, device)
+        path = folder / f"{args.show}_{index:05d}.png"
+        truth = item.truth.numpy()
+        if args.show == "truth":
+            title = f"{index}: {Path(dataset.image_path(index)).name}, {len(truth)} boxes"
+            save_picture(side_by_side([views.draw_truth(item.picture, truth, names)], [title]), path)
+        elif args.show == "anchors":
+            save_picture(views.draw_anchors(item.picture, truth, anchors), path)
+        elif args.show == "matches":
+            tiles = anchors(torch.empty(1, 3, *item.picture.shape[:2]))[0]
+            save_picture(views.draw_matches(item.picture, truth, tiles, names, args.best_match_iou), path)
+        else:
+            from retinanet import heatmaps  # needs matplotlib
+
+            if args.show == "pyramid":
+                heatmaps.draw_pyramid(net, item.images, item.picture, path)
+            else:
+                drawn = draw_boxes(item.picture, truth[:, :4], truth[:, 4].astype(int))
+                outputs.append(heatmaps.draw_loss(net, item.images, item.truth, drawn, path))
+        if args.window:
+            open_window(path)
+    if args.show == "loss":
+        path = folder / "focal_loss.png"
+        heatmaps.draw_cumulative_loss(*zip(*outputs, strict=True), net.focalLoss.alpha, path)
+        if args.window:
+            open_window(path)
+    return len(indices)
+
+
+def show_detections(args: argparse.Namespace, dataset: DetectionDataset, net: RetinaNet, device: torch.device) -> int:
+    """Draw detections beside the truth: a file an image, and all on one sheet; returns the number of images."""
+    folder, names = make_out_dir(args.out_dir), list(dataset.labels.values())
+    indices = choose_indices(args, dataset)
+    loader = make_loader(dataset, args.batch_size, args.workers, indices=indices)
+    precision = choose_precision(args.precision, device)
+    limits = {"score_threshold": args.score_threshold, "max_detections": args.max_detections}
+    found = engine.detect(net, loader, device, precision, **limits)
+    for index in progress(indices, "drawing"):
+        image, truth = dataset.load_image(index), dataset.load_annotations(index)
+        picture = views.draw_detections(image, truth, found[index], names)
+        save_picture(picture, folder / f"detections_{index:05d}.png")
+    sheet = views.draw_detections_sheet(dataset, found, indices, args.score_threshold, args.columns)
+    write(sheet, folder / "detections.png", args.window)
+    return len(indices)
+
+
+def show_anchor_fit(args: argparse.Namespace, dataset: DetectionDataset, anchors: Anchors) -> None:
+    """Hold the data set's boxes against the anchors, and look for better ones."""
+    folder = make_out_dir(args.out_dir)
+    fit = anchor_fit.measure(dataset, anchors, args.min_side, args.max_side, args.best_match_iou)
+    if not len(fit.iou):
+        raise UserError("the data set has no boxes")
+    better = anchor_fit.search(fit, args.seed)
+    log.info("%s", anchor_fit.report(fit, better, dataset))
+    (folder / "anchor_fit.json").write_text(json.dumps(anchor_fit.as_dict(fit, better, dataset), indent=1))
+    anchor_fit.draw(fit, better, folder / "anchor_fit.png")
+    log.info("\nwritten to %s: anchor_fit.json, anchor_fit.png", folder)
+    if args.window:
+        open_window(folder / "anchor_fit.png")
+
+
+def find_pictures(patterns: Sequence[str]) -> list[Path]:
+    """The files that `--images` means, each once: files by name, folders' pictures, matches of patterns.
+
+    Frames of a video come in the order of their numbers: frame2 before frame10.
+
+    Raises:
+        UserError: a pattern means no file.
+    """
+    suffixes = set(Image.registered_extensions())
+    files: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            inside = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
+            matches = [file for file in inside if file.suffix.lower() in suffixes]
+        elif path.is_file():
+            matches = [path]
+        else:
+            matches = [Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()]  # noqa: PTH207
+        if not matches:
+            raise UserError(f"--images {pattern}: there are no such pictures")
+        files |= dict.fromkeys(sorted(matches, key=_natural_order))
+    return list(files)
+
+
+def _natural_order(path: Path) -> list[tuple[int, str]]:
+    """A key that sorts numbers within names as numbers."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def output_paths(files: Sequence[Path], folder: Path) -> list[Path]:
+    """Where the drawn pictures go: below `folder` as the files lie below their common folder, each name once.
+
+    Raises:
+        UserError: a picture would overwrite one of the files.
+    """
+    common = Path(os.path.commonpath([file.absolute().parent for file in files]))
+    taken, outputs = set(), []
+    for file in files:
+        relative = file.absolute().relative_to(common)
+        path = folder / relative.with_suffix(".png")
+        number = 2
+        while path in taken:
+            path = folder / relative.with_name(f"{relative.stem}_{number}.png")
+            number += 1
+        taken.add(path)
+        outputs.append(path)
+    overwritten = {path.resolve() for path in outputs} & {file.resolve() for file in files}
+    if overwritten:
+        raise UserError(f"--out_dir {folder}: would overwrite {min(overwritten)}; choose another folder")
+    return outputs
+
+
+def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any], device: torch.device) -> None:
+    """Detections on pictures without a truth: each drawn, and all in detections.json.
+
+    Raises:
+        UserError: at the end, if some could not be read; the message lists them.
+    """
+    files, folder = find_pictures(args.images), make_out_dir(args.out_dir)
+    targets = dict(zip(files, output_paths(files, folder), strict=True))
+    names, failures, read = info["class_names"], [], []
+
+    def load(paths: Iterable[Path]) -> Iterator[np.ndarray]:
+        for path in paths:
+            try:
+                image = read_image(path)
+            except UserError as error:
+                failures.append(str(error))
+                continue
+            read.append(path)
+            yield image
+
+    limits = {"score_threshold": args.score_threshold, "max_detections": args.max_detections}
+    found = detect_pictures(
+        net,
+        load(progress(files, "detecting")),
+        Resizer(args.min_side, args.max_side),
+        args.batch_size,
+        choose_precision(args.precision, device),
+        **limits,
+    )
+    entries = []
+    for number, (image, (scores, labels, boxes)) in enumerate(found):
+        path = read[number]
+        captions = [
+            f"{names[label]} {score:.2f}" for label, score in zip(labels.tolist(), scores.tolist(), strict=True)
+        ]
+        targets[path].parent.mkdir(parents=True, exist_ok=True)
+        write(draw_boxes(image, boxes.numpy(), labels.tolist(), captions), targets[path], args.window)
+        rows = zip(scores.tolist(), labels.tolist(), boxes.tolist(), strict=True)
+        entries.append(
+            {
+                "file": str(path),
+                "picture": str(targets[path]),
+                "height": image.shape[0],
+                "width": image.shape[1],
+                "detections": [
+                    {"class": names[label], "label": label, "score": score, "box": box} for score, label, box in rows
+                ],
+            }
+        )
+    content = {"model": args.model, "class_names": names, **limits, "images": entries, "unreadable": failures}
+    (folder / "detections.json").write_text(json.dumps(content, indent=1))
+    total = sum(len(entry["detections"]) for entry in entries)
+    log.info("%d pictures, %d detections: %s", len(entries), total, folder)
+    if failures:
+        raise UserError(f"{len(failures)} of {len(files)} pictures were skipped:\n" + "\n".join(failures))
 
 
 @script
@@ -63,23 +347,29 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     setup_logging()
     device = choose_device(args.device)
-    net, info = load_model(args.model)
-    dataset = validation_dataset(args, Resizer(info["min_side"], info["max_side"]))
-    check_classes(args.model, info["class_names"], dataset)
-    indices = range(min(args.limit, len(dataset)))
-    loader = make_loader(dataset, args.batch_size, args.workers, indices=indices)
-    net.to(device, memory_format=torch.channels_last)
-    found = engine.detect(
-        net,
-        loader,
-        device,
-        choose_precision(args.precision, device),
-        score_threshold=args.score_threshold,
-        max_detections=args.max_detections,
-    )
-    path = make_out_dir(args.out_dir) / "detections.png"
-    save_picture(contact_sheet([draw_pair(dataset, index, found[index]) for index in indices], args.columns), path)
-    log.info("%d pictures: %s", len(indices), path)
+    seed_everything(args.seed)
+    net, info = load_model(args.model) if args.model else (None, {"min_side": 608, "max_side": 1024})
+    args.min_side = args.min_side or info["min_side"]
+    args.max_side = max(args.max_side or info["max_side"], args.min_side)
+    if net:
+        net.to(device, memory_format=torch.channels_last)
+    if args.images:
+        detect_files(args, net, info, device)
+        return
+    anchors = net.anchors.cpu() if net and args.show in ("anchors", "matches", "anchor_fit") else None
+    anchors = anchors or anchors_from_arguments(args)
+    make_dataset = training_dataset if args.split == "train" else validation_dataset
+    dataset = make_dataset(args, training_transform(args) if args.augment else Resizer(args.min_side, args.max_side))
+    if net:
+        check_classes(args.model, info["class_names"], dataset)
+    if args.show == "anchor_fit":
+        show_anchor_fit(args, dataset, anchors)
+        return
+    if args.show == "detections":
+        count = show_detections(args, dataset, net, device)
+    else:
+        count = show_inputs(args, dataset, net, anchors, device)
+    log.info("%d pictures of %s: %s", count, args.show, args.out_dir)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ class Anchors(nn.Module):
         sizes: side of the square anchor of scale 1, pixels, one a level; 2^(level + 2) by default.
         ratios: height / width; (1/2, 1, 2) by default.
         scales: factors on the sizes; (2^0, 2^(1/3), 2^(2/3)) by default.
+        cells: [levels, num_anchors, 4] xyxy around a location, pixels, in place of sizes, ratios and scales:
+            other libraries round theirs, or put them elsewhere.
 
     Raises:
         ValueError: `strides` or `sizes` do not have one entry a level, or a number is not positive.
@@ -59,6 +61,7 @@ class Anchors(nn.Module):
         sizes: Sequence[float] | None = None,
         ratios: Sequence[float] | None = None,
         scales: Sequence[float] | None = None,
+        cells: Sequence[Sequence[Sequence[float]]] | None = None,
     ):
         super().__init__()
         self.pyramid_levels = list(PYRAMID_LEVELS if pyramid_levels is None else pyramid_levels)
@@ -71,22 +74,27 @@ class Anchors(nn.Module):
                 raise ValueError(f"{name} needs one entry for each of the levels {self.pyramid_levels}")
         if min(*self.strides, *self.sizes, *self.ratios, *self.scales) <= 0:
             raise ValueError("anchor strides, sizes, ratios and scales must be positive")
-        cells = torch.stack([generate_anchors(size, self.ratios, self.scales) for size in self.sizes])
-        self.register_buffer("cells", cells, persistent=False)  # [levels, num_anchors, 4]
+        self.explicit = {} if cells is None else {"cells": cells}
+        if cells is None:
+            boxes = torch.stack([generate_anchors(size, self.ratios, self.scales) for size in self.sizes])
+        else:
+            boxes = torch.tensor(cells)
+        self.register_buffer("cells", boxes, persistent=False)  # [levels, num_anchors, 4]
 
     @property
     def num_anchors(self) -> int:
         """Anchors at each location: 9 by default."""
-        return len(self.ratios) * len(self.scales)
+        return self.cells.shape[1]
 
     def settings(self) -> dict[str, list]:
         """The constructor's arguments as plain lists, so that a checkpoint can carry them."""
         names = ("pyramid_levels", "strides", "sizes", "ratios", "scales")
-        return {name: list(getattr(self, name)) for name in names}
+        return {name: list(getattr(self, name)) for name in names} | self.explicit
 
     def level_shapes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Rows and columns of each level's feature map, for an input of `height` x `width` pixels."""
-        return [(-(-height // stride), -(-width // stride)) for stride in self.strides]
+        # Rounded up; not as -(-height // stride), because torch.onnx rounds a negative quotient towards zero.
+        return [((height + stride - 1) // stride, (width + stride - 1) // stride) for stride in self.strides]
 
     def forward(self, images: Tensor) -> Tensor:
         """Anchors for a batch of images.

@@ -3,18 +3,45 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
+from torchvision.transforms import Compose
+
+from retinanet.anchors import Anchors
+from retinanet.checkpoint import placeholder_names
 from retinanet.datasets import CocoDataset, CSVDataset, DetectionDataset
+from retinanet.problems import shown, suggestion
+from retinanet.transforms import Augmenter, ColourJitter, RandomCrop, Resizer, ScaleJitter
 from retinanet.utils import UserError
+from retinanet.voc import VOCDataset
+from retinanet.yolo import YoloDataset
 
-SHAPES_VAL_SEED = 1_000_000  # far from any training seed: the validation pictures are never trained on
+SHAPES_VAL_SEED = 0  # training draws from odd seeds alone: the validation pictures are never trained on
 
-NEEDED_FLAGS = {"coco": ["coco_path"], "csv": ["csv_classes"], "shapes": []}
+NEEDED_FLAGS = {
+    "coco": ["coco_path"],
+    "csv": ["csv_classes"],
+    "shapes": [],
+    "voc": ["voc_path"],
+    "yolo": ["yolo_path"],
+}
+FOLDERS = {"coco": CocoDataset, "voc": VOCDataset, "yolo": YoloDataset}  # data that are a folder and a set's name
+
+
+def whole_number(text: str) -> int:
+    """Argparse type: a whole number that fits 64 bits."""
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {shown(text)}") from error
+    if abs(value) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be below 2 to the 63rd, not {shown(text)}")
+    return value
 
 
 def positive_int(text: str) -> int:
     """Argparse type: a whole number of at least 1."""
-    value = int(text)
+    value = whole_number(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
     return value
@@ -22,39 +49,77 @@ def positive_int(text: str) -> int:
 
 def non_negative_int(text: str) -> int:
     """Argparse type: a whole number of at least 0."""
-    value = int(text)
+    value = whole_number(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
     return value
 
 
+def _real_number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number, not {shown(text)}") from error
+
+
 def positive_float(text: str) -> float:
     """Argparse type: a finite number above 0."""
-    value = float(text)
+    value = _real_number(text)
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, not {text}")
     return value
 
 
 def fraction(text: str) -> float:
     """Argparse type: a number from 0 to 1."""
-    value = float(text)
+    value = _real_number(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
     return value
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Argparse's, but it names all mistakes in one message, and what a misspelt flag or value may have meant."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._mistakes: list[str] = []
+
+    def _get_values(self, action: argparse.Action, texts: list[str]) -> Any:
+        try:
+            return super()._get_values(action, texts)
+        except argparse.ArgumentError as error:
+            near = [suggestion(text, map(str, action.choices or ())) for text in texts]
+            self._mistakes.append(str(error) + next(filter(None, near), ""))
+            return action.default
+
+    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+        """Flags -> values; the status of a mistake is 2."""
+        self._mistakes = []
+        values, unknown = self.parse_known_args(args, namespace)
+        flags = [text.split("=")[0] for text in unknown if text.startswith("-")]
+        for flag in flags:
+            self._mistakes.append(f"there is no flag {flag}{suggestion(flag, self._option_string_actions)}")
+        if unknown and not flags:
+            self._mistakes.append(f"no flag takes {', '.join(map(shown, unknown))}")
+        if self._mistakes:
+            super().error("; ".join(self._mistakes))
+        return values
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2 and the message, after those of the values that were found wrong before it."""
+        super().error("; ".join([*self._mistakes, message]))
+
+
+def make_parser(description: str) -> Parser:
     """A parser whose help shows every default."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    return Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, training: bool) -> None:
+def add_data_arguments(parser: argparse.ArgumentParser, training: bool, required: bool = True) -> None:
     """Flags that say what the data are, with or without those of the training set."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=sorted(NEEDED_FLAGS), required=True, help="kind of data")
+    group.add_argument("--dataset", choices=sorted(NEEDED_FLAGS), required=required, help="kind of data")
     group.add_argument("--coco_path", help="folder with annotations/instances_SET.json and images/SET/")
     if training:
         group.add_argument("--coco_train_set", default="train2017", help="name of COCO's training set")
@@ -62,9 +127,64 @@ def add_data_arguments(parser: argparse.ArgumentParser, training: bool) -> None:
     group.add_argument("--coco_val_set", default="val2017", help="name of COCO's validation set")
     group.add_argument("--csv_val", help="CSV file of the validation set")
     group.add_argument("--csv_classes", help="CSV file: class_name,id")
+    group.add_argument("--voc_path", help="folder with Annotations, JPEGImages and ImageSets/Main")
+    group.add_argument("--yolo_path", help="folder with images/SET, labels/SET and classes.txt or data.yaml")
+    for kind in ("voc", "yolo"):
+        if training:
+            group.add_argument(f"--{kind}_train_set", default="train", help=f"name of the training set of {kind} data")
+        group.add_argument(f"--{kind}_val_set", default="val", help=f"name of the validation set of {kind} data")
     if training:
         group.add_argument("--shapes_train", type=positive_int, default=400, help="pictures of shapes to train on")
     group.add_argument("--shapes_val", type=positive_int, default=100, help="pictures of shapes to validate on")
+    if training:
+        group.add_argument(
+            "--strict", action="store_true", help="stop at what is otherwise dropped, clipped or warned of"
+        )
+
+
+def add_anchor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that change the anchors."""
+    group = parser.add_argument_group("anchors (visualize.py --show anchor_fit finds those that fit your data)")
+    group.add_argument(
+        "--anchor_scales", type=positive_float, nargs="+", help="factors on the sizes (default: 1 1.26 1.59)"
+    )
+    group.add_argument("--anchor_ratios", type=positive_float, nargs="+", help="height / width (default: 0.5 1 2)")
+    group.add_argument(
+        "--anchor_sizes",
+        type=positive_float,
+        nargs="+",
+        help="side on each of P3 to P7, pixels (default: 32 64 128 256 512)",
+    )
+
+
+def anchors_from_arguments(args: argparse.Namespace) -> Anchors:
+    """The anchors that the flags mean; the paper's where they say nothing.
+
+    Raises:
+        UserError: the flags contradict each other.
+    """
+    try:
+        return Anchors(sizes=args.anchor_sizes, ratios=args.anchor_ratios, scales=args.anchor_scales)
+    except ValueError as error:
+        raise UserError(f"--anchor_sizes, --anchor_scales, --anchor_ratios: {error}") from error
+
+
+def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say how training changes its pictures, beside mirroring them."""
+    group = parser.add_argument_group("augmentation")
+    group.add_argument(
+        "--jitter", type=positive_int, nargs=2, help="train with short sides drawn from this range, pixels"
+    )
+    group.add_argument("--random_crop", type=fraction, help="cut out parts of at least this share of each side")
+    group.add_argument("--colour_jitter", type=fraction, help="strength of random changes of colour, such as 0.4")
+
+
+def training_transform(args: argparse.Namespace) -> Callable[[dict], dict]:
+    """What a sample of the training set goes through."""
+    steps = [RandomCrop(args.random_crop)] if args.random_crop is not None else []
+    steps += [ColourJitter(args.colour_jitter)] if args.colour_jitter is not None else []
+    resizer = ScaleJitter(*args.jitter, args.max_side) if args.jitter else Resizer(args.min_side, args.max_side)
+    return Compose([*steps, Augmenter(), resizer])
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,8 +221,9 @@ def check_data_arguments(args: argparse.Namespace, needed: list[str]) -> list[st
 
 def validation_dataset(args: argparse.Namespace, transform: Callable[[dict], dict]) -> DetectionDataset | None:
     """The validation set that the flags name; None where they name none."""
-    if args.dataset == "coco":
-        return CocoDataset(args.coco_path, args.coco_val_set, transform)
+    if args.dataset in FOLDERS:
+        root, set_name = getattr(args, f"{args.dataset}_path"), getattr(args, f"{args.dataset}_val_set")
+        return FOLDERS[args.dataset](root, set_name, transform)
     if args.dataset == "csv":
         return CSVDataset(args.csv_val, args.csv_classes, transform) if args.csv_val else None
     return _shapes(args.shapes_val, SHAPES_VAL_SEED, transform)
@@ -110,11 +231,12 @@ def validation_dataset(args: argparse.Namespace, transform: Callable[[dict], dic
 
 def training_dataset(args: argparse.Namespace, transform: Callable[[dict], dict]) -> DetectionDataset:
     """The training set that the flags name."""
-    if args.dataset == "coco":
-        return CocoDataset(args.coco_path, args.coco_train_set, transform)
+    if args.dataset in FOLDERS:
+        root, set_name = getattr(args, f"{args.dataset}_path"), getattr(args, f"{args.dataset}_train_set")
+        return FOLDERS[args.dataset](root, set_name, transform)
     if args.dataset == "csv":
         return CSVDataset(args.csv_train, args.csv_classes, transform)
-    return _shapes(args.shapes_train, args.seed, transform)
+    return _shapes(args.shapes_train, 2 * args.seed + 1, transform)
 
 
 def _shapes(num_images: int, seed: int, transform: Callable[[dict], dict]) -> DetectionDataset:
@@ -124,13 +246,13 @@ def _shapes(num_images: int, seed: int, transform: Callable[[dict], dict]) -> De
 
 
 def check_classes(model_path: str, class_names: list[str], dataset: DetectionDataset) -> None:
-    """Make sure that a model and a data set speak of the same classes.
+    """Make sure that a model and a data set speak of the same classes; of a model without names, as many.
 
     Raises:
         UserError: they do not; the message shows both.
     """
     names = list(dataset.labels.values())
-    if names != class_names:
+    if names != class_names and class_names != placeholder_names(len(names)):
         raise UserError(f"{model_path} knows the classes {class_names}, but the data have {names}")
 
 

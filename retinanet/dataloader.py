@@ -1,15 +1,17 @@
 """Samples -> batches. The data sets and transforms are here too, where the original's users import them from."""
 
-import itertools
+import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from retinanet.datasets import CocoDataset, CSVDataset, DetectionDataset
-from retinanet.transforms import Augmenter, Normalizer, Resizer, UnNormalizer, pad_value
+from retinanet.transforms import Augmenter, Normalizer, Resizer, UnNormalizer, pad_images
+from retinanet.utils import get_rank, get_world_size, ignore_terminal_signals, seeded
 
 __all__ = [
     "AspectRatioBasedSampler",
@@ -23,8 +25,8 @@ __all__ = [
     "make_loader",
 ]
 
-# Images of similar shape are looked for among this many batches, so that a batch meets new company every epoch.
-SORTED_BATCHES = 32
+# Images of similar shape are looked for among this many steps, so that each meets new company every epoch.
+SORTED_STEPS = 32
 
 
 def collater(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -34,33 +36,33 @@ def collater(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         samples: dicts with `img` [H, W, 3] and `annot` [G, 5], usually from Resizer.
 
     Returns:
-        `img` [B, 3, H, W] in the samples' dtype, channels_last; `annot` [B, G, 5] float32 with rows of -1 as
+        `img` [B, 3, H, W] in the samples' dtype; `annot` [B, G, 5] float32 with rows of -1 as
         padding (G is at least 1); and the samples' other entries as lists: `scale`, `size`, `index`.
     """
-    images = [torch.as_tensor(sample["img"]) for sample in samples]
-    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
-    batch = images[0].new_empty(len(images), height, width, 3)
-    batch[:] = pad_value(batch.dtype)
-    for row, image in zip(batch, images, strict=True):
-        row[: image.shape[0], : image.shape[1]] = image
+    images = [torch.as_tensor(sample["img"]).permute(2, 0, 1) for sample in samples]  # [3, H, W] each
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     annotations = [torch.as_tensor(sample["annot"], dtype=torch.float32) for sample in samples]
     padded = torch.full((len(samples), max([1, *map(len, annotations)]), 5), -1.0)
     for row, boxes in zip(padded, annotations, strict=True):
         row[: len(boxes)] = boxes
     others = {key: [sample[key] for sample in samples] for key in samples[0] if key not in ("img", "annot")}
-    return {"img": batch.permute(0, 3, 1, 2), "annot": padded, **others}
+    return {"img": pad_images(images, height, width), "annot": padded, **others}
 
 
 class AspectRatioBasedSampler(Sampler[list[int]]):
     """Batches of images of similar shape, so that little is padded; drawn anew every epoch.
 
+    The images of an optimizer step are drawn first, then dealt to the processes and their batches. So two
+    processes with batches of two see, step by step, what one process sees with batches of four.
+
     Args:
         data_source: a data set with `image_aspect_ratio`.
         batch_size: images a batch.
-        drop_last: leave out a last batch that is not full.
+        drop_last: leave out the last step if it is not full.
         seed: the order follows from it and the epoch alone.
         rank: which share of the batches is this process's.
-        world_size: number of shares; all have the same length, so some batches may stand twice.
+        world_size: number of shares; all have the same length, so a few images of the last step may stand twice.
+        accumulate: batches of one process in an optimizer step.
     """
 
     def __init__(
@@ -71,48 +73,126 @@ class AspectRatioBasedSampler(Sampler[list[int]]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        accumulate: int = 1,
     ):
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.step_size = batch_size * world_size * accumulate
         self.epoch = 0
+        self.first_step = 0
         self.aspect_ratios = np.array([data_source.image_aspect_ratio(index) for index in range(len(data_source))])
 
-    def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration draws; it goes up by itself after each."""
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """The epoch that the next iteration draws, and the step it starts with; the epoch goes up by itself."""
         self.epoch = epoch
+        self.first_step = first_step
 
-    def _num_batches(self) -> int:
-        whole, rest = divmod(len(self.aspect_ratios), self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+    def _num_batches(self, num_images: int) -> int:
+        """Batches of each process that hold the images of a step."""
+        return -(-num_images // (self.batch_size * self.world_size))
 
     def __len__(self) -> int:
-        return -(-self._num_batches() // self.world_size)
+        whole, rest = divmod(len(self.aspect_ratios), self.step_size)
+        batches = whole * self._num_batches(self.step_size)
+        return batches if self.drop_last else batches + self._num_batches(rest)
 
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng([self.seed, self.epoch])
+        first_step, self.first_step = self.first_step, 0
         self.epoch += 1
         order = rng.permutation(len(self.aspect_ratios))
-        stretches = np.split(
-            order, range(SORTED_BATCHES * self.batch_size, len(order), SORTED_BATCHES * self.batch_size)
-        )
+        num_whole = len(order) // self.step_size
+        order, rest = np.split(order, [num_whole * self.step_size])
+        stretches = np.split(order, range(SORTED_STEPS * self.step_size, len(order), SORTED_STEPS * self.step_size))
         order = np.concatenate([part[np.argsort(self.aspect_ratios[part], kind="stable")] for part in stretches])
-        batches = [order[start : start + self.batch_size].tolist() for start in range(0, len(order), self.batch_size)]
-        batches = batches[: self._num_batches()]
-        batches = [batches[index] for index in rng.permutation(len(batches))]
-        yield from itertools.islice(itertools.cycle(batches), self.rank, len(self) * self.world_size, self.world_size)
+        steps = [*order.reshape(num_whole, self.step_size)[rng.permutation(num_whole)]]
+        if len(rest) and not self.drop_last:
+            steps.append(rest)  # always the last, as it has fewer batches than the others
+        for images in steps[first_step:]:
+            parts = self._num_batches(len(images)) * self.world_size
+            if len(images) < parts:  # every process needs a batch, or the others would wait for it for ever
+                images = np.resize(images, parts)
+            for batch in np.array_split(images, parts)[self.rank :: self.world_size]:
+                yield batch.tolist()
+
+
+class _KeySampler(Sampler[list[tuple[int, int]]]):
+    """The batches of an AspectRatioBasedSampler, each index with its epoch, for `_Reader`."""
+
+    def __init__(self, sampler: AspectRatioBasedSampler):
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.sampler.epoch
+        for batch in self.sampler:
+            yield [(epoch, index) for index in batch]
+
+
+class _Reader(Dataset):
+    """A data set as a loader's workers read it.
+
+    A key is an index, or (epoch, index): then all that is random in the sample follows from the seed, the epoch
+    and the index alone, whichever process reads it, and in whatever order.
+
+    Args:
+        dataset: gives samples.
+        seed: of the augmentations.
+        workers: processes that read.
+    """
+
+    def __init__(self, dataset: DetectionDataset, seed: int, workers: int):
+        self.dataset = dataset
+        self.seed = seed
+        # What each worker reads: its process id and an index. The main process can see it after a worker's death.
+        self.reading = torch.full((max(1, workers), 2), -1).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (None, key)
+        worker = get_worker_info()
+        if worker is not None:
+            self.reading[worker.id] = torch.tensor([os.getpid(), index])
+        if epoch is None:
+            return self.dataset[index]
+        with seeded(self.seed, epoch, index):
+            return self.dataset[index]
+
+    def image_path(self, index: int) -> str:
+        """Where the picture of a sample is, or its number where the data set does not say."""
+        return self.dataset.image_path(index) if hasattr(self.dataset, "image_path") else f"sample {index}"
+
+    def explain_death(self, message: str) -> str | None:
+        """What a dead worker was reading, from DataLoader's error message; None if it is about something else."""
+        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", message)
+        if found is None:
+            return None
+        dead = {int(pid) for pid in found[1].split(",")}
+        paths = [self.image_path(index) for pid, index in self.reading.tolist() if pid in dead]
+        return (
+            f"a data-loading worker {found[2].strip().rstrip('.')} while it read {', '.join(paths) or 'nothing yet'}: "
+            "look at that picture; if memory ran out, lower --workers"
+        )
 
 
 def make_loader(
     dataset: DetectionDataset,
     batch_size: int,
     workers: int = 0,
-    batch_sampler: AspectRatioBasedSampler | None = None,
+    batch_sampler: Sampler[list[int]] | Sequence[Sequence[int]] | None = None,
     indices: Sequence[int] | None = None,
 ) -> DataLoader:
     """A loader of batches: those of `batch_sampler` for training, else `indices` (default: all) in order.
+
+    Under an AspectRatioBasedSampler, augmentations follow from its seed, the epoch and the image alone. Without a
+    `batch_sampler`, each process of a torchrun job gets its share of the batches; `engine.detect` gathers them.
 
     Args:
         dataset: gives samples.
@@ -121,14 +201,23 @@ def make_loader(
         batch_sampler: yields lists of indices.
         indices: which samples, where there is no `batch_sampler`.
     """
-    if batch_sampler is None:
+    seed, generator = 0, None
+    if isinstance(batch_sampler, AspectRatioBasedSampler):
+        seed = batch_sampler.seed
+        # The loader would draw its workers' seeds from the global generator, at other times in a resumed run.
+        generator = torch.Generator()
+        batch_sampler = _KeySampler(batch_sampler)
+    elif batch_sampler is None:
         chosen = range(len(dataset)) if indices is None else indices
         batch_sampler = [list(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
+        batch_sampler = batch_sampler[get_rank() :: get_world_size()]
     return DataLoader(
-        dataset,
+        _Reader(dataset, seed, workers),
         batch_sampler=batch_sampler,
         num_workers=workers,
         collate_fn=collater,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
+        worker_init_fn=ignore_terminal_signals,
+        generator=generator,
     )

@@ -5,67 +5,19 @@ A sample is a dict: `img`, a uint8 RGB array [H, W, 3], and `annot`, a float32 a
 worker processes share instead of copying.
 """
 
-import csv
-import json
+import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_jpeg
 
+from retinanet import coco_files, csv_files
+from retinanet.pictures import read_image, read_image_size
+from retinanet.problems import DROPPED, Report, shown
 from retinanet.utils import UserError, log, progress
-
-EXIF_ORIENTATION = 0x0112
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """Read a picture of any common kind as RGB, turned upright as its EXIF orientation says.
-
-    Grey, palette, CMYK, 16-bit pictures and those with an alpha channel are converted.
-
-    Returns:
-        [H, W, 3] uint8.
-
-    Raises:
-        UserError: the file is missing, truncated, or no picture; the message names it.
-    """
-    try:
-        data = np.fromfile(path, dtype=np.uint8)
-        if data[:2].tobytes() == b"\xff\xd8" and data[-2:].tobytes() == b"\xff\xd9":  # a whole JPEG: the fast way
-            image = decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=True)
-            return image.permute(1, 2, 0).numpy()
-        with Image.open(path) as image:
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error})") from error
-
-
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    """A Pillow image of any mode -> [H, W, 3] uint8."""
-    if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper 8
-        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.asarray(image.convert("RGB")).copy()
-
-
-def read_image_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of a picture, from its header alone, turned as `read_image` turns it.
-
-    Raises:
-        UserError: the file is missing or no picture.
-    """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error})") from error
-    return (width, height) if turned else (height, width)
 
 
 class DetectionDataset(Dataset):
@@ -77,6 +29,16 @@ class DetectionDataset(Dataset):
         image_index: [N] int: the image of each row.
         class_names: name of each label, in order.
         transform: sample -> sample, applied last.
+        difficult: [N] bool: rows that are neither trained on nor scored; default: none.
+        row_ids: [N] int: where each row stands in its file (line, annotation id), for messages; default: 0, 1, ...
+        report: what was wrong with the files; default: nothing.
+
+    Attributes:
+        rows: those that are not difficult, in the order of their images; `row_ids` likewise.
+        report: what was wrong with the files.
+
+    Raises:
+        DataError: the report holds errors.
     """
 
     def __init__(
@@ -86,11 +48,20 @@ class DetectionDataset(Dataset):
         image_index: np.ndarray,
         class_names: Sequence[str],
         transform: Callable[[dict], dict] | None = None,
+        difficult: np.ndarray | None = None,
+        row_ids: np.ndarray | None = None,
+        report: Report | None = None,
     ):
-        order = np.argsort(image_index, kind="stable")
+        self.report = Report() if report is None else report
+        self.report.raise_errors()
+        rows, image_index = np.asarray(rows, dtype=np.float32).reshape(-1, 5), np.asarray(image_index, dtype=np.int64)
+        difficult = np.zeros(len(rows), dtype=bool) if difficult is None else np.asarray(difficult, dtype=bool)
+        row_ids = np.arange(len(rows)) if row_ids is None else np.asarray(row_ids, dtype=np.int64)
+        order, self.offsets = _group_by_image(np.flatnonzero(~difficult), image_index, len(image_files))
+        self.rows, self.row_ids = rows[order], row_ids[order]
+        order, self.difficult_offsets = _group_by_image(np.flatnonzero(difficult), image_index, len(image_files))
+        self.difficult_rows = rows[order]
         self.image_files = np.array(image_files)
-        self.rows = np.asarray(rows, dtype=np.float32).reshape(-1, 5)[order]
-        self.offsets = np.concatenate([[0], np.cumsum(np.bincount(image_index, minlength=len(image_files)))])
         self.classes = {name: label for label, name in enumerate(class_names)}
         self.labels = dict(enumerate(class_names))
         self.image_ids = list(range(len(image_files)))
@@ -100,26 +71,53 @@ class DetectionDataset(Dataset):
         return len(self.image_files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = {"img": self.load_image(index), "annot": self.load_annotations(index), "index": index}
+        image = self.load_image(index)
+        annotations = _clip_to_picture(self.load_annotations(index), *image.shape[:2])
+        sample = {"img": image, "annot": annotations, "index": index}
         return sample if self.transform is None else self.transform(sample)
 
     def image_path(self, index: int) -> str:
         """Where the picture is."""
         return str(self.image_files[index])
 
+    def find_image(self, index: int) -> str | None:
+        """Where the picture is; None where there is none."""
+        path = str(self.image_files[index])
+        return path if os.path.isfile(path) else None  # noqa: PTH113, pathlib takes several times as long
+
     def load_image(self, index: int) -> np.ndarray:
         """[H, W, 3] uint8 RGB."""
         return read_image(self.image_path(index))
 
     def load_annotations(self, index: int) -> np.ndarray:
-        """[G, 5] float32 (x1, y1, x2, y2, label), pixels of the picture; [0, 5] where there is nothing to find."""
+        """[G, 5] float32 (x1, y1, x2, y2, label) as they stand in the file; [0, 5] where there is nothing to find.
+
+        A sample's are clipped to its picture; evaluation takes these.
+        """
         return self.rows[self.offsets[index] : self.offsets[index + 1]].copy()
+
+    def load_difficult(self, index: int) -> np.ndarray:
+        """[D, 5] float32: boxes that are left out of training, and ignored in evaluation, such as VOC's `difficult`."""
+        return self.difficult_rows[self.difficult_offsets[index] : self.difficult_offsets[index + 1]].copy()
 
     @cached_property
     def image_sizes(self) -> np.ndarray:
         """[num_images, 2] int: height and width of each picture, read from the files' headers, once."""
         paths = progress(range(len(self)), "reading image sizes")
         return np.array([read_image_size(self.image_path(index)) for index in paths]).reshape(-1, 2)
+
+    @property
+    def source(self) -> str:
+        """The annotation file, for messages."""
+        return type(self).__name__
+
+    def image_name(self, index: int) -> str:
+        """The file and place that tell of an image, for messages."""
+        return str(self.image_files[index])
+
+    def row_name(self, row: int) -> str:
+        """The file and place where a box stands, for messages."""
+        return f"{self.image_name(int(np.searchsorted(self.offsets, row, side='right')) - 1)}: box {self.row_ids[row]}"
 
     def image_aspect_ratio(self, index: int) -> float:
         """Width / height."""
@@ -139,6 +137,26 @@ class DetectionDataset(Dataset):
         return self.classes[name]
 
 
+def _group_by_image(chosen: np.ndarray, image_index: np.ndarray, num_images: int) -> tuple[np.ndarray, np.ndarray]:
+    """The chosen rows in the order of their images, and where each image's begin: [n] and [num_images + 1]."""
+    index = image_index[chosen]
+    counts = np.bincount(index, minlength=num_images)
+    return chosen[np.argsort(index, kind="stable")], np.concatenate([[0], np.cumsum(counts)])
+
+
+def _clip_to_picture(rows: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Clip boxes [G, 5] to the picture; those of which less than a pixel is left are dropped."""
+    rows[:, :4] = rows[:, :4].clip(0, [width, height, width, height])
+    return rows[(rows[:, 2:4] - rows[:, :2] >= 1).all(axis=1)]
+
+
+def _log_dropped(path: Path, report: Report) -> None:
+    """Say in one line what was left out."""
+    dropped = [f"{kind} {report.counts[kind]:,}" for kind in report.kinds(DROPPED)]
+    if dropped:
+        log.info("%s: left out: %s", path, ", ".join(dropped))
+
+
 class CocoDataset(DetectionDataset):
     """A data set in COCO's layout.
 
@@ -150,7 +168,7 @@ class CocoDataset(DetectionDataset):
         transform: sample -> sample.
 
     Raises:
-        UserError: the annotation file is missing or broken.
+        UserError: the annotation file is missing or broken; the message lists all that is wrong.
     """
 
     def __init__(
@@ -159,47 +177,46 @@ class CocoDataset(DetectionDataset):
         self.root_dir = Path(root_dir)
         self.set_name = set_name
         self.annotation_file = self.root_dir / "annotations" / f"instances_{set_name}.json"
-        content = _read_coco_json(self.annotation_file)
         folder = self.root_dir / "images" / set_name
         if not folder.is_dir() and (self.root_dir / set_name).is_dir():
             folder = self.root_dir / set_name
-        images = sorted(content["images"], key=lambda image: image["id"])
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        position = {image["id"]: index for index, image in enumerate(images)}
-        self.coco_labels = {label: category["id"] for label, category in enumerate(categories)}
-        self.coco_labels_inverse = {category_id: label for label, category_id in self.coco_labels.items()}
-
-        rows, image_index = [], []
-        for annotation in content["annotations"]:
-            x, y, width, height = annotation["bbox"]
-            if annotation.get("iscrowd") or width < 1 or height < 1:  # the original, too, skips boxes below 1 px
-                continue
-            try:
-                label = self.coco_labels_inverse[annotation["category_id"]]
-                image_index.append(position[annotation["image_id"]])
-            except KeyError as error:
-                raise UserError(
-                    f"{self.annotation_file}: annotation {annotation.get('id')} names an image or a category that "
-                    f"does not exist: {error}"
-                ) from error
-            rows.append((x, y, x + width, y + height, label))
+        report = Report()
+        content = coco_files.read_coco(self.annotation_file, report)
         super().__init__(
-            [str(folder / image["file_name"]) for image in images],
-            np.array(rows, dtype=np.float32),
-            np.array(image_index, dtype=np.int64),
-            [category["name"] for category in categories],
+            [str(folder / name) for name in content.image_files],
+            content.rows,
+            content.image_index,
+            content.category_names,
             transform,
+            row_ids=content.annotation_ids,
+            report=report,
         )
-        self.image_ids = [image["id"] for image in images]
-        if all("width" in image and "height" in image for image in images):
-            self.image_sizes = np.array([(image["height"], image["width"]) for image in images]).reshape(-1, 2)
+        _log_dropped(self.annotation_file, report)
+        self.image_ids = content.image_ids
+        self.coco_labels = dict(enumerate(content.category_ids))
+        self.coco_labels_inverse = {category_id: label for label, category_id in self.coco_labels.items()}
+        if content.image_sizes is not None:
+            self.image_sizes = content.image_sizes
+
+    @property
+    def source(self) -> str:
+        """The annotation file."""
+        return str(self.annotation_file)
+
+    def image_name(self, index: int) -> str:
+        """The annotation file and the image's id."""
+        return f"{self.annotation_file}: image {self.image_ids[index]}"
+
+    def row_name(self, row: int) -> str:
+        """The annotation file and the annotation's id."""
+        return f"{self.annotation_file}: annotation {self.row_ids[row]}"
 
     @cached_property
     def coco(self):
         """The annotations as pycocotools' COCO object, which evaluation needs; read from the file at first use."""
         from retinanet.coco_eval import quiet_coco
 
-        return quiet_coco(_read_coco_json(self.annotation_file))
+        return quiet_coco(coco_files.complete_for_evaluation(coco_files.load_json(self.annotation_file)))
 
     def coco_label_to_label(self, category_id: int) -> int:
         """COCO's category id -> 0-based label."""
@@ -208,20 +225,6 @@ class CocoDataset(DetectionDataset):
     def label_to_coco_label(self, label: int) -> int:
         """0-based label -> COCO's category id."""
         return self.coco_labels[label]
-
-
-def _read_coco_json(path: Path) -> dict[str, Any]:
-    """The parsed annotation file, with its three lists checked to be there."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON ({error})") from error
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise UserError(f"{path}: has no list named `{key}`, so it is not a COCO annotation file")
-    return content
 
 
 class CSVDataset(DetectionDataset):
@@ -234,74 +237,60 @@ class CSVDataset(DetectionDataset):
         transform: sample -> sample.
 
     Raises:
-        UserError: a file is missing, or a line is wrong; the message names file and line.
+        UserError: a file is missing, or lines are wrong; the message lists them all, with file and line.
     """
 
     def __init__(self, train_file: str | Path, class_list: str | Path, transform: Callable[[dict], dict] | None = None):
         self.train_file = Path(train_file)
-        class_names = _read_class_csv(Path(class_list))
-        image_files, rows, image_index = _read_annotation_csv(self.train_file, class_names)
-        super().__init__(image_files, rows, image_index, class_names, transform)
+        report = Report()
+        class_names = csv_files.read_classes(Path(class_list), report)
+        content = csv_files.read_boxes(self.train_file, class_names, report)
+        super().__init__(
+            content.image_files,
+            content.rows,
+            content.image_index,
+            class_names,
+            transform,
+            row_ids=content.lines,
+            report=report,
+        )
+        _log_dropped(self.train_file, report)
+        self.image_lines = content.image_lines
+        self.folder = str(self.train_file.parent)
+
+    @property
+    def source(self) -> str:
+        """The CSV file of the boxes."""
+        return str(self.train_file)
+
+    def image_name(self, index: int) -> str:
+        """The CSV file and the image's first line there."""
+        return f"{self.train_file}:{self.image_lines[index]}"
+
+    def row_name(self, row: int) -> str:
+        """The CSV file and the box's line there."""
+        return f"{self.train_file}:{self.row_ids[row]}"
+
+    def find_image(self, index: int) -> str | None:
+        """Where the picture is: beside the CSV file, or else as the path stands; None if in neither place."""
+        name = str(self.image_files[index])
+        for path in (os.path.join(self.folder, name), name):  # noqa: PTH118, pathlib takes several times as long
+            if os.path.isfile(path):  # noqa: PTH113
+                return path
+        return None
 
     def image_path(self, index: int) -> str:
-        """Where the picture is: beside the CSV file, or else as the path stands."""
-        path = self.train_file.parent / str(self.image_files[index])
-        return str(path) if path.exists() else str(self.image_files[index])
+        """Where the picture is.
 
-
-def _read_csv(path: Path) -> list[tuple[int, list[str]]]:
-    """Lines of a CSV file that are not blank, each with its number from 1."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return [(number, row) for number, row in enumerate(csv.reader(file), start=1) if row]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not a CSV file in UTF-8 ({error})") from error
-
-
-def _read_class_csv(path: Path) -> list[str]:
-    """Class names, in the order of their ids."""
-    names = {}
-    for number, row in _read_csv(path):
-        if len(row) != 2:
-            raise UserError(f"{path}:{number}: expected `class_name,id`, found {len(row)} columns")
-        name, label = row[0].strip(), row[1].strip()
-        if not label.isdecimal():
-            raise UserError(f"{path}:{number}: the class id must be a whole number, not {label!r}")
-        if name in names.values() or int(label) in names:
-            raise UserError(f"{path}:{number}: class {name!r} or its id {label} stands there twice")
-        names[int(label)] = name
-    if sorted(names) != list(range(len(names))) or not names:
-        raise UserError(f"{path}: class ids must run from 0 without gaps, found {sorted(names)}")
-    return [names[label] for label in range(len(names))]
-
-
-def _read_annotation_csv(path: Path, class_names: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Image files, boxes [N, 5] and the image of each box [N]."""
-    labels = {name: label for label, name in enumerate(class_names)}
-    positions: dict[str, int] = {}
-    rows, image_index = [], []
-    for number, row in _read_csv(path):
-        if len(row) != 6:
-            raise UserError(f"{path}:{number}: expected `path,x1,y1,x2,y2,class_name`, found {len(row)} columns")
-        position = positions.setdefault(row[0], len(positions))
-        if not any(row[1:]):
-            continue
-        try:
-            x1, y1, x2, y2 = map(float, row[1:5])
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: x1, y1, x2, y2 must be numbers ({error})") from error
-        if not (x1 < x2 < np.inf and y1 < y2 < np.inf and -np.inf < x1 and -np.inf < y1):
+        Raises:
+            UserError: it is nowhere; the message names the line that wants it.
+        """
+        path = self.find_image(index)
+        if path is None:
+            name = str(self.image_files[index])
+            hint = "; is it a Windows path?" if "\\" in name or name[1:2] == ":" else ""
             raise UserError(
-                f"{path}:{number}: a box needs x1 < x2 and y1 < y2, found {','.join(row[1:5])} "
-                "(are these x, y, width, height?)"
+                f"{self.image_name(index)}: there is no picture {shown(name)} (relative paths start at {self.folder}, "
+                f"or else at the working directory){hint}"
             )
-        if row[5].strip() not in labels:
-            raise UserError(f"{path}:{number}: class {row[5]!r} is not in the class list ({', '.join(labels)})")
-        rows.append((x1, y1, x2, y2, labels[row[5].strip()]))
-        image_index.append(position)
-    if not positions:
-        raise UserError(f"{path}: lists no images")
-    log.debug("%s: %d images, %d boxes", path, len(positions), len(rows))
-    return list(positions), np.array(rows, dtype=np.float32), np.array(image_index, dtype=np.int64)
+        return path

@@ -17,7 +17,15 @@ from retinanet.boxes import encode_boxes
 from retinanet.matcher import BACKGROUND, IGNORE, match_anchors
 
 # Logits handled at a time. On a CPU all intermediate results of a chunk then stay in the cache.
-CPU_CHUNK, GPU_CHUNK = 2**16, 2**25
+CPU_CHUNK, GPU_CHUNK = 2**17, 2**25
+
+
+def _foreground_rows(labels: Tensor) -> Tensor:
+    """[B, A] -> [N] positions in `labels.flatten()` of at least all entries that are not negative."""
+    if labels.device.type == "cpu":
+        return (labels.flatten() >= 0).nonzero()[:, 0]
+    # All positions: to count the foreground would make the host wait for the GPU.
+    return torch.arange(labels.numel(), device=labels.device)
 
 
 def _focal_terms(x: Tensor, alpha: float, gamma: float, with_grad: bool) -> tuple[Tensor, Tensor | None]:
@@ -25,19 +33,18 @@ def _focal_terms(x: Tensor, alpha: float, gamma: float, with_grad: bool) -> tupl
 
     With p = sigmoid(x) the cross entropy is ce = -log(1 - p) = softplus(x), so that
 
-        FL = alpha p^gamma ce,    dFL/dx = alpha p^gamma (gamma (1 - p) ce + p).
+        FL = alpha p^gamma ce,    dFL/dx = gamma FL (1 - p) + alpha p^gamma p.
 
     By symmetry, a truth of 1 with logit x costs what a truth of 0 costs with logit -x.
     """
     p = torch.sigmoid(x)
-    cross_entropy = F.softplus(x)
     weight = p.pow(gamma).mul_(alpha)
-    loss = weight * cross_entropy
+    loss = F.softplus(x).mul_(weight)
     if not with_grad:
         return loss, None
-    slope = cross_entropy.mul_(gamma)
-    slope = torch.addcmul(slope, p, slope - 1, value=-1)  # gamma (1 - p) ce + p
-    return loss, slope.mul_(weight)
+    slope = loss * gamma
+    torch.sub(slope, weight, out=weight)
+    return loss, slope.addcmul_(p, weight, value=-1)
 
 
 class _FocalLossSum(torch.autograd.Function):
@@ -50,30 +57,34 @@ class _FocalLossSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> Tensor:
-        batch, num_anchors, num_classes = logits.shape
+        num_classes = logits.shape[-1]
         with_grad = ctx.needs_input_grad[0]
-        rows = logits.detach().reshape(-1, num_classes)  # [B * A, K]
-        grad = torch.empty_like(rows) if with_grad else None
-        anchor_loss = torch.empty(len(rows), device=rows.device)
-        step = max(1, (CPU_CHUNK if rows.device.type == "cpu" else GPU_CHUNK) // num_classes)
-        for start in range(0, len(rows), step):
+        logits_of = logits.detach().reshape(-1, num_classes)  # [B * A, K]
+        grad = torch.empty_like(logits_of) if with_grad else None
+        anchor_loss = torch.empty(len(logits_of), device=logits.device)
+        step = max(1, (CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK) // num_classes)
+        for start in range(0, len(logits_of), step):
             chunk = slice(start, start + step)
-            loss, slope = _focal_terms(rows[chunk].float(), 1 - alpha, gamma, with_grad)
+            loss, slope = _focal_terms(logits_of[chunk].float(), 1 - alpha, gamma, with_grad)
             torch.sum(loss, dim=1, out=anchor_loss[chunk])
             if with_grad:
                 grad[chunk] = slope
 
-        column = labels.clamp(min=0).reshape(-1, 1)  # [B * A, 1]
-        truth = rows.gather(1, column).float()
+        rows = _foreground_rows(labels)  # [N]
+        columns = labels.flatten()[rows]
+        is_foreground = columns >= 0
+        columns = columns.clamp(min=0)
+        truth = logits_of[rows, columns].float()
         as_background, background_slope = _focal_terms(truth, 1 - alpha, gamma, with_grad)
         as_foreground, foreground_slope = _focal_terms(-truth, alpha, gamma, with_grad)
-        foreground = labels.reshape(-1, 1) >= 0
-        anchor_loss += torch.where(foreground, as_foreground - as_background, 0)[:, 0]
+        anchor_loss[rows] += torch.where(is_foreground, as_foreground - as_background, 0)
+        kept = labels != IGNORE
         if with_grad:
-            grad.scatter_(1, column, torch.where(foreground, -foreground_slope, background_slope).to(grad.dtype))
-            ctx.save_for_backward(labels != IGNORE)
+            slope = torch.where(is_foreground, -foreground_slope, background_slope)
+            grad[rows, columns] = slope.to(grad.dtype)
+            ctx.save_for_backward(kept)
             ctx.grad = grad.view_as(logits)
-        return torch.where(labels != IGNORE, anchor_loss.view(batch, num_anchors), 0).sum(dim=1)
+        return torch.where(kept, anchor_loss.view_as(labels), 0).sum(dim=1)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
@@ -101,21 +112,19 @@ def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float
     return _FocalLossSum.apply(logits, labels, alpha, gamma)
 
 
-def box_loss(deltas: Tensor, targets: Tensor, foreground: Tensor, beta: float = 1 / 9) -> Tensor:
-    """Smooth L1 of each image, averaged over its foreground anchors and the four coordinates.
+def box_loss(deltas: Tensor, targets: Tensor, beta: float = 1 / 9) -> Tensor:
+    """Smooth L1 of each anchor, averaged over the four coordinates.
 
     Args:
-        deltas: [B, A, 4] regression outputs.
-        targets: [B, A, 4] from `encode_boxes`.
-        foreground: [B, A] bool: the anchors that count.
+        deltas: [N, 4] regression outputs.
+        targets: [N, 4] from `encode_boxes`.
         beta: error below which the loss is quadratic, in units of `DELTA_STD`.
 
     Returns:
-        [B] float32; 0 for an image without foreground anchors.
+        [N] float32.
     """
     # Paper: summed over the four coordinates. Original: averaged over them. Here: the original's.
-    anchor_loss = F.smooth_l1_loss(deltas.float(), targets, beta=beta, reduction="none").mean(dim=-1)  # [B, A]
-    return torch.where(foreground, anchor_loss, 0).sum(dim=1) / foreground.sum(dim=1).clamp(min=1)
+    return F.smooth_l1_loss(deltas.float(), targets, beta=beta, reduction="none").mean(dim=-1)
 
 
 class FocalLoss(nn.Module):
@@ -145,15 +154,22 @@ class FocalLoss(nn.Module):
         if annotations.shape[1] == 0:
             annotations = F.pad(annotations, (0, 0, 0, 1), value=-1.0)
         annotations = annotations.float()
+        batch, num_anchors = classifications.shape[:2]
         matches = match_anchors(anchors[0], annotations, self.best_match_iou)  # [B, A]
-        matched = annotations.gather(1, matches.clamp(min=0)[..., None].expand(-1, -1, 5))  # [B, A, 5]
-        foreground = matches > BACKGROUND
-        labels = torch.where(foreground, matched[..., 4].long(), matches)
+        rows = _foreground_rows(matches)  # [N]
+        image, anchor = rows // num_anchors, rows % num_anchors
+        row_matches = matches.flatten()[rows]
+        is_foreground = row_matches > BACKGROUND
+        matched = annotations[image, row_matches.clamp(min=0)]  # [N, 5]
+        labels = matches.flatten().index_copy(0, rows, torch.where(is_foreground, matched[:, 4].long(), row_matches))
         # Paper: the positives of each image. Original: the same, at least 1. Here: the original's.
-        num_foreground = foreground.sum(dim=1).clamp(min=1)
-        class_loss = focal_loss(classifications, labels, self.alpha, self.gamma) / num_foreground
-        targets = encode_boxes(anchors, matched[..., :4])  # [B, A, 4]
-        return class_loss, box_loss(regressions, targets, foreground, self.beta)
+        num_foreground = (matches > BACKGROUND).sum(dim=1).clamp(min=1)
+        class_loss = focal_loss(classifications, labels.view_as(matches), self.alpha, self.gamma)
+
+        deltas = regressions.reshape(-1, 4).index_select(0, rows)
+        row_loss = box_loss(deltas, encode_boxes(anchors[0][anchor], matched[:, :4]), self.beta)  # [N]
+        image_loss = row_loss.new_zeros(batch).index_add(0, image, torch.where(is_foreground, row_loss, 0))
+        return class_loss / num_foreground, image_loss / num_foreground
 
     def forward(
         self, classifications: Tensor, regressions: Tensor, anchors: Tensor, annotations: Tensor

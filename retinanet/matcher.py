@@ -32,6 +32,7 @@ def match_anchors(anchors: Tensor, annotations: Tensor, best_match_iou: float | 
         [B, A] int64: the row of `annotations`, or BACKGROUND, or IGNORE.
     """
     batch, num_boxes = annotations.shape[:2]
+    anchors = anchors.t().contiguous().t()  # each coordinate in one piece of memory
     best_iou = anchors.new_zeros(batch, len(anchors))
     matches = torch.zeros(batch, len(anchors), dtype=torch.int64, device=anchors.device)
     is_best = torch.zeros_like(matches, dtype=torch.bool)

@@ -62,9 +62,11 @@ class PyramidFeatures(nn.Module):
         p4 = p4 + F.interpolate(p5, size=p4.shape[-2:], mode="nearest")
         p3 = self.P3_1(c3)
         p3 = p3 + F.interpolate(p4, size=p3.shape[-2:], mode="nearest")
-        p6 = self.P6(c5)
+        p5 = self.P5_2(p5)
+        # torchvision's first RetinaNet computes P6 from P5: a P6 of that many channels comes with its weights.
+        p6 = self.P6(c5 if self.P6.in_channels == c5.shape[1] else p5)
         p7 = self.P7_2(F.relu(p6))
-        return [self.P3_2(p3), self.P4_2(p4), self.P5_2(p5), p6, p7]
+        return [self.P3_2(p3), self.P4_2(p4), p5, p6, p7]
 
 
 class _Head(nn.Module):
@@ -83,7 +85,7 @@ class _Head(nn.Module):
         """[B, C, H, W] -> [B, H * W * num_anchors, num_outputs], row by row as `Anchors` lists them."""
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
             x = F.relu(conv(x), inplace=True)
-        return self.output(x).permute(0, 2, 3, 1).reshape(len(x), -1, self.num_outputs)
+        return self.output(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.num_outputs)
 
 
 class ClassificationModel(_Head):

@@ -4,6 +4,7 @@
 `scratch` is ours, for random weights.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -42,12 +43,45 @@ class Recipe:
 
 RECIPES = {
     # train.py of yhenon/pytorch-retinanet.
-    "original": Recipe("adam", 1e-5, 2, 0.0, "plateau", 0, 0.1, False, None, False),
+    "original": Recipe(
+        optimizer="adam",
+        lr=1e-5,
+        reference_batch=2,
+        weight_decay=0.0,
+        schedule="plateau",
+        warmup_steps=0,
+        clip_norm=0.1,
+        train_bn=False,
+        best_match_iou=None,
+        double_bias=False,
+    ),
     # Section 4.1, "Optimization" (90k steps, a tenth at 60k and 80k); what the paper leaves out, from Detectron.
-    "paper": Recipe("sgd", 0.01, 16, 1e-4, "steps", 500, None, False, 0.4, True),
+    "paper": Recipe(
+        optimizer="sgd",
+        lr=0.01,
+        reference_batch=16,
+        weight_decay=1e-4,
+        schedule="steps",
+        warmup_steps=500,
+        clip_norm=None,
+        train_bn=False,
+        best_match_iou=0.4,
+        double_bias=True,
+    ),
     # Normalised activations and a per-parameter step are what random weights need (He, Girshick and Dollar,
     # "Rethinking ImageNet Pre-training", 2018); the numbers were found on small data sets.
-    "scratch": Recipe("adamw", 5e-4, 4, 0.05, "one_cycle", 0, 10.0, True, 0.4, False),
+    "scratch": Recipe(
+        optimizer="adamw",
+        lr=5e-4,
+        reference_batch=4,
+        weight_decay=0.05,
+        schedule="one_cycle",
+        warmup_steps=0,
+        clip_norm=10.0,
+        train_bn=True,
+        best_match_iou=0.4,
+        double_bias=False,
+    ),
 }
 
 
@@ -81,7 +115,9 @@ class Schedule:
             self.scheduler = ReduceLROnPlateau(optimizer, patience=3)
         elif recipe.schedule == "one_cycle":
             peaks = [group["lr"] for group in optimizer.param_groups]
-            self.scheduler = OneCycleLR(optimizer, peaks, total_steps + 1, pct_start=0.2, cycle_momentum=False)
+            # The way up takes at least one step: of five in all, torch would divide by its length of none.
+            rise = max(0.2, 2 / (total_steps + 1))
+            self.scheduler = OneCycleLR(optimizer, peaks, total_steps + 1, pct_start=rise, cycle_momentum=False)
         else:
             warmup = min(recipe.warmup_steps, total_steps // 10)
 
@@ -108,3 +144,34 @@ class Schedule:
     def load_state_dict(self, state: dict) -> None:
         """Go on from a saved state."""
         self.scheduler.load_state_dict(state)
+
+
+class EMA:
+    """A copy of a model whose weights are an exponential moving average of its weights over the steps.
+
+    The average often detects better than the model of any one step (Tarvainen and Valpola, "Mean teachers are
+    better role models", 2017). In the first steps it follows faster, so that the start is soon forgotten.
+
+    Args:
+        model: that is trained.
+        decay: share of the average that a step keeps.
+
+    Attributes:
+        model: the copy, in evaluation mode; BatchNorm's statistics are those of the last step.
+        steps: that were averaged.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.steps = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Call after every optimizer step."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):
+            average.lerp_(weight, 1 - decay)
+        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)

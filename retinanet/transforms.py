@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
 
 # ImageNet's mean and standard deviation of RGB, for pixels from 0 to 1.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -24,16 +25,18 @@ def normalize(images: Tensor) -> Tensor:
     """Scale pixels to zero mean and unit variance, on whatever device they are.
 
     Args:
-        images: [..., 3, H, W] uint8. Floating-point images pass unchanged: they are taken as normalised.
+        images: [B, 3, H, W] uint8. Floating-point images pass unchanged: they are taken as normalised.
 
     Returns:
-        Same shape and memory format, float32.
+        Same shape, float32, channels_last.
     """
     if images.is_floating_point():
         return images
-    scale = torch.tensor([1 / (255 * std) for std in PIXEL_STD], device=images.device)
-    shift = torch.tensor([-mean / std for mean, std in zip(PIXEL_MEAN, PIXEL_STD, strict=True)], device=images.device)
-    return torch.addcmul(shift[:, None, None], images.float(), scale[:, None, None])
+    normal = images.to(torch.float32, memory_format=torch.channels_last)
+    # Channel by channel with plain numbers: a tensor of three would have to be sent to a GPU, which waits for it.
+    for channel, mean, std in zip(normal.unbind(dim=1), PIXEL_MEAN, PIXEL_STD, strict=True):
+        channel.mul_(1 / (255 * std)).sub_(mean / std)
+    return normal
 
 
 def pad_value(dtype: torch.dtype) -> Tensor:
@@ -41,6 +44,18 @@ def pad_value(dtype: torch.dtype) -> Tensor:
     if dtype == torch.uint8:
         return (torch.tensor(PIXEL_MEAN) * 255).round().to(torch.uint8)
     return torch.zeros(3, dtype=dtype)
+
+
+def pad_images(images: Sequence[Tensor], height: int, width: int) -> Tensor:
+    """[3, H, W] each -> [B, 3, height, width] in their dtype, padded at the right and below."""
+    batch = images[0].new_empty(len(images), 3, height, width)
+    colour = pad_value(batch.dtype)[:, None, None]
+    for row, image in zip(batch, images, strict=True):
+        bottom, right = image.shape[1:]
+        row[:, :bottom, :right] = image
+        row[:, :bottom, right:] = colour
+        row[:, bottom:] = colour
+    return batch
 
 
 class Normalizer:
@@ -51,6 +66,7 @@ class Normalizer:
         self.std = np.array(PIXEL_STD, dtype=np.float32)
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Change `img` [H, W, 3]."""
         image = np.asarray(sample["img"])
         image = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image.astype(np.float32)
         return {**sample, "img": (image - self.mean) / self.std}
@@ -64,6 +80,7 @@ class UnNormalizer:
         self.std = PIXEL_STD if std is None else std
 
     def __call__(self, tensor: Tensor) -> Tensor:
+        """[..., 3, H, W] normalised -> the same shape, 0-1."""
         mean, std = (tensor.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return tensor * std + mean
 
@@ -77,7 +94,61 @@ class Augmenter:
             return sample
         image, annotations = np.asarray(sample["img"]), np.array(sample["annot"])
         annotations[:, [0, 2]] = image.shape[1] - annotations[:, [2, 0]]
-        return {**sample, "img": np.flip(image, axis=1).copy(order="K"), "annot": annotations}
+        mirrored = torch.from_numpy(image).flip(1).numpy()  # several times faster than NumPy's, whose copy follows
+        return {**sample, "img": mirrored, "annot": annotations}
+
+
+class ColourJitter:
+    """Changes brightness, contrast, saturation and hue at random.
+
+    Args:
+        strength: brightness, contrast and saturation are scaled by 1 - strength to 1 + strength; the hue is turned
+            by up to a tenth of it, in turns of the colour wheel.
+    """
+
+    def __init__(self, strength: float):
+        self.strength = strength
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Change `img` [H, W, 3] uint8."""
+        image = torch.from_numpy(np.ascontiguousarray(sample["img"])).permute(2, 0, 1)  # [3, H, W]
+        for adjust in (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation):
+            image = adjust(image, np.random.uniform(max(0, 1 - self.strength), 1 + self.strength))
+        image = tv.adjust_hue(image, np.random.uniform(-self.strength / 10, self.strength / 10))
+        return {**sample, "img": image.permute(1, 2, 0).numpy()}
+
+
+class RandomCrop:
+    """Cuts out a random part; boxes are clipped to it, and dropped where their centre is outside.
+
+    A part without any box is drawn anew, a few times; then the sample stays whole.
+
+    Args:
+        min_share: of each side that is kept at least, from 0 to 1.
+    """
+
+    TRIES = 10
+
+    def __init__(self, min_share: float):
+        self.min_share = min_share
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Change `img` [H, W, 3] and `annot` [G, 5]."""
+        image, annotations = np.asarray(sample["img"]), np.array(sample["annot"])
+        size = np.array([image.shape[1], image.shape[0]])  # width, height
+        centres = (annotations[:, :2] + annotations[:, 2:4]) / 2
+        for _ in range(self.TRIES):
+            cut = np.maximum(1, np.round(size * np.random.uniform(self.min_share, 1, 2))).astype(int)
+            start = np.array([np.random.randint(0, rest + 1) for rest in size - cut])
+            inside = ((centres >= start) & (centres < start + cut)).all(axis=1)
+            if inside.any() or not len(annotations):
+                break
+        else:
+            return sample
+        (x, y), (width, height) = start, cut
+        annotations = annotations[inside]
+        annotations[:, :4] = (annotations[:, :4] - [x, y, x, y]).clip(0, [width, height, width, height])
+        return {**sample, "img": image[y : y + height, x : x + width].copy(), "annot": annotations}
 
 
 class Resizer:
@@ -98,16 +169,34 @@ class Resizer:
         self, sample: dict[str, Any], min_side: int | None = None, max_side: int | None = None
     ) -> dict[str, Any]:
         """Adds `scale` (resized size / original size) and `size` (height and width before the padding)."""
-        image = torch.from_numpy(np.ascontiguousarray(sample["img"])).permute(2, 0, 1)  # [3, H, W]
+        image = torch.as_tensor(sample["img"]).permute(2, 0, 1)  # [3, H, W]
         height, width = image.shape[1:]
         scale = (min_side or self.min_side) / min(height, width)
         scale = min(scale, (max_side or self.max_side) / max(height, width))
         # Paper: silent. Original: pads 32 px more where the size already divides by 32. Here: pads nothing there.
         size = max(1, round(height * scale)), max(1, round(width * scale))
         padded = [math.ceil(side / SIZE_DIVISOR) * SIZE_DIVISOR for side in size]
-        canvas = pad_value(image.dtype).expand(*padded, 3).contiguous()  # [H, W, 3]
-        resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-        canvas[: size[0], : size[1]] = resized.permute(1, 2, 0)
+        resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)
+        canvas = pad_images(resized, *padded)[0].permute(1, 2, 0)  # [H, W, 3]
         annotations = torch.from_numpy(np.array(sample["annot"], dtype=np.float32).reshape(-1, 5))
         annotations[:, :4] *= scale
         return {**sample, "img": canvas, "annot": annotations, "scale": scale, "size": size}
+
+
+class ScaleJitter:
+    """Resizes each sample to a short side drawn at random: training on several scales (RetinaNet, section 5.2).
+
+    Args:
+        smallest: pixels of the short side, at least.
+        largest: and at most.
+        max_side: limit of the long side, pixels.
+    """
+
+    def __init__(self, smallest: int, largest: int, max_side: int = 1024):
+        self.smallest = smallest
+        self.largest = largest
+        self.resizer = Resizer(max_side=max_side)
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """What Resizer does, with a short side of its own for each sample."""
+        return self.resizer(sample, min_side=int(np.random.randint(self.smallest, self.largest + 1)))

@@ -1,11 +1,16 @@
 """Process plumbing: errors for users, progress bars, seeds, devices, and the ranks of a torchrun job."""
 
+import contextlib
 import functools
 import logging
 import os
 import random
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,21 +24,38 @@ class UserError(ValueError):
     """A mistake that the user can mend: the scripts print its message, which says where and how, and exit with 1."""
 
 
-def script(main: Callable[..., None]) -> Callable[..., int]:
+def script(main: Callable[..., int | None]) -> Callable[..., int]:
     """Decorate a script's `main`: it returns the exit status, and a user's mistake becomes one clear message."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
         try:
-            main(argv)
+            status = main(argv) or 0
         except UserError as error:
             # A data-loading worker sends its traceback as the message; what the user needs is its last line.
             message = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else str(error)
-            sys.stderr.write(f"error: {message.removeprefix('retinanet.utils.UserError: ')}\n")
+            _say_error(message.removeprefix("retinanet.utils.UserError: "))
             return 1
-        return 0
+        except RuntimeError as error:
+            if get_world_size() == 1 or not any(sign in str(error) for sign in LOST_PEER):
+                raise
+            _say_error("another process of this job ended; its own message says why")
+            return 1
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        return status
 
     return run
+
+
+# What gloo says where a peer is gone.
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+def _say_error(message: str) -> None:
+    rank = f"rank {get_rank()}: " if get_world_size() > 1 else ""
+    sys.stderr.write(f"error: {rank}{message}\n")
+    sys.stderr.flush()
 
 
 def setup_logging() -> None:
@@ -45,29 +67,68 @@ def setup_logging() -> None:
     log.setLevel(logging.INFO if is_main_process() else logging.ERROR)
 
 
-def progress(items: Iterable, description: str, total: int | None = None) -> tqdm:
+def progress(items: Iterable, description: str, total: int | None = None, initial: int = 0) -> tqdm:
     """A progress bar over `items`, on rank 0 and on a terminal only."""
     disable = None if is_main_process() else True  # None: where the output is no terminal
-    return tqdm(items, desc=description, total=total, disable=disable, leave=False, dynamic_ncols=True)
+    return tqdm(items, desc=description, total=total, initial=initial, disable=disable, leave=False, dynamic_ncols=True)
 
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch on all devices."""
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all random generators of this process, as tensors and plain types."""
+    name, keys, *rest = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Go on from what `random_states` gave."""
+    name, keys, *rest = states["numpy"]
+    random.setstate(states["python"])
+    np.random.set_state((name, keys.numpy(), *rest))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+@contextlib.contextmanager
+def seeded(*seed: int) -> Iterator[None]:
+    """Inside, all random numbers follow from `seed`; afterwards they go on as if nothing had been."""
+    states = random_states()
+    seed_everything(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    try:
+        yield
+    finally:
+        set_random_states(states)
 
 
 def choose_device(name: str) -> torch.device:
     """`auto` is the GPU of this process if there is one, else the CPU; any other name is torch's.
 
+    Under torchrun, `cuda` too is the GPU of this process.
+
     Raises:
         UserError: the device does not exist here.
     """
+    chosen = name
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    if chosen == "cuda":
+        chosen = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.device(name)
+        device = torch.device(chosen)
     except RuntimeError as error:
         raise UserError(f"--device {name}: {error}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -99,3 +160,97 @@ def get_rank() -> int:
 def get_world_size() -> int:
     """Number of processes of a torchrun job; 1 outside one."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def init_distributed(device: torch.device) -> None:
+    """Join the other processes of a torchrun job; does nothing outside one.
+
+    Args:
+        device: that this process computes on; gradients of a CPU travel by gloo, those of a GPU by NCCL.
+
+    Raises:
+        UserError: there are more processes than GPUs.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"there is no GPU for process {device.index} of this machine, which has {torch.cuda.device_count()}: "
+                "lower --nproc_per_node"
+            )
+        torch.cuda.set_device(device)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks, on every rank, in the ranks' order."""
+    if get_world_size() == 1:
+        return [value]
+    values = [None] * get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def gather_tensors(values: torch.Tensor) -> torch.Tensor:
+    """[N] of each rank -> [ranks, N], on every rank, on the same device."""
+    if get_world_size() == 1:
+        return values[None]
+    parts = [torch.empty_like(values) for _ in range(get_world_size())]
+    distributed.all_gather(parts, values)
+    return torch.stack(parts)
+
+
+def from_main_process(value: Any) -> Any:
+    """The value of rank 0, on every rank."""
+    if get_world_size() == 1:
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def broadcast_buffers(module: torch.nn.Module) -> None:
+    """Give all ranks the buffers of rank 0's module."""
+    if get_world_size() > 1:
+        for buffer in module.buffers():
+            distributed.broadcast(buffer, src=0)
+
+
+class StopSignals:
+    """SIGTERM, SIGINT and SIGUSR1 as a wish to stop soon; a second one stops at once.
+
+    Attributes:
+        signum: of the signal that came; 0 while none has.
+    """
+
+    HANDLED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+    # Ctrl-C reaches a torchrun job twice, from the terminal and from torchrun: that is one wish.
+    SAME_WISH_SECONDS = 2.0
+
+    def __init__(self):
+        self.signum = 0
+        self.since = 0.0
+
+    def __enter__(self) -> "StopSignals":
+        self.before = {signum: signal.signal(signum, self._handle) for signum in self.HANDLED}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, _: FrameType | None) -> None:
+        if not self.signum:
+            self.signum, self.since = signum, time.monotonic()
+            # A handler must not touch buffered files.
+            os.write(2, f"{signal.Signals(signum).name}: stopping after this step; once more stops at once\n".encode())
+        elif time.monotonic() - self.since > self.SAME_WISH_SECONDS:
+            os._exit(128 + signum)
+
+
+def ignore_terminal_signals(_: int = 0) -> None:
+    """For data-loading workers, which Ctrl-C reaches as well: what then happens is for the main process to decide."""
+    for signum in StopSignals.HANDLED:
+        if signum != signal.SIGTERM:  # with which the main process ends its workers
+            signal.signal(signum, signal.SIG_IGN)

@@ -8,7 +8,7 @@ import torch
 
 GOLDEN = Path(__file__).parent / "golden"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def load_golden(name):

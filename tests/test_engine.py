@@ -39,7 +39,9 @@ def batch(*values):
 def train(model, loader, recipe="original", lr=0.1, **settings):
     optimizer = make_optimizer(model, RECIPES[recipe], lr)
     schedule = Schedule(optimizer, RECIPES[recipe], 100)
-    return engine.train_one_epoch(model, loader, optimizer, schedule, CPU, torch.float32, epoch=3, **settings)
+    return engine.train_one_epoch(
+        model, loader, optimizer, schedule, CPU, torch.float32, engine.Progress(epoch=3), **settings
+    )
 
 
 def test_statistics_and_log_are_means_over_batches():
@@ -73,14 +75,93 @@ def test_clipping_bounds_the_step():
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
     model = Line()
-    with pytest.raises(UserError, match=r"epoch 3, step 1, images \[0, 1\]"):
+    with pytest.raises(UserError, match=r"epoch 3, step 2, images 0, 1"):
         train(model, [batch(0), batch(1, math.nan)])
     assert model.weight.item() == 0
 
 
+def test_a_gradient_that_is_not_finite_is_noticed_a_step_later_at_the_latest():
+    class Steep(Line):
+        def forward(self, inputs):
+            losses = super().forward(inputs)
+            losses[0].register_hook(lambda gradient: gradient * math.inf)
+            return losses
+
+    for loader in ([batch(1)], [batch(1), batch(2)]):
+        with pytest.raises(engine.NotFiniteError, match=r"gradient's norm is not finite .* step 1, images 0") as caught:
+            train(Steep(), loader)
+        assert [found["index"] for found in caught.value.batches] == [[0]]
+
+
+def test_the_batch_that_is_not_finite_is_handed_over():
+    with pytest.raises(engine.NotFiniteError) as caught:
+        train(Line(), [batch(1), batch(math.inf)], accumulate=2)
+    assert [found["img"][0, 0, 0, 0].item() for found in caught.value.batches] == [math.inf]
+
+
+def test_an_epoch_goes_on_from_its_middle():
+    whole, first, second = [], [], []
+    batches = [batch(value) for value in range(1, 8)]
+    expected = train(Line(), batches, log_step=whole.append, log_every=2)
+
+    class StopError(Exception):
+        pass
+
+    def stop_after_step_3(_):
+        if progress.step == 3:
+            raise StopError
+
+    model, progress = Line(), engine.Progress(epoch=3)
+    optimizer = make_optimizer(model, RECIPES["original"], 0.1)
+    schedule = Schedule(optimizer, RECIPES["original"], 100)
+    run = (optimizer, schedule, CPU, torch.float32, progress)
+    with pytest.raises(StopError):
+        engine.train_one_epoch(model, batches, *run, log_step=first.append, log_every=2, after_step=stop_after_step_3)
+
+    class Rest(list):
+        def __iter__(self):
+            return iter(batches[3:])
+
+    found = engine.train_one_epoch(model, Rest(batches), *run, log_step=second.append, log_every=2)
+    for stats in (expected, found, *whole, *first, *second):
+        stats.pop("images_per_second")
+    assert found == expected and first + second == whole
+
+
+def test_the_wish_is_asked_before_a_step_and_heard_after_it():
+    answers, heard = iter([0, 0, 15]), []
+    train(Line(), [batch(1)] * 3, wish=lambda: next(answers), after_step=heard.append)
+    assert heard == [0, 0, 15]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+def test_memory_that_runs_out_is_explained(error):
+    class Greedy(Line):
+        def forward(self, inputs):
+            raise error
+
+        def detect(self, images, image_sizes):
+            raise error
+
+    message = r"out of memory with 2 images of 2 x 2 pixels a batch in torch.float32: lower --batch_size"
+    with pytest.raises(UserError, match=message):
+        train(Greedy(), [batch(1, 2)])
+    with pytest.raises(UserError, match=message):
+        engine.detect(Greedy(), [batch(1, 2)], CPU)
+
+
+def test_other_errors_pass():
+    class Broken(Line):
+        def forward(self, inputs):
+            raise RuntimeError("bug")
+
+    with pytest.raises(RuntimeError, match=r"^bug$"):
+        train(Broken(), [batch(1)])
+
+
 def test_after_step_is_called_once_an_optimizer_step():
     calls = []
-    train(Line(), [batch(1)] * 5, accumulate=2, after_step=lambda: calls.append(1))
+    train(Line(), [batch(1)] * 5, accumulate=2, after_step=calls.append)
     assert len(calls) == 3
 
 
@@ -108,3 +189,9 @@ def test_detect_gives_original_pixels_and_leaves_the_mode(training):
     with pytest.raises(RuntimeError, match="broken"):
         engine.detect(model, [batch(1)], CPU, fail=True)
     assert model.training == training
+
+
+def test_detection_leaves_off_when_told_to():
+    answers = iter([False, False, True])
+    batches = [{**batch(1), "index": [index]} for index in range(5)]
+    assert sorted(engine.detect(Finder(), batches, CPU, stop=lambda: next(answers))) == [0, 1]

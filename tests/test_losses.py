@@ -115,11 +115,17 @@ def test_backward_twice_is_refused_not_wrong():
 
 
 def test_box_loss_by_hand():
-    deltas = torch.tensor([[[0.05, 0.0, 0.0, 1.0], [9.0, 9.0, 9.0, 9.0]]])
-    foreground = torch.tensor([[True, False]])
+    deltas = torch.tensor([[0.05, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     expected = (0.5 * 9 * 0.05**2 + (1 - 0.5 / 9)) / 4
-    assert box_loss(deltas, torch.zeros(1, 2, 4), foreground).item() == pytest.approx(expected)
-    assert box_loss(deltas, torch.zeros(1, 2, 4), torch.zeros_like(foreground)).item() == 0
+    assert box_loss(deltas, torch.zeros(2, 4)).tolist() == pytest.approx([expected, 0])
+
+
+def test_gpu_path_looks_at_all_rows_with_the_same_result(golden, monkeypatch):
+    expected = torch.autograd.grad(torch.cat(run(golden)).sum(), (golden["logits"], golden["deltas"]))
+    monkeypatch.setattr(losses, "_foreground_rows", lambda labels: torch.arange(labels.numel()))
+    ours = torch.autograd.grad(torch.cat(run(golden)).sum(), (golden["logits"], golden["deltas"]))
+    for grad, plain in zip(ours, expected, strict=True):
+        torch.testing.assert_close(grad, plain)
 
 
 def test_images_without_boxes_are_negatives():
@@ -146,5 +152,5 @@ def test_best_match_rule_adds_an_anchor():
 
 def test_labels_outside_the_classes_fail_loudly():
     outputs = torch.zeros(1, 1, 2), torch.zeros(1, 1, 4), torch.tensor([[[0.0, 0.0, 9.0, 9.0]]])
-    with pytest.raises(RuntimeError, match="out of bounds"):
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
         FocalLoss()(*outputs, torch.tensor([[[0.0, 0.0, 9.0, 9.0, 2.0]]]))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from retinanet.optim import RECIPES, Schedule, make_optimizer
+from retinanet.optim import EMA, RECIPES, Schedule, make_optimizer
 
 
 def rates(name, total_steps, lr=1.0):
@@ -73,3 +73,40 @@ def test_recipes_take_a_step(name):
     model(torch.ones(1, 2)).sum().backward()
     make_optimizer(model, RECIPES[name], RECIPES[name].lr).step()
     assert not torch.equal(model.weight, before)
+
+
+def test_ema_by_hand():
+    model = nn.BatchNorm1d(1)
+    ema = EMA(model, 0.5)
+    for value in (1.0, 3.0):
+        nn.init.constant_(model.weight, value)
+        model.running_mean.fill_(value)
+        ema.update(model)
+    # The weight starts at 1; the decay is 2/11, then 3/12, and would stay at 0.5 in the end.
+    assert ema.model.weight.item() == pytest.approx(0.25 * 1 + 0.75 * 3)
+    assert ema.model.running_mean.item() == 3 and not ema.model.training
+    assert not any(weight.requires_grad for weight in ema.model.parameters()) and ema.steps == 2
+
+
+def test_ema_comes_to_keep_what_its_decay_says():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema = EMA(model, 0.9)
+    for _ in range(1000):
+        ema.update(model)
+    nn.init.ones_(model.weight)
+    ema.update(model)
+    assert ema.model.weight.item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_states_are_plain_types(name, tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = make_optimizer(model, RECIPES[name], 1.0)
+    schedule = Schedule(optimizer, RECIPES[name], 20)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    schedule.step()
+    schedule.end_epoch(1.0)
+    torch.save([optimizer.state_dict(), schedule.state_dict()], tmp_path / "state.pt")
+    torch.load(tmp_path / "state.pt", weights_only=True)

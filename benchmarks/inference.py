@@ -1,0 +1,61 @@
+"""Detection in one image, ResNet-50: ours beside its bare heads, the floor's forward, and torchvision's RetinaNet."""
+
+import torch
+from networks import add_arguments, make_batch, make_networks
+from side_by_side import make_parser, measure, report
+
+from retinanet.utils import choose_precision
+
+
+def main() -> None:
+    """Measure as the flags say."""
+    parser = make_parser(__doc__, repeats=5)
+    add_arguments(parser)
+    parser.set_defaults(batch=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    precision = choose_precision(args.precision, torch.device(args.device))
+    ours, theirs, floor = (
+        network.eval() for network in make_networks(args.classes, args.height, args.width, args.device)
+    )
+    # Outputs as of a trained network: most logits far below the threshold, some hundreds above it.
+    for head in (ours.classificationModel, theirs.head.classification_head):
+        output = head.output if head is ours.classificationModel else head.cls_logits
+        torch.nn.init.normal_(output.weight, std=0.01)
+    images, _ = make_batch(args.batch, args.height, args.width, args.classes, 1, args.device)
+    with torch.no_grad():
+        for head, network in (
+            (ours.classificationModel.output, ours),
+            (theirs.head.classification_head.cls_logits, theirs),
+        ):
+            logits = network.heads(images)[0] if network is ours else head_logits(theirs, images)
+            spread = (logits - logits.mean()).flatten()[::7].topk(max(1, logits.numel() // 7 // 10_000)).values[-1]
+            head.weight.mul_(3 / spread)
+            head.bias.fill_(-6)
+
+    def run(program) -> None:
+        with torch.no_grad(), torch.autocast(args.device, precision, enabled=precision != torch.float32):
+            program()
+
+    programs = {
+        "ours": lambda: run(lambda: ours.detect(images)),
+        "our heads alone": lambda: run(lambda: ours.heads(images)),
+        "floor": lambda: run(lambda: floor(images)),
+        "torchvision": lambda: run(lambda: theirs(list(images))),
+    }
+    seconds = measure(programs, args.repeats, args.device)
+    bounds = {("ours", "our heads alone"): 1.03, ("ours", "floor"): 0.95, ("ours", "torchvision"): 0.85}
+    with torch.no_grad():
+        above = (ours.heads(images)[0].sigmoid() > 0.05).sum().item()
+    title = f"detection, {args.batch} x {args.height} x {args.width}, {str(precision).removeprefix('torch.')}"
+    report(title, seconds, bounds, args.json, **{"scores above 0.05": float(above)})
+
+
+def head_logits(network, images: torch.Tensor) -> torch.Tensor:
+    """The class logits of torchvision's network."""
+    return network.head.classification_head(list(network.backbone(images).values()))
+
+
+if __name__ == "__main__":
+    main()

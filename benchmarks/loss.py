@@ -1,0 +1,70 @@
+"""The loss, forward and backward, beside torchvision's focal loss and matcher on the same tensors."""
+
+import torch
+from side_by_side import make_parser, measure, report
+from torchvision.models.detection._utils import Matcher
+from torchvision.ops import box_iou, sigmoid_focal_loss
+
+from retinanet.anchors import Anchors
+from retinanet.losses import FocalLoss
+
+
+def make_inputs(batch: int, height: int, width: int, classes: int, boxes: int, device: str) -> tuple[torch.Tensor, ...]:
+    """Logits and deltas as of a network that has begun to learn, anchors, and random boxes."""
+    anchors = Anchors()(torch.empty(1, 3, height, width, device=device))
+    logits = (torch.randn(batch, anchors.shape[1], classes, device=device) - 4).requires_grad_()
+    deltas = torch.randn(batch, anchors.shape[1], 4, device=device).requires_grad_()
+    centre = torch.rand(batch, boxes, 2, device=device) * torch.tensor([width, height], device=device)
+    side = 16 * 2 ** (5 * torch.rand(batch, boxes, 2, device=device))
+    labels = torch.randint(0, classes, (batch, boxes, 1), device=device)
+    return logits, deltas, anchors, torch.cat([centre - side / 2, centre + side / 2, labels], dim=-1)
+
+
+def torchvisions(logits: torch.Tensor, anchors: torch.Tensor, annotations: torch.Tensor) -> torch.Tensor:
+    """torchvision's matcher and focal loss, as its RetinaNet's class head uses them (the box loss not counted)."""
+    matcher = Matcher(0.5, 0.4, allow_low_quality_matches=True)
+    losses = []
+    for image_logits, boxes in zip(logits, annotations, strict=True):
+        matches = matcher(box_iou(boxes[:, :4], anchors[0]))
+        foreground = matches >= 0
+        target = torch.zeros_like(image_logits)
+        target[foreground, boxes[matches[foreground], 4].long()] = 1
+        valid = matches != matcher.BETWEEN_THRESHOLDS
+        loss = sigmoid_focal_loss(image_logits[valid], target[valid], reduction="sum")
+        losses.append(loss / max(1, int(foreground.sum())))
+    return torch.stack(losses).mean()
+
+
+def main() -> None:
+    """Measure as the flags say."""
+    parser = make_parser(__doc__, repeats=5)
+    parser.add_argument("--batch", type=int, default=2, help="images")
+    parser.add_argument("--height", type=int, default=608, help="pixels")
+    parser.add_argument("--width", type=int, default=800, help="pixels")
+    parser.add_argument("--classes", type=int, default=80, help="classes")
+    parser.add_argument("--boxes", type=int, default=15, help="boxes an image")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    inputs = make_inputs(args.batch, args.height, args.width, args.classes, args.boxes, args.device)
+    many = make_inputs(args.batch, args.height, args.width, args.classes, 200, args.device)
+    criterion = FocalLoss()
+
+    def ours(logits: torch.Tensor, deltas: torch.Tensor, *others: torch.Tensor) -> None:
+        torch.autograd.grad(sum(criterion(logits, deltas, *others)), (logits, deltas))
+
+    def theirs(logits: torch.Tensor, _: torch.Tensor, *others: torch.Tensor) -> None:
+        torch.autograd.grad(torchvisions(logits, *others), logits)
+
+    programs = {
+        "ours": lambda: ours(*inputs),
+        "torchvision": lambda: theirs(*inputs),
+        "ours, 200 boxes": lambda: ours(*many),
+    }
+    seconds = measure(programs, args.repeats, args.device)
+    bounds = {("ours", "torchvision"): 0.2, ("ours, 200 boxes", "ours"): 200 / args.boxes}
+    report(f"loss of {args.batch} x {inputs[0].shape[1]} anchors x {args.classes} classes", seconds, bounds, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What the network benchmarks compare: ours, torchvision's RetinaNet, and the floor."""
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet50 as torchvision_resnet50
+from torchvision.models.detection import retinanet_resnet50_fpn
+from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
+
+from retinanet.model import RetinaNet, resnet50
+
+
+class Floor(nn.Module):
+    """The bare network as torch has it: torchvision's ResNet with BatchNorm in eval mode, and plain convolutions."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.trunk = torchvision_resnet50()
+        self.trunk.fc = nn.Identity()
+        self.lateral = nn.ModuleList(nn.Conv2d(channels, 256, 1) for channels in (512, 1024, 2048))
+        self.smooth = nn.ModuleList(nn.Conv2d(256, 256, 3, padding=1) for _ in range(3))
+        self.p6, self.p7 = nn.Conv2d(2048, 256, 3, 2, 1), nn.Conv2d(256, 256, 3, 2, 1)
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                *(layer for _ in range(4) for layer in (nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(inplace=True))),
+                nn.Conv2d(256, 9 * outputs, 3, padding=1),
+            )
+            for outputs in (classes, 4)
+        )
+
+    def train(self, mode: bool = True) -> "Floor":
+        """BatchNorm stays in eval mode."""
+        super().train(mode)
+        self.trunk.eval()
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """All outputs of both heads, level by level."""
+        trunk = self.trunk
+        x = trunk.layer1(trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(images)))))
+        c3 = trunk.layer2(x)
+        c4 = trunk.layer3(c3)
+        c5 = trunk.layer4(c4)
+        p5 = self.lateral[2](c5)
+        p4 = self.lateral[1](c4) + nn.functional.interpolate(p5, size=c4.shape[-2:])
+        p3 = self.lateral[0](c3) + nn.functional.interpolate(p4, size=c3.shape[-2:])
+        p6 = self.p6(c5)
+        levels = [conv(p) for conv, p in zip(self.smooth, (p3, p4, p5), strict=True)]
+        levels += [p6, self.p7(nn.functional.relu(p6))]
+        return [head(level) for head in self.heads for level in levels]
+
+
+def make_networks(classes: int, height: int, width: int, device: str) -> tuple[RetinaNet, TorchvisionRetinaNet, Floor]:
+    """The three, with random weights, BatchNorm frozen, channels_last, on the device; all layers are trained."""
+    ours = resnet50(classes)
+    ours.freeze_bn()
+    size = {"min_size": min(height, width), "max_size": max(height, width)}
+    theirs = retinanet_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=classes, trainable_backbone_layers=5, **size
+    )
+    networks = ours, theirs, Floor(classes)
+    return tuple(network.to(device, memory_format=torch.channels_last) for network in networks)
+
+
+def make_batch(batch: int, height: int, width: int, classes: int, boxes: int, device: str) -> tuple[Tensor, Tensor]:
+    """Normalised random images, channels_last, and boxes of 32 pixels to half the image."""
+    images = torch.randn(batch, 3, height, width, device=device).contiguous(memory_format=torch.channels_last)
+    corner = torch.rand(batch, boxes, 2, device=device) * min(height, width) / 2
+    side = 32 + torch.rand(batch, boxes, 2, device=device) * (min(height, width) / 2 - 32)
+    labels = torch.randint(0, classes, (batch, boxes, 1), device=device)
+    return images, torch.cat([corner, corner + side, labels], dim=-1)
+
+
+def torchvision_targets(annotations: Tensor) -> list[dict[str, Tensor]]:
+    """The same boxes in torchvision's form."""
+    return [{"boxes": boxes[:, :4], "labels": boxes[:, 4].long()} for boxes in annotations]
+
+
+def add_arguments(parser) -> None:
+    """Flags for the size of the problem."""
+    parser.add_argument("--batch", type=int, default=2, help="images")
+    parser.add_argument("--height", type=int, default=608, help="pixels")
+    parser.add_argument("--width", type=int, default=800, help="pixels")
+    parser.add_argument("--classes", type=int, default=80, help="classes")
+    parser.add_argument("--boxes", type=int, default=15, help="boxes an image")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of our network")

@@ -1,0 +1,72 @@
+"""Times programs in turn within one process, so that a machine's moods hit all of them alike."""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+import torchvision
+
+
+def make_parser(description: str, repeats: int) -> argparse.ArgumentParser:
+    """The flags that all benchmarks share."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--repeats", type=int, default=repeats, help="timed rounds")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
+    parser.add_argument("--json", action="store_true", help="print json in place of a table")
+    return parser
+
+
+def measure(programs: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, float]:
+    """Median seconds of each program, run in turn `repeats` times after one round to warm up."""
+    seconds = {name: [] for name in programs}
+    for round_number in range(repeats + 1):
+        for name, program in programs.items():
+            if device != "cpu":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            program()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            if round_number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def report(
+    title: str, seconds: Mapping[str, float], bounds: Mapping[tuple[str, str], float], as_json: bool, **extra: float
+) -> None:
+    """Print medians, and ratios beside their bounds.
+
+    Args:
+        title: what was measured.
+        seconds: of each program.
+        bounds: for (program, reference), the largest ratio of their times that is aimed at.
+        as_json: print json in place of a table.
+        **extra: further figures.
+    """
+    ratios = {f"{one} / {other}": seconds[one] / seconds[other] for one, other in bounds}
+    if as_json:
+        machine = {"machine": processor(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+        print(json.dumps({"title": title, **machine, "seconds": seconds, "ratios": ratios, **extra}))
+        return
+    print(f"{title} ({processor()}, torch {torch.__version__}, torchvision {torchvision.__version__})")
+    for name, value in seconds.items():
+        print(f"  {name:50} {value * 1000:10.1f} ms")
+    for (name, ratio), bound in zip(ratios.items(), bounds.values(), strict=True):
+        print(f"  {name:50} {ratio:10.3f}    (aim: <= {bound:g})")
+    for name, value in extra.items():
+        print(f"  {name:50} {value:10.3f}")
+
+
+def processor() -> str:
+    """The machine, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"

@@ -1,0 +1,66 @@
+"""A training step, ResNet-50: ours beside torchvision's RetinaNet and the floor, without data and optimizer.
+
+The floor is the bare network's forward and backward: BatchNorm as its own operation, the sum of all outputs as loss.
+"""
+
+import torch
+from networks import add_arguments, make_batch, make_networks, torchvision_targets
+from side_by_side import make_parser, measure, report
+
+from retinanet.utils import choose_precision
+
+
+def main() -> None:
+    """Measure as the flags say."""
+    parser = make_parser(__doc__, repeats=3)
+    add_arguments(parser)
+    parser.add_argument("--plain", action="store_true", help="also time torchvision with its default flags")
+    parser.add_argument("--growth", action="store_true", help="also time ours on a quarter of the pixels")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    precision = choose_precision(args.precision, torch.device(args.device))
+    ours, theirs, floor = (
+        network.train() for network in make_networks(args.classes, args.height, args.width, args.device)
+    )
+    images, annotations = make_batch(args.batch, args.height, args.width, args.classes, args.boxes, args.device)
+    targets = torchvision_targets(annotations)
+    small = make_batch(args.batch, args.height // 2, args.width // 2, args.classes, args.boxes, args.device)
+
+    def step(network: torch.nn.Module, loss, dtype: torch.dtype) -> None:
+        with torch.autocast(args.device, dtype, enabled=dtype != torch.float32):
+            value = loss()
+        value.backward()
+        network.zero_grad()
+
+    programs = {
+        "ours": lambda: step(ours, lambda: torch.cat(ours([images, annotations])).sum(), precision),
+        "floor": lambda: step(floor, lambda: sum(output.float().sum() for output in floor(images)), precision),
+        "torchvision": lambda: step(theirs, lambda: sum(theirs(list(images), targets).values()), precision),
+    }
+    bounds = {("ours", "floor"): 0.85, ("ours", "torchvision"): 0.70}
+    if args.plain:
+        plain = make_networks(args.classes, args.height, args.width, args.device)[1].to(
+            memory_format=torch.contiguous_format
+        )
+        contiguous = [image.contiguous() for image in images]
+        plain.train()
+        programs["torchvision, default flags"] = lambda: step(
+            plain, lambda: sum(plain(contiguous, targets).values()), torch.float32
+        )
+        bounds["ours", "torchvision, default flags"] = 0.25
+    if args.growth:
+        programs["ours, a quarter of the pixels"] = lambda: step(
+            ours, lambda: torch.cat(ours(list(small))).sum(), precision
+        )
+        bounds["ours", "ours, a quarter of the pixels"] = 4.0
+    seconds = measure(programs, args.repeats, args.device)
+    extra = {"images/s": args.batch / seconds["ours"]}
+    if args.device != "cpu":
+        extra["peak memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    title = f"training step, {args.batch} x {args.height} x {args.width}, {str(precision).removeprefix('torch.')}"
+    report(title, seconds, bounds, args.json, **extra)
+
+
+if __name__ == "__main__":
+    main()

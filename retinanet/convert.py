@@ -1,0 +1,190 @@
+"""Convert a data set between CSV, COCO, Pascal VOC and YOLO.
+
+    python -m retinanet.convert --from voc --source VOCdevkit/VOC2012 --set train --to coco --out coco_folder
+
+One run converts one set; several sets may go into the same folder. No box moves by a pixel or more.
+"""
+
+import csv
+import filecmp
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+from retinanet.cli import make_parser
+from retinanet.datasets import CocoDataset, CSVDataset, DetectionDataset
+from retinanet.utils import UserError, log, progress, script, setup_logging
+from retinanet.voc import VOCDataset
+from retinanet.yolo import YoloDataset
+
+READERS = {"coco": CocoDataset, "voc": VOCDataset, "yolo": YoloDataset}  # (folder, set name) -> data set
+PICTURE_FOLDERS = {"csv": "images/{}", "coco": "images/{}", "voc": "JPEGImages", "yolo": "images/{}"}
+
+
+def place_pictures(dataset: DetectionDataset, folder: Path, link: bool) -> list[str]:
+    """Copy or link the pictures into one folder.
+
+    Returns:
+        Their names there: as before, with the names of their folders before them where two would be the same.
+
+    Raises:
+        UserError: two names are the same, or the folder holds another picture of such a name.
+    """
+    paths = [Path(dataset.image_path(index)).resolve() for index in range(len(dataset))]
+    names = [path.name for path in paths]
+    if len({Path(name).stem for name in names}) < len(names):
+        common = Path(os.path.commonpath([path.parent for path in paths]))
+        names = ["__".join(path.relative_to(common).parts) for path in paths]
+    stems = [Path(name).stem for name in names]
+    if len(set(stems)) < len(stems):  # VOC and YOLO know a picture by its name without ending
+        twice = next(name for name in names if stems.count(Path(name).stem) > 1)
+        raise UserError(f"{twice}: two pictures of one folder differ in nothing but their ending, or stand there twice")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, name in progress(zip(paths, names, strict=True), "pictures", len(paths)):
+        target = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such picture")
+        if target.exists():
+            if not filecmp.cmp(path, target, shallow=False):
+                raise UserError(f"{target}: is there already, and is not {path}")
+        elif link:
+            target.symlink_to(path)
+        else:
+            shutil.copyfile(path, target)
+    return names
+
+
+def _write_text(path: Path, text: str, keep: bool = False) -> None:
+    """Write a file; with `keep`, refuse to change one that is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if keep and path.exists() and path.read_text(encoding="utf-8") != text:
+        raise UserError(f"{path}: is there already, with other content; choose another --out")
+    path.write_text(text, encoding="utf-8")
+
+
+def write_csv(dataset: DetectionDataset, names: Sequence[str], root: Path, set_name: str) -> None:
+    """Write `<set_name>.csv` and `classes.csv`; difficult boxes are left out."""
+    classes = "".join(f"{name},{label}\n" for label, name in dataset.labels.items())
+    _write_text(root / "classes.csv", classes, keep=True)
+    with open(root / f"{set_name}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        for index, name in enumerate(names):
+            path = f"images/{set_name}/{name}"
+            rows = dataset.load_annotations(index).tolist()
+            for *box, label in rows:
+                writer.writerow([path, *(f"{value:.7g}" for value in box), dataset.label_to_name(int(label))])
+            if not rows:
+                writer.writerow([path, "", "", "", "", ""])
+
+
+def write_coco(dataset: DetectionDataset, names: Sequence[str], root: Path, set_name: str) -> None:
+    """Write `annotations/instances_<set_name>.json`; difficult boxes become crowds, which COCO ignores alike."""
+    category_ids = getattr(dataset, "coco_labels", None) or {label: label + 1 for label in dataset.labels}
+    image_ids = dataset.image_ids if isinstance(dataset, CocoDataset) else range(1, len(dataset) + 1)
+    images, annotations = [], []
+    for index, (image_id, name) in enumerate(zip(image_ids, names, strict=True)):
+        size = dict(zip(("height", "width"), map(int, dataset.image_sizes[index]), strict=True))
+        images.append({"id": image_id, "file_name": name, **size})
+        for rows, is_crowd in ((dataset.load_annotations(index), 0), (dataset.load_difficult(index), 1)):
+            for x1, y1, x2, y2, label in rows.tolist():
+                width, height = round(x2 - x1, 3), round(y2 - y1, 3)
+                box = {"bbox": [round(x1, 3), round(y1, 3), width, height], "area": width * height, "iscrowd": is_crowd}
+                entry = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category_ids[int(label)]}
+                annotations.append(entry | box)
+    categories = [{"id": category_ids[label], "name": name} for label, name in dataset.labels.items()]
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    _write_text(root / "annotations" / f"instances_{set_name}.json", json.dumps(content))
+
+
+def write_voc(dataset: DetectionDataset, names: Sequence[str], root: Path, set_name: str) -> None:
+    """Write `Annotations`, `ImageSets/Main/<set_name>.txt` and `classes.txt`; coordinates become whole pixels."""
+    _write_text(root / "classes.txt", "".join(f"{name}\n" for name in dataset.labels.values()), keep=True)
+    _write_text(root / "ImageSets" / "Main" / f"{set_name}.txt", "".join(f"{Path(name).stem}\n" for name in names))
+    for index, name in enumerate(names):
+        tree = ElementTree.Element("annotation")
+        ElementTree.SubElement(tree, "filename").text = name
+        size = ElementTree.SubElement(tree, "size")
+        for key, value in zip(("height", "width", "depth"), (*dataset.image_sizes[index], 3), strict=True):
+            ElementTree.SubElement(size, key).text = str(value)
+        for rows, difficult in ((dataset.load_annotations(index), "0"), (dataset.load_difficult(index), "1")):
+            for x1, y1, x2, y2, label in rows.tolist():
+                entry = ElementTree.SubElement(tree, "object")
+                ElementTree.SubElement(entry, "name").text = dataset.label_to_name(int(label))
+                ElementTree.SubElement(entry, "difficult").text = difficult
+                box = ElementTree.SubElement(entry, "bndbox")
+                corner = round(x1) + 1, round(y1) + 1  # VOC counts from 1, and includes the last pixel
+                corners = (*corner, max(corner[0], round(x2)), max(corner[1], round(y2)))
+                for key, value in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True):
+                    ElementTree.SubElement(box, key).text = str(value)
+        ElementTree.indent(tree)
+        _write_text(
+            root / "Annotations" / f"{Path(name).stem}.xml", ElementTree.tostring(tree, encoding="unicode") + "\n"
+        )
+
+
+def write_yolo(dataset: DetectionDataset, names: Sequence[str], root: Path, set_name: str) -> None:
+    """Write `labels/<set_name>`, `classes.txt` and `data.yaml`; boxes are cut at the picture's border."""
+    class_names = list(dataset.labels.values())
+    _write_text(root / "classes.txt", "".join(f"{name}\n" for name in class_names), keep=True)
+    sets = sorted(path.name for path in (root / "images").iterdir())
+    lines = [f"{name}: images/{name}" for name in sets] + [f"names: {json.dumps(class_names)}"]  # JSON is YAML, too
+    _write_text(root / "data.yaml", "".join(f"{line}\n" for line in lines))
+    for index, name in enumerate(names):
+        height, width = dataset.image_sizes[index]
+        lines = []
+        for x1, y1, x2, y2, label in dataset.load_annotations(index).tolist():
+            x1, x2 = (min(max(x / width, 0.0), 1.0) for x in (x1, x2))
+            y1, y2 = (min(max(y / height, 0.0), 1.0) for y in (y1, y2))
+            if x1 < x2 and y1 < y2:
+                numbers = ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1)
+                lines.append(f"{int(label)} " + " ".join(f"{number:.8f}" for number in numbers) + "\n")
+        _write_text(root / "labels" / set_name / f"{Path(name).stem}.txt", "".join(lines))
+
+
+WRITERS = {"csv": write_csv, "coco": write_coco, "voc": write_voc, "yolo": write_yolo}
+
+
+@script
+def main(argv: list[str] | None = None) -> None:
+    """Convert as the flags say."""
+    parser = make_parser(__doc__.split("\n")[0])
+    parser.add_argument("--from", dest="kind", choices=sorted(WRITERS), required=True, help="layout of the source")
+    parser.add_argument("--source", required=True, help="the data set's folder; of CSV data, the annotation file")
+    parser.add_argument("--set", help="name of the set, such as train or val2017 (default: the CSV file's name)")
+    parser.add_argument("--csv_classes", help="of CSV data: the file class_name,id")
+    parser.add_argument("--to", choices=sorted(WRITERS), required=True, help="layout to write")
+    parser.add_argument("--out", required=True, help="folder to write to")
+    parser.add_argument("--link", action="store_true", help="link to the pictures instead of copying them")
+    args = parser.parse_args(argv)
+    if args.kind == "csv" and args.csv_classes is None:
+        parser.error("--from csv needs --csv_classes")
+    if args.kind != "csv" and args.set is None:
+        parser.error(f"--from {args.kind} needs --set")
+    setup_logging()
+
+    if args.kind == "csv":
+        dataset = CSVDataset(args.source, args.csv_classes)
+    else:
+        dataset = READERS[args.kind](args.source, args.set)
+    set_name = args.set or Path(args.source).stem
+    root = Path(args.out)
+    try:
+        names = place_pictures(dataset, root / PICTURE_FOLDERS[args.to].format(set_name), args.link)
+        WRITERS[args.to](dataset, names, root, set_name)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: {error}") from error
+    difficult = len(dataset.difficult_rows)
+    if difficult and args.to in ("csv", "yolo"):
+        log.warning("warning: %d difficult boxes are left out, because %s has no mark for them", difficult, args.to)
+    log.info(
+        "%s: %d pictures, %d boxes (and %d difficult), %d classes",
+        root, len(dataset), len(dataset.rows), difficult, dataset.num_classes(),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Small data sets on disk."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import _utils
+
+# After an error in a data-loading worker, torch waits so many seconds for it to end; its own value is 5.
+_utils.MP_STATUS_CHECK_INTERVAL = 0.2
+
+CLASSES = ["circle", "rectangle", "triangle"]
+
+
+def gradient(height, width):
+    """A smooth RGB picture in which no two sides, corners or channels look alike."""
+    ys, xs = np.mgrid[:height, :width]
+    red, green = 40 + 180 * xs / width, 200 - 150 * ys / height
+    return np.stack([red, green, (red + green) / 3], axis=2).astype(np.uint8)
+
+
+def save(array, path, **options):
+    """Write a picture; returns its path as text."""
+    Image.fromarray(array).save(path, **options)
+    return str(path)
+
+
+def truncate(path, share=0.5):
+    """Cut a file off."""
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[: int(len(content) * share)])
+
+
+def write_csv_data(folder, lines=None):
+    """Two pictures, `a.png` (48 high, 64 wide, two boxes) and `b.png` (64 x 48, none), and their CSV files.
+
+    Returns the paths of `data.csv` and `classes.csv`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save(gradient(48, 64), folder / "a.png")
+    save(gradient(64, 48), folder / "b.png")
+    if lines is None:
+        lines = ["a.png,4,8,24,40,rectangle", "a.png,30,10,60,40,circle", "b.png,,,,,"]
+    (folder / "data.csv").write_text("".join(f"{line}\n" for line in lines))
+    (folder / "classes.csv").write_text("".join(f"{name},{label}\n" for label, name in enumerate(CLASSES)))
+    return str(folder / "data.csv"), str(folder / "classes.csv")
+
+
+def coco_content():
+    """A COCO annotation file: three pictures, not in the order of their ids, and classes whose ids have gaps."""
+    return {
+        "images": [
+            {"id": 42, "file_name": "b.png", "height": 64, "width": 48},
+            {"id": 7, "file_name": "a.png", "height": 48, "width": 64},
+            {"id": 99, "file_name": "empty.png", "height": 48, "width": 48},
+        ],
+        "categories": [{"id": 17, "name": "cat"}, {"id": 3, "name": "car"}],
+        "annotations": [
+            {"id": 1, "image_id": 42, "category_id": 17, "bbox": [5, 6, 20, 30], "area": 600, "iscrowd": 0},
+            {"id": 2, "image_id": 7, "category_id": 3, "bbox": [1, 2, 30, 40], "area": 1200, "iscrowd": 0},
+            {"id": 3, "image_id": 7, "category_id": 17, "bbox": [10, 10, 8, 9.5], "area": 76, "iscrowd": 0},
+            {"id": 4, "image_id": 7, "category_id": 17, "bbox": [0, 0, 64, 48], "area": 3072, "iscrowd": 1},
+        ],
+    }
+
+
+def write_coco_data(folder, content=None, set_name="val2017", pictures="images"):
+    """The pictures and the annotation file of `coco_content`, in COCO's layout; returns the root folder."""
+    images = folder / pictures / set_name
+    images.mkdir(parents=True, exist_ok=True)
+    (folder / "annotations").mkdir(exist_ok=True)
+    for name, size in (("a.png", (48, 64)), ("b.png", (64, 48)), ("empty.png", (48, 48))):
+        save(gradient(*size), images / name)
+    content = coco_content() if content is None else content
+    (folder / "annotations" / f"instances_{set_name}.json").write_text(json.dumps(content))
+    return str(folder)

@@ -1,0 +1,159 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import gradient, save
+from PIL import Image
+
+import retinanet
+from retinanet import checkpoint
+from retinanet.datasets import read_image
+from retinanet.inference import as_array, detect_pictures, predict
+from retinanet.transforms import Resizer, normalize
+from retinanet.utils import UserError
+
+LIMITS = {"score_threshold": 0.05, "max_detections": 20, "min_side": 96, "max_side": 160}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_same(a, b):
+    for left, right in zip(a[:3], b[:3], strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-3)
+    assert a.class_names == b.class_names
+
+
+def test_the_package_exports_it_and_stays_light():
+    code = (
+        "import sys, retinanet; from retinanet import model; "
+        "heavy = {'matplotlib', 'pycocotools', 'skimage', 'scipy'} & set(sys.modules); "
+        "retinanet.predict; heavy |= {'matplotlib', 'pycocotools', 'skimage', 'scipy'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert retinanet.predict is predict
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = retinanet.nonsense
+
+
+def test_all_kinds_of_a_picture_give_the_same(filled_net, tmp_path):
+    array = gradient(64, 90)
+    path = save(array, tmp_path / "a.png")
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    kinds = [
+        path,
+        tmp_path / "a.png",
+        array,
+        Image.fromarray(array),
+        tensor,
+        tensor / 255,
+        array.astype(np.float64) / 255,
+    ]
+    predictions = predict(filled_net, kinds, **LIMITS)
+    assert len(predictions) == len(kinds) and len(predictions[0].scores) > 0
+    for prediction in predictions:
+        assert_same(prediction, predictions[0])
+    assert_same(predict(filled_net, path, **LIMITS)[0], predictions[0])
+    assert_same(predict(filled_net, tensor[None].repeat(2, 1, 1, 1), **LIMITS)[1], predictions[0])
+
+
+def test_boxes_are_pixels_of_the_picture(filled_net):
+    array = gradient(64, 90)
+    prediction = predict(filled_net, array, **LIMITS)[0]
+    resized = Resizer(96, 160)({"img": array, "annot": np.zeros((0, 5))})
+    images = normalize(resized["img"].permute(2, 0, 1)[None])
+    expected = filled_net.detect(images, 0.05, max_detections=20, image_sizes=[resized["size"]])[0]
+    assert prediction.boxes.dtype == torch.float32 and len(prediction.boxes) == len(expected.boxes)
+    torch.testing.assert_close(prediction.boxes, expected.boxes / resized["scale"], atol=0.02, rtol=0)
+    assert (prediction.boxes >= 0).all()
+    assert prediction.boxes[:, 2].max() <= 90 and prediction.boxes[:, 3].max() <= 64
+    assert prediction.class_names == [str(label) for label in prediction.labels.tolist()]
+
+
+def test_pictures_of_all_sizes_come_back_in_order_and_do_not_see_each_other(filled_net):
+    pictures = [gradient(64, 90), gradient(64, 90)[::-1].copy(), gradient(90, 64), gradient(64, 90), gradient(50, 50)]
+    together = predict(filled_net, iter(pictures), batch_size=4, **LIMITS)
+    for picture, prediction in zip(pictures, together, strict=True):
+        assert_same(prediction, predict(filled_net, picture, **LIMITS)[0])
+
+
+def test_a_checkpoint_brings_names_and_sizes(filled_net, tmp_path):
+    path = tmp_path / "model.pt"
+    checkpoint.save(path, checkpoint.model_entries(filled_net, ["cat", "dog", "bird"], 96, 160))
+    array = gradient(64, 90)
+    prediction = predict(path, array, score_threshold=0.05, max_detections=20, device="cpu")[0]
+    expected = predict(filled_net, array, class_names=["cat", "dog", "bird"], **LIMITS)[0]
+    assert_same(prediction, expected)
+    assert set(prediction.class_names) <= {"cat", "dog", "bird"}
+    assert_same(predict(checkpoint.load_model(path), array, 0.05, 20)[0], expected)
+
+
+def test_the_model_stays_in_its_mode(filled_net):
+    assert not filled_net.training
+    filled_net.train()
+    filled_net.freeze_bn()
+    try:
+        list(detect_pictures(filled_net, [gradient(40, 40)], Resizer(64, 64)))
+        assert filled_net.training
+    finally:
+        filled_net.freeze_bn(False)
+        filled_net.eval()
+
+
+def test_a_file_is_turned_upright_and_a_pillow_image_is_taken_as_it_stands(tmp_path):
+    array = gradient(40, 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(array, tmp_path / "a.jpg", quality=95, exif=exif)
+    assert as_array(path).shape == (60, 40, 3)
+    np.testing.assert_array_equal(as_array(path), read_image(path))
+    with Image.open(path) as image:
+        assert as_array(image).shape == (40, 60, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_pillow_images_of_any_mode(mode):
+    assert as_array(Image.new(mode, (7, 5))).shape == (5, 7, 3)
+
+
+def test_grey_alpha_and_16_bits():
+    grey = np.array([[0, 128], [255, 7]], dtype=np.uint8)
+    np.testing.assert_array_equal(as_array(grey), np.repeat(grey[:, :, None], 3, axis=2))
+    np.testing.assert_array_equal(as_array(grey.astype(np.uint16) * 256 + 99), as_array(grey))
+    np.testing.assert_array_equal(as_array(Image.fromarray(grey.astype(np.uint16) * 256)), as_array(grey))
+    rgba = np.dstack([gradient(3, 4), np.full((3, 4), 9, np.uint8)])
+    np.testing.assert_array_equal(as_array(rgba), gradient(3, 4))
+    np.testing.assert_array_equal(as_array(torch.from_numpy(grey)[None]), as_array(grey))
+    assert as_array(torch.rand(3, 4, 5, dtype=torch.bfloat16)).shape == (4, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((4, 5, 3)) - 0.1, "0 to 1"),
+        (np.full((4, 5, 3), np.nan), "0 to 1"),
+        (torch.randn(3, 4, 5) * 3, "0 to 1"),
+        (np.zeros((4, 5, 3), dtype=np.int64), "int64"),
+        (np.zeros((4, 5, 2), dtype=np.uint8), "channels"),
+        (torch.zeros(8, 5, 3), "first in a tensor"),
+        (np.zeros((0, 5, 3), dtype=np.uint8), "a picture is"),
+        (42, "a picture is"),
+    ],
+)
+def test_what_is_no_picture_is_refused(image, message):
+    with pytest.raises(ValueError, match=message):
+        as_array(image)
+
+
+def test_a_missing_file_is_named(filled_net):
+    with pytest.raises(UserError, match=r"nowhere\.jpg"):
+        predict(filled_net, "nowhere.jpg")

@@ -1,0 +1,387 @@
+"""Runs that are interrupted, resumed, spread over processes, or go wrong."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+
+import pytest
+import torch
+from helpers import truncate, write_csv_data
+from torch import distributed
+
+import train
+from retinanet import checkpoint, engine, run
+from retinanet.shapes import ShapesDataset
+
+FORK = multiprocessing.get_context("fork")
+SMALL = ["--dataset", "shapes", "--shapes_train", "3", "--shapes_val", "2", "--min_side", "64", "--depth", "18"]
+FLAGS = [*SMALL, "--weights", "none", "--batch_size", "1", "--device", "cpu", "--precision", "fp32", "--workers", "0"]
+FLAGS += ["--log_every", "1", "--recipe", "scratch", "--epochs", "2"]
+# Everything that has a state, and everything that is random.
+LIVELY = ["--ema", "0.9", "--jitter", "64", "96", "--random_crop", "0.5", "--colour_jitter", "0.3"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums in a fixed order; and a forked process must not find threads in use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def child(flags, environment, output, change):
+    """The body of a process: train.py, as in a shell, with what it prints in a file."""
+    os.environ.update(environment)
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    status = 1
+    try:
+        if change:
+            change()
+        status = train.main([str(flag) for flag in flags])
+    except SystemExit as error:
+        status = error.code
+    except BaseException:  # noqa: BLE001, the process ends here
+        traceback.print_exc()
+    os._exit(status)
+
+
+def start(folder, *flags, ranks=1, change=None):
+    """Processes of one job, and a function that gives what they printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "TORCHELASTIC_RUN_ID": "test"}
+    jobs = []
+    output = folder.with_suffix(".txt")
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        arguments = ([*FLAGS, "--out_dir", folder, *flags], shared | place if ranks > 1 else {}, output, change)
+        jobs.append(FORK.Process(target=child, args=arguments))
+        jobs[-1].start()
+    return jobs, lambda: output.read_text()
+
+
+def finish(jobs, seconds=120):
+    """Exit statuses of a job's processes."""
+    for job in jobs:
+        job.join(seconds)
+        if job.exitcode is None:
+            job.kill()
+            pytest.fail(f"a process still ran after {seconds} s")
+    return [job.exitcode for job in jobs]
+
+
+def train_to_end(folder, *flags, ranks=1):
+    jobs, output = start(folder, *flags, ranks=ranks)
+    assert finish(jobs) == [0] * ranks, output()
+    return output()
+
+
+def entries_of(folder):
+    """log.jsonl without the times."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+def is_same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        ignored = {"out_dir", "log_size", "resume", "checkpoint_every"}
+        return one.keys() == other.keys() and all(is_same(one[key], other[key]) for key in one.keys() - ignored)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    return one == other
+
+
+def assert_same_run(folder, reference):
+    for name in ("last.pt", "best.pt"):
+        assert is_same(checkpoint.load(folder / name), checkpoint.load(reference / name)), name
+    assert entries_of(folder) == entries_of(reference)
+
+
+def kill_and_resume(folder, reference, seconds, kills, *flags, ranks=1):
+    """Kill a run at random moments; it must end as the reference that ran undisturbed for `seconds`."""
+    statuses = []
+    for _ in range(kills):
+        jobs, _ = start(folder, *flags, "--resume", "auto", ranks=ranks)
+        time.sleep(random.uniform(0, seconds))
+        for job in jobs:
+            job.kill()
+        statuses += finish(jobs)
+    train_to_end(folder, *flags, "--resume", "auto", ranks=ranks)
+    assert_same_run(folder, reference)
+    return statuses
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A lively run that nothing interrupts, and how long it took."""
+    folder = tmp_path_factory.mktemp("runs") / "reference"
+    begin = time.monotonic()
+    train_to_end(folder, *LIVELY, "--checkpoint_every", "1")
+    return folder, time.monotonic() - begin
+
+
+# Resuming
+
+
+def test_a_killed_run_ends_as_if_nothing_had_been(tmp_path, reference):
+    random.seed(1)
+    statuses = kill_and_resume(tmp_path / "a", *reference, 2, *LIVELY, "--checkpoint_every", "1")
+    assert -signal.SIGKILL in statuses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_runs_killed_at_20_moments_end_alike(tmp_path, reference, seed):
+    random.seed(seed)
+    kill_and_resume(tmp_path / "a", *reference, 1, *LIVELY, "--checkpoint_every", "1", "--workers", "1")
+
+
+@pytest.mark.slow
+def test_two_killed_processes_end_alike(tmp_path):
+    flags = [*LIVELY, "--shapes_train", "6", "--checkpoint_every", "1"]
+    begin = time.monotonic()
+    train_to_end(tmp_path / "reference", *flags, ranks=2)
+    seconds = time.monotonic() - begin
+    for seed in range(20):
+        random.seed(seed)
+        kill_and_resume(tmp_path / str(seed), tmp_path / "reference", seconds, 1, *flags, ranks=2)
+
+
+def once(module, name, call, action):
+    """What makes the given call of a function, counted from 1, do something else first."""
+
+    def change():
+        original, calls = getattr(module, name), []
+
+        def replaced(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call:
+                action()
+            return original(*args, **kwargs)
+
+        setattr(module, name, replaced)
+
+    return change
+
+
+def send(name):
+    return lambda: os.kill(os.getpid(), getattr(signal, name))
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
+def test_a_signal_saves_in_the_middle_of_an_epoch(tmp_path, reference, name, status):
+    folder = tmp_path / "a"
+    jobs, output = start(folder, *LIVELY, change=once(engine, "_clip", 1, send(name)))
+    assert finish(jobs) == [status]
+    assert f"{name}: stopping after this step" in output() and "Traceback" not in output()
+    position = checkpoint.load(folder / "last.pt")["training"]["progress"]
+    assert (position["epoch"], position["step"]) == (0, 2)
+    if name == "SIGTERM":
+        train_to_end(folder, *LIVELY, "--resume", "auto")
+        assert_same_run(folder, reference[0])
+
+
+def test_a_signal_in_validation_saves_what_was_trained(tmp_path, reference):
+    folder = tmp_path / "a"
+    jobs, _ = start(folder, *LIVELY, change=once(train.engine, "detect", 1, send("SIGTERM")))
+    assert finish(jobs) == [143]
+    assert checkpoint.load(folder / "last.pt")["training"]["progress"]["step"] == 3
+    train_to_end(folder, *LIVELY, "--resume", "auto")
+    assert_same_run(folder, reference[0])
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    def send_twice():
+        send("SIGINT")()
+        time.sleep(train.StopSignals.SAME_WISH_SECONDS + 0.1)
+        send("SIGTERM")()
+
+    jobs, _ = start(tmp_path / "a", change=once(engine, "_clip", 2, send_twice))
+    assert finish(jobs) == [143]
+    assert not (tmp_path / "a" / "last.pt").exists()
+
+
+def main_quietly(capsys, *flags):
+    status = train.main([str(flag) for flag in (*FLAGS, *LIVELY, *flags)])
+    return status, capsys.readouterr()
+
+
+def test_flags_that_contradict_the_run_are_listed(capsys, tmp_path, reference):
+    last = reference[0] / "last.pt"
+    flags = ["--resume", last, "--seed", 1, "--accumulate", 2, "--shapes_train", 4, "--out_dir", tmp_path]
+    status, printed = main_quietly(capsys, *flags)
+    assert status == 1 and "Traceback" not in printed.err
+    for part in ("--seed is 1, was 0", "--batch_size x --accumulate x processes is 2, was 1", "has 4 images, had 3"):
+        assert part in printed.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_without_a_training_is_not_resumed(capsys, tmp_path, reference):
+    status, printed = main_quietly(capsys, "--resume", reference[0] / "best.pt", "--out_dir", tmp_path)
+    assert status == 1 and "start from it with --weights" in printed.err
+
+
+def test_a_complete_run_is_left_as_it_is(capsys, reference):
+    status, printed = main_quietly(capsys, "--resume", "auto", "--out_dir", reference[0])
+    assert status == 0 and "done after 2 epochs" in printed.out
+
+
+def test_a_new_run_puts_an_earlier_one_aside(tmp_path):
+    for name in ("last.pt", "log.jsonl"):
+        (tmp_path / name).write_text("earlier")
+    run.RunLog(tmp_path, None, 0, False, 1)
+    assert (tmp_path / "last.old.pt").read_text() == (tmp_path / "log.old.jsonl").read_text() == "earlier"
+    assert (tmp_path / "log.jsonl").read_text() == "" and not (tmp_path / "last.pt").exists()
+
+
+def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path):
+    log = run.RunLog(tmp_path, None, 0, False, 10)
+    log.write({"epoch": 0, "step": 1, "lr": 0.5})
+    size = log.flush()
+    log.write({"epoch": 0, "step": 2, "lr": 0.4})
+    again = run.RunLog(tmp_path, tmp_path / "last.pt", size, False, 10)
+    again.write({"epoch": 0, "step": 2, "lr": 0.3})
+    assert [(entry["step"], entry["lr"]) for entry in entries_of(tmp_path)] == [(1, 0.5), (2, 0.3)]
+
+
+# Many processes
+
+
+def test_processes_and_accumulation_divide_the_same_batch(tmp_path, filled_net):
+    start_weights = filled_net.state_dict()
+    checkpoint.save(tmp_path / "start.pt", start_weights)
+    flags = ["--recipe", "paper", "--shapes_train", "20", "--epochs", "1", "--shapes_val", "3"]
+    flags += ["--weights", tmp_path / "start.pt", "--lr", "1e-5"]
+    train_to_end(tmp_path / "one", *flags, "--batch_size", "4")
+    train_to_end(tmp_path / "half", *flags, "--batch_size", "2", "--accumulate", "2")
+    train_to_end(tmp_path / "two", *flags, "--batch_size", "2", ranks=2)
+    expected = checkpoint.load(tmp_path / "one" / "last.pt")["model"]
+    for name in ("half", "two"):
+        found = checkpoint.load(tmp_path / name / "last.pt")["model"]
+        for key in ("conv1.weight", "layer4.1.conv2.weight", "fpn.P3_2.weight", "regressionModel.output.weight"):
+            change = (expected[key] - start_weights[key]).norm() / expected[key].norm()
+            error = (found[key] - expected[key]).norm() / expected[key].norm()
+            assert error <= 1e-5 and change > 100 * error, (name, key, error, change)
+        for line, entry in zip(entries_of(tmp_path / "one"), entries_of(tmp_path / name), strict=True):
+            assert entry == pytest.approx(line, rel=1e-4)
+
+
+def test_a_rank_that_fails_ends_the_others(tmp_path):
+    def fail_on_rank_1():
+        if distributed.get_rank() == 1:
+            raise train.UserError("b.png: cannot be read")
+
+    jobs, output = start(
+        tmp_path / "a", "--shapes_train", "6", ranks=2, change=once(engine, "_clip", 2, fail_on_rank_1)
+    )
+    begin = time.monotonic()
+    assert finish(jobs, 60) == [1, 1]
+    assert time.monotonic() - begin < 60
+    assert "error: rank 1: b.png: cannot be read" in output()
+    assert "error: rank 0: another process of this job ended" in output() and "Traceback" not in output()
+
+
+def test_all_ranks_stop_when_one_is_told_to(tmp_path):
+    def signal_rank_1():
+        if distributed.get_rank() == 1:
+            send("SIGTERM")()
+
+    jobs, output = start(tmp_path / "a", "--shapes_train", "6", ranks=2, change=once(engine, "_clip", 1, signal_rank_1))
+    assert finish(jobs, 60) == [143, 143], output()
+    assert checkpoint.load(tmp_path / "a" / "last.pt")["training"]["progress"]["step"] == 2
+
+
+# Faults
+
+
+def test_a_loss_that_is_not_finite_keeps_the_batch_and_the_last_checkpoint(tmp_path):
+    def spoil():
+        original, calls = train.FocalLoss.forward, []
+
+        def forward(self, *args):
+            calls.append(1)
+            class_loss, box_loss = original(self, *args)
+            return class_loss * (float("nan") if len(calls) == 2 else 1), box_loss
+
+        train.FocalLoss.forward = forward
+
+    folder = tmp_path / "a"
+    jobs, output = start(folder, "--checkpoint_every", "1", change=spoil)
+    assert finish(jobs) == [1]
+    assert "the loss is not finite (class nan" in output() and "epoch 0, step 2, images shapes-1-" in output()
+    assert checkpoint.load(folder / "last.pt")["training"]["progress"]["step"] == 1
+    (batch,) = checkpoint.load(folder / "not_finite_rank0.pt")["batches"]
+    assert batch["img"].shape == (1, 3, 64, 64) and f"shapes-1-{batch['index'][0]}:" in output()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, reference):
+    class Args:
+        out_dir, min_side, max_side = tmp_path, 64, 128
+
+    net, _ = checkpoint.load_model(reference[0] / "best.pt")
+    one = run.Run(Args, net, None, None, None, ["a", "b", "c"], 3)
+    one.save("a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+    next(net.parameters()).data[0, 0, 0, 0] = float("inf")
+    with pytest.raises(
+        train.UserError, match=r"a\.pt stays as it was: a weight is not finite in epoch 0, after step 0"
+    ):
+        one.save("a.pt")
+    assert (tmp_path / "a.pt").read_bytes() == before
+
+
+def test_a_dead_worker_names_its_picture(tmp_path):
+    def die_at_image_2(self, index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.pictures[index].copy()
+
+    def change():
+        ShapesDataset.load_image = die_at_image_2
+
+    jobs, output = start(tmp_path / "a", "--workers", "1", change=change)
+    assert finish(jobs) == [1]
+    assert "error: a data-loading worker is killed by signal: Killed while it read shapes-1-2: " in output()
+
+
+def test_a_corrupt_picture_ends_the_training_with_its_name(tmp_path):
+    data, classes = write_csv_data(tmp_path)
+    truncate(tmp_path / "b.png")
+    flags = ["--dataset", "csv", "--csv_train", data, "--csv_classes", classes, "--workers", "1"]
+    jobs, output = start(tmp_path / "a", *flags)
+    assert finish(jobs) == [1]
+    assert "b.png: cannot be read as a picture" in output() and "Traceback" not in output()
+
+
+# The rest
+
+
+def test_early_stop_and_ema(tmp_path):
+    flags = ["--shapes_train", "1", "--epochs", "9", "--lr", "1e-9", "--early_stop", "1", "--ema", "0.5"]
+    assert "done after 2 epochs" in train_to_end(
+        tmp_path / "a", *flags
+    )  # nothing is learnt, so the first AP stays best
+    content = checkpoint.load(tmp_path / "a" / "last.pt")
+    assert not is_same(content["model"], content["training"]["weights"])
+
+
+@pytest.mark.parametrize(("text", "expected"), [("500", (500, "steps")), ("10m", (10, "minutes"))])
+def test_intervals(text, expected):
+    assert train.interval(text) == expected
+
+
+@pytest.mark.parametrize("text", ["0", "m", "5s", "-1", "1.5m"])
+def test_what_is_no_interval_is_a_usage_error(text):
+    with pytest.raises(train.argparse.ArgumentTypeError, match="steps, such as 500"):
+        train.interval(text)

@@ -1,0 +1,186 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from retinanet import utils
+from retinanet.utils import UserError
+
+
+@pytest.fixture
+def logger():
+    """The package's logger, put back after the test."""
+    before = utils.log.handlers, utils.log.propagate, utils.log.level
+    yield utils.log
+    utils.log.handlers, utils.log.propagate = before[:2]
+    utils.log.setLevel(before[2])
+
+
+@pytest.fixture
+def rank_1(monkeypatch):
+    monkeypatch.setattr(utils.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(utils.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(utils.distributed, "get_world_size", lambda: 4)
+
+
+# Scripts
+
+
+def test_a_script_returns_0_and_hands_on_its_arguments():
+    seen = []
+    assert utils.script(seen.append)(["--a"]) == 0
+    assert utils.script(seen.append)() == 0
+    assert seen == [["--a"], None]
+
+
+def raising(error):
+    def main(argv):
+        raise error
+
+    return utils.script(main)
+
+
+def test_a_users_mistake_is_one_message_and_status_1(capsys):
+    assert raising(UserError("a.csv:3: no"))([]) == 1
+    assert capsys.readouterr() == ("", "error: a.csv:3: no\n")
+
+
+def test_a_mistake_found_by_a_worker_is_the_same_message(capsys):
+    text = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ...\n"
+    assert raising(UserError(text + "retinanet.utils.UserError: b.png: cannot be read\n"))([]) == 1
+    assert capsys.readouterr() == ("", "error: b.png: cannot be read\n")
+
+
+def test_a_message_of_several_lines_is_kept(capsys):
+    assert raising(UserError("one\ntwo"))([]) == 1
+    assert capsys.readouterr().err == "error: one\ntwo\n"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, RuntimeError, SystemExit])
+def test_every_other_error_passes(error):
+    with pytest.raises(error):
+        raising(error("bug"))([])
+
+
+def test_a_script_may_choose_its_status():
+    assert utils.script(lambda argv: 3)([]) == 3
+
+
+# Messages
+
+
+def test_messages_go_to_standard_output_once(logger, capsys):
+    utils.setup_logging()
+    utils.setup_logging()
+    logger.info("%d boxes", 3)
+    logger.debug("hidden")
+    assert capsys.readouterr() == ("3 boxes\n", "")
+
+
+def test_other_ranks_report_errors_alone(logger, capsys, rank_1):
+    utils.setup_logging()
+    logger.info("hidden")
+    logger.warning("hidden")
+    logger.error("shown")
+    assert capsys.readouterr().out == "shown\n"
+
+
+def test_progress_gives_the_items_and_is_silent_without_a_terminal(capsys):
+    assert list(utils.progress(range(3), "counting")) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_is_for_rank_0(rank_1):
+    assert utils.progress(range(3), "counting").disable
+
+
+# Ranks, seeds, devices
+
+
+def test_alone_this_is_rank_0_of_1():
+    assert utils.get_rank() == 0 and utils.get_world_size() == 1 and utils.is_main_process()
+
+
+def test_ranks_are_those_of_torch(rank_1):
+    assert utils.get_rank() == 1 and utils.get_world_size() == 4 and not utils.is_main_process()
+
+
+def test_a_seed_decides_all_generators():
+    def draw(seed):
+        utils.seed_everything(seed)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    first, again, other = draw(1), draw(1), draw(2)
+    assert first == again
+    assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+def test_inside_seeded_numbers_follow_from_the_seed_and_afterwards_go_on():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    utils.seed_everything(0)
+    expected = draw()
+    utils.seed_everything(0)
+    with utils.seeded(1, 2):
+        first = draw()
+    assert draw() == expected
+    with utils.seeded(1, 2):
+        assert draw() == first
+    with utils.seeded(2, 1):
+        assert draw() != first
+
+
+def test_random_states_are_restored_from_a_file(tmp_path):
+    torch.save(utils.random_states(), tmp_path / "states.pt")
+    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    utils.set_random_states(torch.load(tmp_path / "states.pt", weights_only=True))
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+
+
+def test_alone_gathering_and_sending_are_nothing():
+    assert utils.gather_objects("a") == ["a"] and utils.from_main_process("a") == "a"
+    utils.init_distributed(torch.device("cpu"))
+    assert not utils.distributed.is_initialized()
+
+
+def test_auto_is_this_processs_gpu_or_else_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert utils.choose_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert utils.choose_device("auto") == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert utils.choose_device("auto") == torch.device("cuda:3")
+    assert utils.choose_device("cpu") == torch.device("cpu")
+    assert utils.choose_device("cuda:1") == torch.device("cuda:1")
+
+
+def test_a_device_that_does_not_exist_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"--device cuda.*: .*try --device cpu"):
+        utils.choose_device("cuda")
+    with pytest.raises(UserError, match="--device toaster: "):
+        utils.choose_device("toaster")
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "expected"),
+    [
+        (False, False, torch.float32),
+        (True, False, torch.bfloat16),
+        (False, True, torch.bfloat16),
+    ],
+)
+def test_auto_precision_is_bf16_where_the_cpu_has_it(monkeypatch, avx512, amx, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert utils.choose_precision("auto", torch.device("cpu")) == expected
+    assert utils.choose_precision("fp32", torch.device("cpu")) == torch.float32
+    assert utils.choose_precision("bf16", torch.device("cpu")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_precision_is_bf16_where_the_gpu_has_it(monkeypatch, native, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert utils.choose_precision("auto", torch.device("cuda")) == expected

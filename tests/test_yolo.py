@@ -1,0 +1,105 @@
+import builtins
+
+import numpy as np
+import pytest
+from helpers import gradient, save
+
+from retinanet.utils import UserError
+from retinanet.yolo import YoloDataset
+
+
+def write_yolo(root, texts, layout="images/train", names="cat\ndog\n"):
+    """Pictures of 40 x 80 pixels; `texts`: name without ending -> content of its text file, None for no file."""
+    pictures = root / layout
+    labels = root / layout.replace("images", "labels")
+    pictures.mkdir(parents=True)
+    labels.mkdir(parents=True)
+    for name, text in texts.items():
+        save(gradient(40, 80), pictures / f"{name}.png")
+        if text is not None:
+            (labels / f"{name}.txt").write_text(text)
+    if names is not None:
+        (root / "classes.txt").write_text(names)
+    return root
+
+
+@pytest.mark.parametrize("layout", ["images/train", "train/images"])
+def test_fractions_become_pixels(tmp_path, layout):
+    texts = {"b": "1 0.5 0.5 0.5 1.0\n\n0 0.25 0.75 0.1 0.2\n", "a": None, "c": ""}
+    data = YoloDataset(write_yolo(tmp_path, texts, layout))
+    assert [data.image_path(index)[-5:] for index in range(3)] == ["a.png", "b.png", "c.png"]
+    assert [len(data.load_annotations(index)) for index in range(3)] == [0, 2, 0]
+    assert data.load_annotations(1) == pytest.approx(np.array([[20, 0, 60, 40, 1], [16, 26, 24, 34, 0]]))
+    assert data.labels == {0: "cat", 1: "dog"}
+    assert data.image_sizes.tolist() == [[40, 80]] * 3
+
+
+def test_an_outline_gives_its_bounding_box(tmp_path):
+    data = YoloDataset(write_yolo(tmp_path, {"a": "0 0.5 0.1 0.75 0.5 0.25 0.9\n"}))
+    assert data.load_annotations(0) == pytest.approx(np.array([[20, 4, 60, 36, 0]]))
+
+
+def test_a_box_is_cut_at_the_border(tmp_path):
+    data = YoloDataset(write_yolo(tmp_path, {"a": "0 0.1 0.5 0.3 1.01\n"}))
+    assert data.load_annotations(0) == pytest.approx(np.array([[0, 0, 20, 40, 0]]))
+
+
+@pytest.mark.parametrize("names", ["names: [cat, dog]\n", "names:\n  1: dog\n  0: cat\nnc: 2\n"])
+def test_names_from_yaml(tmp_path, names):
+    pytest.importorskip("yaml")
+    root = write_yolo(tmp_path, {"a": "1 0.5 0.5 0.5 0.5\n"}, names=None)
+    (root / "data.yaml").write_text(f"path: .\ntrain: images/train\n{names}")
+    assert YoloDataset(root).labels == {0: "cat", 1: "dog"}
+
+
+@pytest.mark.parametrize("text", ["nc: 2\n", "names: []\n", "names: {1: cat}\n", "[1, 2]\n", "names: [\n"])
+def test_yaml_without_names_is_an_error(tmp_path, text):
+    pytest.importorskip("yaml")
+    root = write_yolo(tmp_path, {"a": ""}, names=None)
+    (root / "data.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"data\.yaml: (needs `names`|is not valid YAML)"):
+        YoloDataset(root)
+
+
+def test_without_pyyaml_the_message_says_what_to_do(tmp_path, monkeypatch):
+    root = write_yolo(tmp_path, {"a": ""}, names=None)
+    (root / "data.yaml").write_text("names: [cat]\n")
+    real_import = builtins.__import__
+
+    def without_yaml(name, *args, **kwargs):
+        if name == "yaml":
+            raise ModuleNotFoundError("No module named 'yaml'", name="yaml")
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_yaml)
+    with pytest.raises(UserError, match=r"data\.yaml: PyYAML is needed .*retinanet\[yolo\].*classes\.txt"):
+        YoloDataset(root)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0 0.5 0.5 0.5\n", r"a\.txt:1: expected `class x y width height`, found 4 numbers"),
+        ("0 0.5 0.5 0.5 0.5\ncat 0.5 0.5 0.5 0.5\n", r"a\.txt:2: expected numbers"),
+        ("2 0.5 0.5 0.5 0.5\n", r"a\.txt:1: class 2 is not one of 0 to 1"),
+        ("0.5 0.5 0.5 0.5 0.5\n", r"a\.txt:1: class 0\.5 is not one of"),
+        ("0 40 20 30 10\n", r"a\.txt:1: a box must be in fractions"),
+        ("0 nan 0.5 0.5 0.5\n", r"a\.txt:1: a box must be in fractions"),
+        ("0 0.5 0.5 0 0.5\n", r"a\.txt:1: the box is empty"),
+        ("0 1.2 0.5 0.2 0.5\n", r"a\.txt:1: the box is empty"),
+    ],
+)
+def test_a_wrong_line_is_an_error_that_names_it(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        YoloDataset(write_yolo(tmp_path, {"a": text}))
+
+
+def test_a_missing_folder_or_file_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"has neither images/train nor train/images"):
+        YoloDataset(tmp_path)
+    root = write_yolo(tmp_path, {}, names=None)
+    with pytest.raises(UserError, match=r"has neither classes\.txt nor data\.yaml"):
+        YoloDataset(root)
+    (root / "classes.txt").write_text("cat\n")
+    with pytest.raises(UserError, match=r"images/train: holds no pictures"):
+        YoloDataset(root)
