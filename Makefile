@@ -1,4 +1,4 @@
-# Two commands: `make demo` trains and shows a detector; `make test` checks everything.
+# Two commands: `make demo` trains and shows a detector; `make test` checks everything. Both make .venv first.
 PYTHON ?= python3
 DATA = --dataset shapes --shapes_val 120
 RUN = runs/demo
@@ -6,8 +6,8 @@ RUN = runs/demo
 .PHONY: demo test lint
 
 demo: .venv/installed
-	.venv/bin/python train.py $(DATA) --shapes_train 400 --depth 18 --weights none --recipe scratch --epochs 4 \
-		--batch_size 4 --min_side 96 --lr 7e-4 --val_every 4 --out_dir $(RUN)
+	.venv/bin/python train.py $(DATA) --shapes_train 400 --depth 18 --weights none --recipe scratch --epochs 3 \
+		--batch_size 4 --min_side 96 --lr 7e-4 --val_every 3 --out_dir $(RUN)
 	.venv/bin/python visualize.py $(DATA) --model $(RUN)/best.pt --out_dir $(RUN)
 	@echo
 	@echo "Scores on pictures that the detector never saw:"
@@ -17,7 +17,7 @@ demo: .venv/installed
 	@echo "  .venv/bin/python train.py --dataset csv --csv_train train.csv --csv_val val.csv --csv_classes classes.csv"
 
 test: .venv/installed-for-tests lint
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto
 
 lint: .venv/installed-for-tests
 	.venv/bin/ruff check .
@@ -29,5 +29,5 @@ lint: .venv/installed-for-tests
 	touch $@
 
 .venv/installed-for-tests: .venv/installed setup.py
-	.venv/bin/python -m pip install -q -e ".[dev]"
+	.venv/bin/python -m pip install -q -e ".[dev,onnx,plots,yolo]"
 	touch $@

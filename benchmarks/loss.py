@@ -21,7 +21,7 @@ def make_inputs(batch: int, height: int, width: int, classes: int, boxes: int, d
 
 
 def torchvisions(logits: torch.Tensor, anchors: torch.Tensor, annotations: torch.Tensor) -> torch.Tensor:
-    """torchvision's matcher and focal loss, as its RetinaNet's class head uses them (the box loss not counted)."""
+    """The class loss of torchvision's RetinaNet: its matcher and its focal loss (the box loss is not counted)."""
     matcher = Matcher(0.5, 0.4, allow_low_quality_matches=True)
     losses = []
     for image_logits, boxes in zip(logits, annotations, strict=True):

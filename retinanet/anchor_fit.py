@@ -387,6 +387,7 @@ def _draw_coverage(axes: Any, title: str, groups: dict[str, np.ndarray], fit: An
         kept = set(sorted(present, key=lambda name: -groups[name].sum())[:30])
         present = [name for name in present if name in kept]
     rows = np.arange(len(present))
+    key = "" if better is fit else "; blue: these anchors, grey: the advised ones"
     sources: Sequence[tuple[AnchorFit, str, str]] = [(fit, "tab:blue", "these anchors")]
     if better is not fit:
         sources = [*sources, (better, "lightgrey", "advised anchors")]
@@ -398,7 +399,7 @@ def _draw_coverage(axes: Any, title: str, groups: dict[str, np.ndarray], fit: An
             axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=8)
     size = 9 if len(present) <= 12 else 6
     axes.set_yticks(
-        rows + 0.4 - 0.4 / len(sources), [f"{name} ({groups[name].sum()})" for name in present], fontsize=size
+        rows + 0.4 - 0.4 / len(sources), [f"{name}: {groups[name].sum()}" for name in present], fontsize=size
     )
-    axes.set(xlim=(0, 112), xlabel="boxes with an anchor of IoU >= 0.5, %", title=f"by {title} (number of boxes)")
+    axes.set(xlim=(0, 112), xlabel="boxes with an anchor of IoU >= 0.5, %", title=f"by {title}{key}")
     axes.invert_yaxis()

@@ -43,7 +43,9 @@ def save(path: str | Path, content: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be saved ({error}); the file before it, if any, is intact") from error
+        # torch reports its own trouble with a file that is cut short; the reason stands behind it.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(f"{path}: cannot be saved ({reason}); the file before it, if any, is intact") from error
     finally:
         if temporary.exists():
             temporary.unlink()

@@ -147,7 +147,9 @@ def detect_pictures(
     waiting: list[np.ndarray] = []
 
     def run() -> Iterator[tuple[np.ndarray, Detections]]:
-        batch = collater([resizer({"img": picture, "annot": np.zeros((0, 5))}) for picture in waiting])
+        # Turned and mirrored arrays may be views that torch cannot take.
+        samples = [{"img": np.ascontiguousarray(picture), "annot": np.zeros((0, 5))} for picture in waiting]
+        batch = collater([resizer(sample) for sample in samples])
         was_training = net.training
         net.eval()
         try:

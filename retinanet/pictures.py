@@ -94,7 +94,7 @@ def read_image(path: str | Path) -> np.ndarray:
             else:
                 image.load()
                 pixels = _to_rgb(image)
-            return TURNS[valid_orientation(_exif_orientation(image))](pixels)
+            return np.ascontiguousarray(TURNS[valid_orientation(_exif_orientation(image))](pixels))
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

@@ -80,8 +80,15 @@ class RunLog:
         temporary.replace(self.path)
 
     def write(self, entry: dict[str, float]) -> None:
-        """Add a line."""
-        self.file.write(json.dumps(entry) + "\n")
+        """Add a line.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            self.file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); last.pt is intact") from error
         if self.board:
             _add_to_board(self.board, entry, self.steps_per_epoch)
             self.board.flush()

@@ -36,6 +36,11 @@ def script(main: Callable[..., int | None]) -> Callable[..., int]:
             message = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else str(error)
             _say_error(message.removeprefix("retinanet.utils.UserError: "))
             return 1
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _say_error(f"{error.filename}: {error.strerror}")
+            return 1
         except RuntimeError as error:
             if get_world_size() == 1 or not any(sign in str(error) for sign in LOST_PEER):
                 raise

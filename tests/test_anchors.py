@@ -46,7 +46,7 @@ def test_every_argument_is_honoured():  # the original ignored sizes, and broke 
 
 @pytest.mark.parametrize("settings", [{"sizes": [32]}, {"strides": [8, 16]}, {"ratios": [0, 1, 2]}, {"scales": [-1]}])
 def test_impossible_settings_are_refused(settings):
-    with pytest.raises(ValueError, match="anchor|levels"):
+    with pytest.raises(ValueError, match=r"anchor|levels"):
         Anchors(**settings)
 
 

@@ -29,16 +29,24 @@ def blank(height, width):
     return torch.full((1, 3, height, width), 128, dtype=torch.uint8)
 
 
+def assert_near(found, expected):
+    """Equal but for rounding: the memory format is another, and so is the order of sums."""
+    assert len(found) == len(expected)
+    for tensor, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(tensor, other, rtol=1e-4, atol=1e-3 if tensor.dim() == 2 else 1e-5)
+
+
 @torch.no_grad()
 def test_logits_and_boxes_are_those_of_the_network(filled_net):
     images = torch.cat([picture(64, 96), picture(64, 96, 1)])
     logits, boxes = export.Detector(filled_net)(images)
     expected, deltas, anchors = filled_net.heads(normalize(images))
-    assert torch.equal(logits, expected) and boxes.shape == deltas.shape
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert boxes.shape == deltas.shape
     everything = filled_net.detect(normalize(images), 0.0, 1.0, top_k=None, max_detections=None)
     for found, image_boxes, image_logits in zip(everything, boxes, logits, strict=True):
         best = image_logits.max(dim=1).values.argmax()
-        assert torch.equal(found.boxes[0], image_boxes[best])
+        torch.testing.assert_close(found.boxes[0], image_boxes[best], rtol=0, atol=1e-3)
     assert boxes.min() >= 0 and boxes[..., 2].max() <= 96 and boxes[..., 3].max() <= 64
     assert anchors.min() < 0  # so there was something to cut
 
@@ -51,19 +59,19 @@ def test_detections_are_those_of_the_network(filled_net, size, max_detections):
     found = export.Detector(filled_net, with_nms=True, max_detections=max_detections)(images)
     expected = filled_net.detect(normalize(images), max_detections=max_detections)[0]
     assert len(expected.scores) >= 5
-    for tensor, other in zip(found, expected, strict=True):
-        assert torch.equal(tensor, other)
+    assert_near(found, expected)
 
 
 @torch.no_grad()
 def test_the_thresholds_are_honoured(filled_net):
     images = picture(160, 224)
     default = filled_net.detect(normalize(images))[0]
-    limits = {"score_threshold": float(default.scores.median()), "nms_threshold": 0.2}
+    middle = len(default.scores) // 2
+    limits = {"score_threshold": float(default.scores[middle : middle + 2].mean()), "nms_threshold": 0.2}
     found = export.Detector(filled_net, True, **limits)(images)
     expected = filled_net.detect(normalize(images), **limits)[0]
     assert 0 < len(expected.scores) < len(default.scores)
-    assert torch.equal(found[2], expected.boxes)
+    assert_near(found, expected)
 
 
 @torch.no_grad()
@@ -72,7 +80,7 @@ def test_more_candidates_than_one_level_may_have(filled_net, monkeypatch):
     images = picture(160, 224)
     found = export.Detector(filled_net, True, score_threshold=0.01)(images)
     expected = filled_net.detect(normalize(images), 0.01, top_k=50)[0]
-    assert torch.equal(found[0], expected.scores) and torch.equal(found[2], expected.boxes)
+    assert_near(found, expected)
     assert len(expected.scores) != len(filled_net.detect(normalize(images), 0.01, top_k=None)[0].scores)
 
 

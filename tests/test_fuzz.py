@@ -4,6 +4,7 @@ A sample runs with the other tests. All of them, about five minutes: `FUZZ=all p
 """
 
 import contextlib
+import copy
 import csv
 import faulthandler
 import io
@@ -211,7 +212,7 @@ def coco_files(draw):
         if parent is not content and key == "":
             break
         if action == "replace":
-            parent[key] = draw(VALUES)
+            parent[key] = copy.deepcopy(draw(VALUES))  # the values are shared between examples
         elif action == "delete":
             del parent[key]
         elif isinstance(parent, list):

@@ -80,7 +80,7 @@ def test_boxes_are_pixels_of_the_picture(filled_net):
 
 
 def test_pictures_of_all_sizes_come_back_in_order_and_do_not_see_each_other(filled_net):
-    pictures = [gradient(64, 90), gradient(64, 90)[::-1].copy(), gradient(90, 64), gradient(64, 90), gradient(50, 50)]
+    pictures = [gradient(64, 90), gradient(64, 90)[::-1], gradient(90, 64), gradient(64, 90), gradient(50, 50)]
     together = predict(filled_net, iter(pictures), batch_size=4, **LIMITS)
     for picture, prediction in zip(pictures, together, strict=True):
         assert_same(prediction, predict(filled_net, picture, **LIMITS)[0])
@@ -109,13 +109,16 @@ def test_the_model_stays_in_its_mode(filled_net):
         filled_net.eval()
 
 
-def test_a_file_is_turned_upright_and_a_pillow_image_is_taken_as_it_stands(tmp_path):
+def test_a_file_is_turned_upright_and_a_pillow_image_is_taken_as_it_stands(filled_net, tmp_path):
     array = gradient(40, 60)
     exif = Image.Exif()
     exif[0x0112] = 6
     path = save(array, tmp_path / "a.jpg", quality=95, exif=exif)
     assert as_array(path).shape == (60, 40, 3)
     np.testing.assert_array_equal(as_array(path), read_image(path))
+    upright = predict(filled_net, path, **LIMITS)[0]
+    assert_same(upright, predict(filled_net, as_array(path).copy(), **LIMITS)[0])
+    assert len(upright.boxes) > 0 and upright.boxes[:, 2].max() <= 40 < upright.boxes[:, 3].max() <= 60
     with Image.open(path) as image:
         assert as_array(image).shape == (40, 60, 3)
 

@@ -177,7 +177,7 @@ def test_anchor_settings_change_the_heads_and_the_boxes():
 def test_channels_last_and_bf16_give_the_same_answer(filled_net):
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        logits, deltas, _ = filled_net.heads(images)
+        logits, _, _ = filled_net.heads(images)
         again, _, _ = filled_net.heads(images.contiguous(memory_format=torch.channels_last))
         with torch.autocast("cpu", torch.bfloat16):
             low, _, anchors = filled_net.heads(images)

@@ -277,3 +277,13 @@ def test_scale_jitter_draws_short_sides_from_its_range():
     sides = {min(ScaleJitter(40, 43, 128)(sample_of())["size"]) for _ in range(60)}
     assert sides == {40, 41, 42, 43}
     assert max(ScaleJitter(100, 100, 80)(sample_of())["size"]) == 80
+
+
+@pytest.mark.parametrize("transform", [Resizer(32, 64), lambda sample: Augmenter()(sample, flip_x=1)])
+def test_views_with_negative_strides_are_taken(transform):  # such as a user's own flip leaves
+    image = np.random.randint(0, 256, (40, 50, 3), dtype=np.uint8)
+    boxes = np.zeros((0, 5), dtype=np.float32)
+    view, copy_of_it = (
+        transform({"img": img, "annot": boxes})["img"] for img in (image[:, ::-1], image[:, ::-1].copy())
+    )
+    assert np.array_equal(np.asarray(view), np.asarray(copy_of_it))

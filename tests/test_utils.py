@@ -52,6 +52,13 @@ def test_a_mistake_found_by_a_worker_is_the_same_message(capsys):
     assert capsys.readouterr() == ("", "error: b.png: cannot be read\n")
 
 
+def test_a_file_that_cannot_be_written_is_one_message_and_status_1(capsys):
+    assert raising(OSError(30, "Read-only file system", "runs/log.jsonl"))([]) == 1
+    assert capsys.readouterr() == ("", "error: runs/log.jsonl: Read-only file system\n")
+    with pytest.raises(OSError, match="no file"):
+        raising(OSError("no file"))([])
+
+
 def test_a_message_of_several_lines_is_kept(capsys):
     assert raising(UserError("one\ntwo"))([]) == 1
     assert capsys.readouterr().err == "error: one\ntwo\n"
