@@ -6,8 +6,8 @@ RUN = runs/demo
 .PHONY: demo test lint
 
 demo: .venv/installed
-	.venv/bin/python train.py $(DATA) --shapes_train 400 --depth 18 --weights none --recipe scratch --epochs 3 \
-		--batch_size 4 --min_side 96 --lr 7e-4 --val_every 3 --out_dir $(RUN)
+	.venv/bin/python train.py $(DATA) --shapes_train 400 --depth 18 --weights none --recipe scratch --epochs 4 \
+		--batch_size 4 --min_side 96 --lr 7e-4 --val_every 4 --out_dir $(RUN)
 	.venv/bin/python visualize.py $(DATA) --model $(RUN)/best.pt --out_dir $(RUN)
 	@echo
 	@echo "Scores on pictures that the detector never saw:"

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from retinanet.datasets import CocoDataset, CSVDataset, DetectionDataset
 from retinanet.transforms import Augmenter, Normalizer, Resizer, UnNormalizer, pad_images
-from retinanet.utils import get_rank, get_world_size, ignore_terminal_signals, seeded
+from retinanet.utils import get_rank, get_world_size, leave_process_group, seeded
 
 __all__ = [
     "AspectRatioBasedSampler",
@@ -218,6 +218,6 @@ def make_loader(
         collate_fn=collater,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
-        worker_init_fn=ignore_terminal_signals,
+        worker_init_fn=leave_process_group,
         generator=generator,
     )

@@ -121,31 +121,32 @@ def train_one_epoch(
             _check_losses(losses, where, group, loader)
             lr = optimizer.param_groups[0]["lr"]
             check_norm = _clip(weights, clip_norm, where, group, loader)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            progress.add(*losses.double().mean(dim=(0, 1)).tolist())
+            with undisturbed():  # weights, schedule, average and checkpoint change together
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                progress.add(*losses.double().mean(dim=(0, 1)).tolist())
 
-            images_now = get_world_size() * sum(len(batch["img"]) for batch in group)
-            num_images, recent_images = num_images + images_now, recent_images + images_now
-            if (step + 1) % log_every == 0 or step + 1 == num_steps:
-                class_loss, box_loss = progress.take_recent()
-                entry = {
-                    "epoch": progress.epoch,
-                    "step": step + 1,
-                    "class_loss": class_loss,
-                    "box_loss": box_loss,
-                    "lr": lr,
-                    "grad_norm": check_norm(),
-                    "images_per_second": recent_images / (time.perf_counter() - recent_start),
-                }
-                speed = f"{entry['images_per_second']:.1f} images/s"
-                bar.set_postfix_str(f"class {class_loss:.3f}, box {box_loss:.3f}, lr {lr:.1e}, {speed}")
-                if log_step is not None:
-                    log_step(entry)
-                recent_images, recent_start = 0, time.perf_counter()
-            if after_step is not None:
-                after_step(number)
+                images_now = get_world_size() * sum(len(batch["img"]) for batch in group)
+                num_images, recent_images = num_images + images_now, recent_images + images_now
+                if (step + 1) % log_every == 0 or step + 1 == num_steps:
+                    class_loss, box_loss = progress.take_recent()
+                    entry = {
+                        "epoch": progress.epoch,
+                        "step": step + 1,
+                        "class_loss": class_loss,
+                        "box_loss": box_loss,
+                        "lr": lr,
+                        "grad_norm": check_norm(),
+                        "images_per_second": recent_images / (time.perf_counter() - recent_start),
+                    }
+                    speed = f"{entry['images_per_second']:.1f} images/s"
+                    bar.set_postfix_str(f"class {class_loss:.3f}, box {box_loss:.3f}, lr {lr:.1e}, {speed}")
+                    if log_step is not None:
+                        log_step(entry)
+                    recent_images, recent_start = 0, time.perf_counter()
+                if after_step is not None:
+                    after_step(number)
     class_loss, box_loss = (value / max(1, progress.step) for value in progress.sums)
     return {
         "class_loss": class_loss,

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
@@ -254,8 +255,20 @@ class StopSignals:
             os._exit(128 + signum)
 
 
-def ignore_terminal_signals(_: int = 0) -> None:
-    """For data-loading workers, which Ctrl-C reaches as well: what then happens is for the main process to decide."""
-    for signum in StopSignals.HANDLED:
-        if signum != signal.SIGTERM:  # with which the main process ends its workers
-            signal.signal(signum, signal.SIG_IGN)
+def leave_process_group(_: int = 0) -> None:
+    """For data-loading workers: Ctrl-C, and torchrun's SIGTERM, are for the main process to decide about."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside, the death of a data-loading worker raises no error, as it would between any two lines; it waits."""
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
