@@ -55,6 +55,7 @@ from retinanet.utils import (
     seed_everything,
     seeded,
     setup_logging,
+    undisturbed,
 )
 
 
@@ -224,16 +225,17 @@ def train(
         run.metrics = {}
         if val_loader and ((epoch + 1) % args.val_every == 0 or is_last):
             run.metrics = validate(run, val_loader, val_set, device, stop)
-        run.schedule.end_epoch(stats["loss"])
-        run.progress = Progress(epoch + 1)
-        if run.log:
-            run.log.write({"epoch": epoch, **stats, **run.metrics})
-        if run.metrics:
-            run.stale += 1
-            if run.metrics["AP"] > run.best:
-                run.best, run.stale = run.metrics["AP"], 0
-                run.save("best.pt")
-        run.save_last()
+        with undisturbed():
+            run.schedule.end_epoch(stats["loss"])
+            run.progress = Progress(epoch + 1)
+            if run.log:
+                run.log.write({"epoch": epoch, **stats, **run.metrics})
+            if run.metrics:
+                run.stale += 1
+                if run.metrics["AP"] > run.best:
+                    run.best, run.stale = run.metrics["AP"], 0
+                    run.save("best.pt")
+            run.save_last()
         if run.log and (run.metrics or is_last):
             run.log.draw()
     log.info("done after %d epochs%s", run.progress.epoch, f", best AP {run.best:.3f}" if run.best >= 0 else "")

@@ -140,7 +140,8 @@ def _check_pictures(dataset: DetectionDataset, pictures: str, workers: int, repo
         depths[:] = "decode"
     sizes = np.zeros((number, 2), dtype=np.int64) if declared is None else declared.copy()
     opened, missing = 0, []
-    for index, look in _map(lambda index: _look_at(dataset, index, depths[index]), number, workers):
+    threads = workers if pictures == "decode" else 1  # the rest is Python, which threads only slow down
+    for index, look in _map(lambda index: _look_at(dataset, index, depths[index]), number, threads):
         if not look.found:
             missing.append(index)
         if look.fault:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from retinanet.optim import Schedule
 from retinanet.postprocess import Detections
 from retinanet.transforms import normalize
-from retinanet.utils import UserError, gather_objects, gather_tensors, get_rank, get_world_size
+from retinanet.utils import UserError, gather_objects, gather_tensors, get_rank, get_world_size, undisturbed
 from retinanet.utils import progress as progress_bar
 
 

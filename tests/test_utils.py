@@ -1,4 +1,6 @@
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -191,3 +193,61 @@ def test_auto_precision_is_bf16_where_the_cpu_has_it(monkeypatch, avx512, amx, e
 def test_auto_precision_is_bf16_where_the_gpu_has_it(monkeypatch, native, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     assert utils.choose_precision("auto", torch.device("cuda")) == expected
+
+
+# Signals
+
+
+def test_the_first_signal_is_a_wish_and_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with utils.StopSignals() as stop:
+        assert stop.signum == 0
+        for signum in (signal.SIGINT, signal.SIGTERM):  # together they are one wish
+            os.kill(os.getpid(), signum)
+        assert stop.signum == signal.SIGINT
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_death_of_a_child_waits():
+    before = signal.signal(signal.SIGCHLD, lambda *_: pytest.fail("disturbed"))
+    try:
+        with utils.undisturbed():
+            os.kill(os.getpid(), signal.SIGCHLD)
+        assert callable(signal.getsignal(signal.SIGCHLD))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+# Random states
+
+
+def test_what_is_seeded_leaves_no_trace():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    utils.seed_everything(1)
+    expected = draw()
+    utils.seed_everything(1)
+    with utils.seeded(3, 4):
+        inside = draw()
+    assert draw() == expected != inside
+    with utils.seeded(3, 4):
+        assert draw() == inside
+    with utils.seeded(4, 3):
+        assert draw() != inside
+
+
+def test_random_states_survive_a_checkpoint(tmp_path):
+    torch.save(utils.random_states(), tmp_path / "a.pt")
+    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    utils.set_random_states(torch.load(tmp_path / "a.pt", weights_only=True))
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+
+
+# Ranks without a job
+
+
+def test_alone_gathering_gives_what_is_there():
+    utils.init_distributed(torch.device("cpu"))
+    assert utils.gather_objects(3) == [3] and utils.from_main_process(3) == 3
+    assert utils.gather_tensors(torch.tensor([1.0, 2.0])).tolist() == [[1, 2]]
