@@ -6,7 +6,7 @@ RUN = runs/demo
 .PHONY: demo test lint
 
 demo: .venv/installed
-	.venv/bin/python train.py $(DATA) --shapes_train 400 --depth 18 --weights none --recipe scratch --epochs 4 \
+	.venv/bin/python train.py $(DATA) --shapes_train 320 --depth 18 --weights none --recipe scratch --epochs 4 \
 		--batch_size 4 --min_side 96 --lr 7e-4 --val_every 4 --out_dir $(RUN)
 	.venv/bin/python visualize.py $(DATA) --model $(RUN)/best.pt --out_dir $(RUN)
 	@echo
@@ -28,6 +28,6 @@ lint: .venv/installed-for-tests
 	.venv/bin/python -m pip install -q -r requirements.txt
 	touch $@
 
-.venv/installed-for-tests: .venv/installed setup.py
+.venv/installed-for-tests: .venv/installed setup.py pyproject.toml
 	.venv/bin/python -m pip install -q -e ".[dev,onnx,plots,yolo]"
 	touch $@
