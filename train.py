@@ -58,6 +58,9 @@ from retinanet.utils import (
     undisturbed,
 )
 
+# What --weights may name in place of a file.
+PRETRAINED = {"imagenet": "IMAGENET1K_V1", "imagenet_v2": "IMAGENET1K_V2", "none": False}
+
 
 def interval(text: str) -> tuple[int, str]:
     """Argparse type: `500` for optimizer steps, or `10m` for minutes."""
@@ -73,7 +76,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_data_arguments(parser, training=True)
     group = parser.add_argument_group("model")
     group.add_argument("--depth", type=int, choices=sorted(ARCHITECTURES), default=50, help="layers of the ResNet")
-    group.add_argument("--weights", default="imagenet", help="start from: imagenet, none (random), or a checkpoint")
+    group.add_argument(
+        "--weights", default="imagenet", help="start from: imagenet, imagenet_v2, none (random), or a checkpoint's path"
+    )
     add_anchor_arguments(parser)
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", choices=sorted(RECIPES), default="original", help="optimizer and schedule")
@@ -113,10 +118,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def make_model(args: argparse.Namespace, num_classes: int, device: torch.device) -> RetinaNet:
     """The model that training starts from."""
     try:
-        net = resnet(args.depth, num_classes, args.weights == "imagenet", anchors_from_arguments(args))
-    except RuntimeError as error:
+        net = resnet(args.depth, num_classes, PRETRAINED.get(args.weights, False), anchors_from_arguments(args))
+    except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
-    if args.weights not in ("imagenet", "none"):
+    if args.weights not in PRETRAINED:
         log.info("%s", checkpoint.load_weights(net, args.weights))
     return net
 

@@ -246,7 +246,7 @@ class RetinaNet(ResNet):
 def resnet(
     depth: int,
     num_classes: int,
-    pretrained: bool = False,
+    pretrained: bool | str = False,
     anchors: Anchors | None = None,
     criterion: FocalLoss | None = None,
 ) -> RetinaNet:
@@ -255,53 +255,55 @@ def resnet(
     Args:
         depth: 18, 34, 50, 101 or 152.
         num_classes: number of classes, without a background class.
-        pretrained: start from torchvision's ImageNet weights, and freeze BatchNorm's statistics.
+        pretrained: start from torchvision's ImageNet weights, and freeze BatchNorm's statistics; True means the
+            original's, IMAGENET1K_V1, and a text is torchvision's name of others, such as IMAGENET1K_V2.
         anchors: the reference boxes; by default the paper's.
         criterion: the training loss; by default the paper's.
 
     Raises:
-        ValueError: there is no such depth.
+        ValueError: there is no such depth, or there are no such weights.
         RuntimeError: the ImageNet weights could not be had.
     """
     if depth not in ARCHITECTURES:
         raise ValueError(f"depth must be one of {', '.join(map(str, ARCHITECTURES))}, not {depth}")
     net = RetinaNet(num_classes, *ARCHITECTURES[depth], anchors, criterion)
     if pretrained:
-        net.load_state_dict(imagenet_weights(depth), strict=False)  # the pyramid and the heads are not in it
+        version = "IMAGENET1K_V1" if pretrained is True else pretrained
+        net.load_state_dict(imagenet_weights(depth, version), strict=False)  # it has no pyramid and no heads
         net.freeze_bn()
     return net
 
 
 def resnet18(
-    num_classes: int, pretrained: bool = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
+    num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
 ) -> RetinaNet:
     """RetinaNet on ResNet-18; the arguments are those of `resnet`."""
     return resnet(18, num_classes, pretrained, anchors, criterion)
 
 
 def resnet34(
-    num_classes: int, pretrained: bool = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
+    num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
 ) -> RetinaNet:
     """RetinaNet on ResNet-34; the arguments are those of `resnet`."""
     return resnet(34, num_classes, pretrained, anchors, criterion)
 
 
 def resnet50(
-    num_classes: int, pretrained: bool = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
+    num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
 ) -> RetinaNet:
     """RetinaNet on ResNet-50; the arguments are those of `resnet`."""
     return resnet(50, num_classes, pretrained, anchors, criterion)
 
 
 def resnet101(
-    num_classes: int, pretrained: bool = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
+    num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
 ) -> RetinaNet:
     """RetinaNet on ResNet-101; the arguments are those of `resnet`."""
     return resnet(101, num_classes, pretrained, anchors, criterion)
 
 
 def resnet152(
-    num_classes: int, pretrained: bool = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
+    num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
 ) -> RetinaNet:
     """RetinaNet on ResNet-152; the arguments are those of `resnet`."""
     return resnet(152, num_classes, pretrained, anchors, criterion)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import get_weight
+from torchvision.models import get_model_weights
 
 
 def conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
@@ -127,18 +127,25 @@ class ResNet(nn.Module):
         return c3, c4, self.layer4(c4)
 
 
-def imagenet_weights(depth: int) -> dict[str, Tensor]:
-    """The trunk's weights from torchvision, trained on ImageNet (IMAGENET1K_V1, as the original).
+def imagenet_weights(depth: int, version: str = "IMAGENET1K_V1") -> dict[str, Tensor]:
+    """The trunk's weights from torchvision, trained on ImageNet.
 
     They are downloaded once and kept in torch.hub's folder, where a file put by hand serves as well.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
+        version: torchvision's name of them; the default is the original's. IMAGENET1K_V2, of depth 50 and more, are
+            better classifiers.
 
     Raises:
+        ValueError: torchvision has no such weights.
         RuntimeError: they are not there and cannot be downloaded; the message says what to do.
     """
-    weights = get_weight(f"ResNet{depth}_Weights.IMAGENET1K_V1")
+    known = get_model_weights(f"resnet{depth}")
+    if version not in known.__members__:
+        names = ", ".join(weights.name for weights in known)
+        raise ValueError(f"torchvision has no weights {version} of ResNet-{depth}, but {names}")
+    weights = known[version]
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except OSError as error:

@@ -162,7 +162,7 @@ def test_pretrained_loads_the_trunk_and_freezes_bn(monkeypatch):
     state = {
         key: value + 1 for key, value in resnet18(2).state_dict().items() if key.startswith(("conv1", "bn1", "layer"))
     }
-    monkeypatch.setattr(model, "imagenet_weights", lambda depth: state)
+    monkeypatch.setattr(model, "imagenet_weights", lambda depth, version: state)
     net = resnet18(2, pretrained=True)
     assert torch.equal(net.layer3[1].conv2.weight, state["layer3.1.conv2.weight"])
     assert net.bn_frozen

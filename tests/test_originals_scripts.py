@@ -42,7 +42,7 @@ def without_download(monkeypatch):
     trunk = {
         key: value for key, value in model.resnet18(1).state_dict().items() if key.startswith(("layer", "bn1", "conv1"))
     }
-    monkeypatch.setattr(model, "imagenet_weights", lambda depth: trunk)
+    monkeypatch.setattr(model, "imagenet_weights", lambda depth, version: trunk)
 
 
 def test_the_training_loop(csv_files, tmp_path, without_download):

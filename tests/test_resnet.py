@@ -51,15 +51,21 @@ def test_trunk_equals_torchvisions(depth):
         torch.testing.assert_close(c5, theirs.layer4(expected), rtol=1e-3, atol=1e-4)
 
 
-def test_imagenet_weights_are_read_from_torch_hubs_folder(tmp_path, monkeypatch):
-    weights = torchvision.models.get_weight("ResNet18_Weights.IMAGENET1K_V1")
+@pytest.mark.parametrize(("depth", "version"), [(18, "IMAGENET1K_V1"), (50, "IMAGENET1K_V2")])
+def test_imagenet_weights_are_read_from_torch_hubs_folder(depth, version, tmp_path, monkeypatch):
+    weights = torchvision.models.get_weight(f"ResNet{depth}_Weights.{version}")
     (tmp_path / "checkpoints").mkdir()
-    state = torchvision.models.resnet18().state_dict()
+    state = torchvision.models.get_model(f"resnet{depth}").state_dict()
     torch.save(state, tmp_path / "checkpoints" / weights.url.rpartition("/")[2])
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    loaded = imagenet_weights(18)
+    loaded = imagenet_weights(depth, version)
     assert set(loaded) == {key for key in state if not key.startswith("fc.")}
     torch.testing.assert_close(loaded["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
+
+
+def test_unknown_imagenet_weights_are_named():
+    with pytest.raises(ValueError, match=r"no weights IMAGENET1K_V2 of ResNet-34, but IMAGENET1K_V1$"):
+        imagenet_weights(34, "IMAGENET1K_V2")
 
 
 def test_without_a_network_the_message_says_what_to_do(tmp_path, monkeypatch):
