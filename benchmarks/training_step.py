@@ -16,6 +16,7 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--plain", action="store_true", help="also time torchvision with its default flags")
     parser.add_argument("--growth", action="store_true", help="also time ours on a quarter of the pixels")
+    parser.add_argument("--compiled", action="store_true", help="also time ours under torch.compile")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -54,6 +55,12 @@ def main() -> None:
             ours, lambda: torch.cat(ours(list(small))).sum(), precision
         )
         bounds["ours", "ours, a quarter of the pixels"] = 4.0
+    if args.compiled:
+        compiled = torch.compile(ours)
+        programs["ours, compiled"] = lambda: step(
+            ours, lambda: torch.cat(compiled([images, annotations])).sum(), precision
+        )
+        bounds["ours, compiled", "ours"] = 1.0
     seconds = measure(programs, args.repeats, args.device)
     extra = {"images/s": args.batch / seconds["ours"]}
     if args.device != "cpu":

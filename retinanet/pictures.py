@@ -12,9 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from retinanet.utils import UserError
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # torchvision 0.29 announces that it will go; Pillow gives the same pixels, a little later
+    decode_jpeg = None
 
 # Formats of pictures that are read. Pillow knows more; some of them start other programs, or hold other files.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -89,7 +93,8 @@ def read_image(path: str | Path) -> np.ndarray:
         data = np.fromfile(path, dtype=np.uint8)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_pixels(path, image)
-            if image.format in ("JPEG", "MPO") and data[-2:].tobytes() == b"\xff\xd9":  # whole: the fast way
+            is_whole = image.format in ("JPEG", "MPO") and data[-2:].tobytes() == b"\xff\xd9"
+            if is_whole and decode_jpeg is not None:  # the fast way
                 pixels = decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB).permute(1, 2, 0).numpy()
             else:
                 image.load()

@@ -29,6 +29,15 @@ def jpeg_with(exif, path, size=(24, 40)):
     return path
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_pillow_reads_a_jpeg_as_torchvision_does(tmp_path, monkeypatch, mode):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(gradient(33, 50)).convert(mode).save(path)
+    expected = read_image(path)
+    monkeypatch.setattr(pictures, "decode_jpeg", None)
+    np.testing.assert_array_equal(read_image(path), expected)
+
+
 @pytest.mark.parametrize(("value", "kind"), [(0, 3), (9, 3), (65535, 3), (65537, 4), (65542, 4), (6, 2), (6, 99)])
 @pytest.mark.parametrize("whole", [True, False])
 def test_an_invalid_orientation_does_not_turn_and_is_reported(tmp_path, value, kind, whole):

@@ -1,0 +1,97 @@
+"""Training by train.py from picture files, beside bare steps with the same batches in memory."""
+
+import contextlib
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from side_by_side import make_parser, report
+from skimage.data import astronaut
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # train.py lies beside the package
+
+import train
+from retinanet.dataloader import AspectRatioBasedSampler, make_loader
+from retinanet.datasets import CSVDataset
+from retinanet.model import resnet
+from retinanet.optim import RECIPES, make_optimizer
+from retinanet.transforms import Resizer, normalize
+from retinanet.utils import choose_precision
+
+
+def write_data(folder: Path, num_images: int) -> list[str]:
+    """JPEG files of 640 x 480, each with ten boxes, as CSV data; returns the flags that name them."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(num_images):
+        picture = np.roll(astronaut(), rng.integers(0, 512), axis=1)
+        Image.fromarray(picture).resize((640, 480)).save(folder / f"{number}.jpg", quality=90)
+        for x, y, size in rng.integers((0, 0, 20), (400, 240, 240), (10, 3)):
+            lines.append(f"{number}.jpg,{x},{y},{x + size},{y + size},thing\n")
+    (folder / "train.csv").write_text("".join(lines))
+    (folder / "classes.csv").write_text("thing,0\n")
+    return ["--csv_train", str(folder / "train.csv"), "--csv_classes", str(folder / "classes.csv")]
+
+
+def main() -> None:
+    """Measure as the flags say."""
+    parser = make_parser(__doc__, repeats=2)
+    parser.add_argument("--images", type=int, default=32, help="pictures")
+    parser.add_argument("--depth", type=int, default=18, help="layers of the ResNet")
+    parser.add_argument("--min_side", type=int, default=320, help="pixels of the resized short side")
+    parser.add_argument("--batch", type=int, default=4, help="images a batch")
+    parser.add_argument("--workers", type=int, default=2, help="processes of train.py that read pictures")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    precision = choose_precision("auto", device)
+    recipe = RECIPES["scratch"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data_flags = write_data(folder, args.images)
+        dataset = CSVDataset(folder / "train.csv", folder / "classes.csv", Resizer(args.min_side))
+        batches = list(make_loader(dataset, args.batch, 0, AspectRatioBasedSampler(dataset, args.batch)))
+        net = resnet(args.depth, 1).train().to(device, memory_format=torch.channels_last)
+        optimizer = make_optimizer(net, recipe, recipe.lr)
+
+        def bare() -> float:
+            start = time.perf_counter()
+            for batch in batches:
+                images, annotations = normalize(batch["img"].to(device)), batch["annot"].to(device)
+                with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                    losses = torch.cat(net([images, annotations]))
+                losses.sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return (time.perf_counter() - start) / args.images
+
+        flags = ["--dataset", "csv", *data_flags, "--depth", args.depth, "--weights", "none", "--recipe", "scratch"]
+        flags += ["--min_side", args.min_side, "--batch_size", args.batch, "--device", args.device]
+        flags += ["--workers", args.workers, "--epochs", 2, "--out_dir", folder / "run"]
+
+        def script() -> float:
+            with contextlib.redirect_stdout(io.StringIO()):
+                assert train.main(list(map(str, flags))) == 0
+            entries = map(json.loads, (folder / "run" / "log.jsonl").read_text().splitlines())
+            # Of the second epoch, when the workers have started.
+            return 1 / [entry["images_per_second"] for entry in entries if "step" not in entry][1]
+
+        bare()
+        rounds = [(script(), bare()) for _ in range(args.repeats)]
+    ours, floor = (statistics.median(times) for times in zip(*rounds, strict=True))
+    seconds = {"train.py, an image": ours, "bare step, an image": floor}
+    title = f"training ResNet-{args.depth} on JPEG files, --min_side {args.min_side}, {args.batch} images a batch"
+    report(title, seconds, {tuple(seconds): 1 / 0.95}, args.json)
+
+
+if __name__ == "__main__":
+    main()
