@@ -7,53 +7,33 @@ from pathlib import Path
 
 import torch
 
-from retinanet import charts, coco_eval, csv_eval, engine, error_analysis
+from retinanet import charts, cli, coco_eval, csv_eval, engine, error_analysis, utils
 from retinanet.checkpoint import load_model
-from retinanet.cli import (
-    add_data_arguments,
-    add_detection_arguments,
-    add_machine_arguments,
-    check_classes,
-    check_data_arguments,
-    fraction,
-    make_out_dir,
-    make_parser,
-    positive_int,
-    validation_dataset,
-)
 from retinanet.dataloader import Resizer, make_loader
 from retinanet.datasets import DetectionDataset
 from retinanet.postprocess import Detections
-from retinanet.utils import (
-    choose_device,
-    choose_precision,
-    init_distributed,
-    is_main_process,
-    log,
-    script,
-    setup_logging,
-)
+from retinanet.utils import log, script
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Flags -> values; a usage error exits with 2."""
-    parser = make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="checkpoint, such as best.pt")
     source.add_argument("--detections", help="COCO results file of any detector, in place of a model")
-    add_data_arguments(parser, training=False)
-    add_detection_arguments(parser, score_threshold=0.05)
-    add_machine_arguments(parser)
+    cli.add_data_arguments(parser, training=False)
+    cli.add_detection_arguments(parser, score_threshold=0.05)
+    cli.add_machine_arguments(parser)
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--limit", type=positive_int, help="only the first so many images")
+    group.add_argument("--limit", type=cli.positive_int, help="only the first so many images")
     group.add_argument(
-        "--iou_threshold", type=fraction, default=0.5, help="IoU from which a box counts as found, for VOC's mAP"
+        "--iou_threshold", type=cli.fraction, default=0.5, help="IoU from which a box counts as found, for VOC's mAP"
     )
     group.add_argument("--voc07", action="store_true", help="VOC's mAP by 11 points, in place of the whole area")
     group.add_argument("--analyse", action="store_true", help="what kinds of errors cost how much AP (TIDE)")
     group.add_argument("--out", help="folder for detections.json, metrics.json and pictures")
     args = parser.parse_args(argv)
-    errors = check_data_arguments(args, ["csv_val"])
+    errors = cli.check_data_arguments(args, ["csv_val"])
     if errors:
         parser.error("; ".join(errors))
     return args
@@ -61,21 +41,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run_model(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Detections]]:
     """The data set, and the detections of its images by the model; under torchrun, by all processes together."""
-    device = choose_device(args.device)
-    init_distributed(device)
+    device = utils.choose_device(args.device)
+    utils.init_distributed(device)
     net, info = load_model(args.model)
-    dataset = validation_dataset(args, Resizer(info["min_side"], info["max_side"]))
-    check_classes(args.model, info["class_names"], dataset)
+    dataset = cli.validation_dataset(args, Resizer(info["min_side"], info["max_side"]))
+    cli.check_classes(args.model, info["class_names"], dataset)
     loader = make_loader(dataset, args.batch_size, args.workers, indices=range(len(dataset))[: args.limit])
     net.to(device, memory_format=torch.channels_last)
-    precision = choose_precision(args.precision, device)
+    precision = utils.choose_precision(args.precision, device)
     limits = {"score_threshold": args.score_threshold, "max_detections": args.max_detections}
     return dataset, engine.detect(net, loader, device, precision, **limits)
 
 
 def read_detections(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Detections]]:
     """The data set, and the detections of its images from a results file; no picture is opened."""
-    dataset = validation_dataset(args, None)
+    dataset = cli.validation_dataset(args, None)
     results = coco_eval.read_results(args.detections, coco_eval.ground_truth(dataset))
     found = coco_eval.detections_of(dataset, results)
     return dataset, {index: found[index] for index in range(len(dataset))[: args.limit]}
@@ -90,9 +70,9 @@ def write_json(content: object, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Evaluate as the flags say."""
     args = parse_arguments(argv)
-    setup_logging()
+    utils.setup_logging()
     dataset, found = run_model(args) if args.model else read_detections(args)
-    if not is_main_process():
+    if not utils.is_main_process():
         return
     results = coco_eval.coco_results(dataset, found)
     scores = coco_eval.score(
@@ -113,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             error_analysis.confusion_table(analysis, list(dataset.classes)),
         )
     if args.out:
-        write_files(make_out_dir(args.out), dataset, results, scores, voc, analysis)
+        write_files(cli.make_out_dir(args.out), dataset, results, scores, voc, analysis)
 
 
 def write_files(

@@ -15,44 +15,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from retinanet import anchor_fit, engine, views
+from retinanet import anchor_fit, cli, engine, utils, views
 from retinanet.anchors import Anchors
 from retinanet.checkpoint import load_model
-from retinanet.cli import (
-    add_anchor_arguments,
-    add_augmentation_arguments,
-    add_data_arguments,
-    add_detection_arguments,
-    add_machine_arguments,
-    anchors_from_arguments,
-    check_classes,
-    check_data_arguments,
-    fraction,
-    make_out_dir,
-    make_parser,
-    non_negative_int,
-    positive_int,
-    training_dataset,
-    training_transform,
-    validation_dataset,
-)
 from retinanet.dataloader import Resizer, make_loader
 from retinanet.datasets import DetectionDataset, read_image
 from retinanet.drawing import draw_boxes, save_picture, side_by_side
 from retinanet.inference import detect_pictures
 from retinanet.model import RetinaNet
+from retinanet.pictures import FORMATS
 from retinanet.transforms import normalize
-from retinanet.utils import (
-    UserError,
-    choose_device,
-    choose_precision,
-    log,
-    progress,
-    script,
-    seed_everything,
-    seeded,
-    setup_logging,
-)
+from retinanet.utils import UserError, log, progress, script
 
 SHOWS = {
     "truth": "boxes as training sees them, with --augment after augmentation",
@@ -68,41 +41,40 @@ NEED_MODEL = ("detections", "pyramid", "loss")
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Flags -> values; a usage error lists all contradictions and exits with 2."""
-    parser = make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     shows = "; ".join(f"{name}: {text}" for name, text in SHOWS.items())
     parser.add_argument("--show", choices=SHOWS, default="detections", help=f"what to draw. {shows}")
     parser.add_argument("--model", help=f"checkpoint, such as best.pt; --show {', '.join(NEED_MODEL)} need it")
     parser.add_argument(
         "--images", nargs="+", metavar="PATH", help="in place of a data set: pictures, folders of pictures, or patterns"
     )
-    add_data_arguments(parser, training=True, required=False)
+    cli.add_data_arguments(parser, training=True, required=False)
     group = parser.add_argument_group("choice of images")
     group.add_argument("--split", choices=["train", "val"], help="which set (default: val; anchor_fit: train)")
-    group.add_argument("--indices", type=non_negative_int, nargs="+", help="images of the set by number, from 0")
-    group.add_argument("--limit", type=positive_int, default=12, help="images of the set, without --indices")
+    group.add_argument("--indices", type=cli.non_negative_int, nargs="+", help="images of the set by number, from 0")
+    group.add_argument("--limit", type=cli.positive_int, default=12, help="images of the set, without --indices")
     group.add_argument("--augment", action="store_true", help="augment as in the first epoch of training with --seed")
-    group.add_argument("--seed", type=int, default=0, help="decides augmentation, shapes and the search for anchors")
-    group.add_argument("--min_side", type=positive_int, help="pixels of the short side (default: the model's, or 608)")
-    group.add_argument("--max_side", type=positive_int, help="limit of the long side (default: the model's, or 1024)")
-    add_augmentation_arguments(parser)
-    add_anchor_arguments(parser)
+    group.add_argument("--seed", type=cli.non_negative_int, default=0, help="of augmentation, shapes and search")
+    group.add_argument("--min_side", type=cli.positive_int, help="short side, pixels (default: the model's, or 608)")
+    group.add_argument("--max_side", type=cli.positive_int, help="long side's limit (default: the model's, or 1024)")
+    cli.add_augmentation_arguments(parser)
+    cli.add_anchor_arguments(parser)
     group = parser.add_argument_group("assignment")
     group.add_argument(
-        "--best_match_iou", type=fraction, help="a box's best anchor is positive from this IoU on (recipe paper: 0.4)"
+        "--best_match_iou", type=cli.fraction, help="IoU from which a box's best anchor is positive (recipe paper: 0.4)"
     )
-    add_detection_arguments(parser, score_threshold=0.5)
-    add_machine_arguments(parser)
+    cli.add_detection_arguments(parser, score_threshold=0.5)
+    cli.add_machine_arguments(parser)
     group = parser.add_argument_group("output")
-    group.add_argument("--columns", type=positive_int, default=3, help="pictures in a row of detections.png")
+    group.add_argument("--columns", type=cli.positive_int, default=3, help="pictures in a row of detections.png")
     group.add_argument("--out_dir", default="runs/pictures", help="folder for the pictures")
-    group.add_argument("--window", action="store_true", help="also open each picture with the desktop's viewer")
     args = parser.parse_args(argv)
     args.split = args.split or ("train" if args.show == "anchor_fit" else "val")
     errors = []
     if (args.dataset is None) == (args.images is None):
         errors.append("give either --dataset or --images")
     if args.dataset:
-        errors += check_data_arguments(args, ["csv_train" if args.split == "train" else "csv_val"])
+        errors += cli.check_data_arguments(args, ["csv_train" if args.split == "train" else "csv_val"])
         if args.show in NEED_MODEL and not args.model:
             errors.append(f"--show {args.show} needs --model")
     if args.images and (args.show != "detections" or not args.model):
@@ -116,19 +88,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if errors:
         parser.error("; ".join(errors))
     return args
-
-
-def write(picture: np.ndarray, path: Path, window: bool) -> None:
-    """Save a picture, and open it on the desktop if `window`."""
-    save_picture(picture, path)
-    if window:
-        open_window(path)
-
-
-def open_window(path: Path) -> None:
-    """Open a PNG file with the desktop's viewer."""
-    with Image.open(path) as picture:
-        picture.show(title=path.name)
 
 
 def choose_indices(args: argparse.Namespace, dataset: DetectionDataset) -> list[int]:
@@ -155,7 +114,7 @@ class Input:
     """
 
     def __init__(self, dataset: DetectionDataset, index: int, seed: int, device: torch.device):
-        with seeded(seed, 0, index):
+        with utils.seeded(seed, 0, index):
             sample = dataset[index]
         self.picture: np.ndarray = views.to_picture(sample["img"])  # [H, W, 3] uint8
         self.truth: Tensor = torch.as_tensor(sample["annot"])  # [G, 5]
@@ -166,7 +125,7 @@ def show_inputs(
     args: argparse.Namespace, dataset: DetectionDataset, net: RetinaNet | None, anchors: Anchors, device: torch.device
 ) -> int:
     """Draw truth, anchors, matches, pyramid or loss of each chosen image; returns their number."""
-    folder, names = make_out_dir(args.out_dir), list(dataset.labels.values())
+    folder, names = cli.make_out_dir(args.out_dir), list(dataset.labels.values())
     indices = choose_indices(args, dataset)
     outputs = []
     for index in progress(indices, args.show):
@@ -189,22 +148,17 @@ def show_inputs(
             else:
                 drawn = draw_boxes(item.picture, truth[:, :4], truth[:, 4].astype(int))
                 outputs.append(heatmaps.draw_loss(net, item.images, item.truth, drawn, path))
-        if args.window:
-            open_window(path)
     if args.show == "loss":
-        path = folder / "focal_loss.png"
-        heatmaps.draw_cumulative_loss(*zip(*outputs, strict=True), net.focalLoss.alpha, path)
-        if args.window:
-            open_window(path)
+        heatmaps.draw_cumulative_loss(*zip(*outputs, strict=True), net.focalLoss.alpha, folder / "focal_loss.png")
     return len(indices)
 
 
 def show_detections(args: argparse.Namespace, dataset: DetectionDataset, net: RetinaNet, device: torch.device) -> int:
     """Draw detections beside the truth: a file an image, and all on one sheet; returns the number of images."""
-    folder, names = make_out_dir(args.out_dir), list(dataset.labels.values())
+    folder, names = cli.make_out_dir(args.out_dir), list(dataset.labels.values())
     indices = choose_indices(args, dataset)
     loader = make_loader(dataset, args.batch_size, args.workers, indices=indices)
-    precision = choose_precision(args.precision, device)
+    precision = utils.choose_precision(args.precision, device)
     limits = {"score_threshold": args.score_threshold, "max_detections": args.max_detections}
     found = engine.detect(net, loader, device, precision, **limits)
     for index in progress(indices, "drawing"):
@@ -212,13 +166,13 @@ def show_detections(args: argparse.Namespace, dataset: DetectionDataset, net: Re
         picture = views.draw_detections(image, truth, found[index], names)
         save_picture(picture, folder / f"detections_{index:05d}.png")
     sheet = views.draw_detections_sheet(dataset, found, indices, args.score_threshold, args.columns)
-    write(sheet, folder / "detections.png", args.window)
+    save_picture(sheet, folder / "detections.png")
     return len(indices)
 
 
 def show_anchor_fit(args: argparse.Namespace, dataset: DetectionDataset, anchors: Anchors) -> None:
     """Hold the data set's boxes against the anchors, and look for better ones."""
-    folder = make_out_dir(args.out_dir)
+    folder = cli.make_out_dir(args.out_dir)
     fit = anchor_fit.measure(dataset, anchors, args.min_side, args.max_side, args.best_match_iou)
     if not len(fit.iou):
         raise UserError("the data set has no boxes")
@@ -227,8 +181,6 @@ def show_anchor_fit(args: argparse.Namespace, dataset: DetectionDataset, anchors
     (folder / "anchor_fit.json").write_text(json.dumps(anchor_fit.as_dict(fit, better, dataset), indent=1))
     anchor_fit.draw(fit, better, folder / "anchor_fit.png")
     log.info("\nwritten to %s: anchor_fit.json, anchor_fit.png", folder)
-    if args.window:
-        open_window(folder / "anchor_fit.png")
 
 
 def find_pictures(patterns: Sequence[str]) -> list[Path]:
@@ -239,7 +191,8 @@ def find_pictures(patterns: Sequence[str]) -> list[Path]:
     Raises:
         UserError: a pattern means no file.
     """
-    suffixes = set(Image.registered_extensions())
+    formats = {*FORMATS, "MPO"}  # which is read as the JPEG that it begins with
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
     files: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern)
@@ -290,7 +243,7 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
     Raises:
         UserError: at the end, if some could not be read; the message lists them.
     """
-    files, folder = find_pictures(args.images), make_out_dir(args.out_dir)
+    files, folder = find_pictures(args.images), cli.make_out_dir(args.out_dir)
     targets = dict(zip(files, output_paths(files, folder), strict=True))
     names, failures, read = info["class_names"], [], []
 
@@ -310,29 +263,21 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
         load(progress(files, "detecting")),
         Resizer(args.min_side, args.max_side),
         args.batch_size,
-        choose_precision(args.precision, device),
+        utils.choose_precision(args.precision, device),
         **limits,
     )
     entries = []
     for number, (image, (scores, labels, boxes)) in enumerate(found):
         path = read[number]
-        captions = [
-            f"{names[label]} {score:.2f}" for label, score in zip(labels.tolist(), scores.tolist(), strict=True)
+        detections = [
+            {"class": names[label], "label": label, "score": score, "box": box}
+            for score, label, box in zip(scores.tolist(), labels.tolist(), boxes.tolist(), strict=True)
         ]
+        captions = [f"{entry['class']} {entry['score']:.2f}" for entry in detections]
         targets[path].parent.mkdir(parents=True, exist_ok=True)
-        write(draw_boxes(image, boxes.numpy(), labels.tolist(), captions), targets[path], args.window)
-        rows = zip(scores.tolist(), labels.tolist(), boxes.tolist(), strict=True)
-        entries.append(
-            {
-                "file": str(path),
-                "picture": str(targets[path]),
-                "height": image.shape[0],
-                "width": image.shape[1],
-                "detections": [
-                    {"class": names[label], "label": label, "score": score, "box": box} for score, label, box in rows
-                ],
-            }
-        )
+        save_picture(draw_boxes(image, boxes.numpy(), labels.tolist(), captions), targets[path])
+        entry = {"file": str(path), "picture": str(targets[path]), "height": image.shape[0], "width": image.shape[1]}
+        entries.append(entry | {"detections": detections})
     content = {"model": args.model, "class_names": names, **limits, "images": entries, "unreadable": failures}
     (folder / "detections.json").write_text(json.dumps(content, indent=1))
     total = sum(len(entry["detections"]) for entry in entries)
@@ -345,23 +290,25 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
 def main(argv: list[str] | None = None) -> None:
     """Draw as the flags say."""
     args = parse_arguments(argv)
-    setup_logging()
-    device = choose_device(args.device)
-    seed_everything(args.seed)
+    utils.setup_logging()
+    device = utils.choose_device(args.device)
+    utils.seed_everything(args.seed)
     net, info = load_model(args.model) if args.model else (None, {"min_side": 608, "max_side": 1024})
     args.min_side = args.min_side or info["min_side"]
     args.max_side = max(args.max_side or info["max_side"], args.min_side)
     if net:
         net.to(device, memory_format=torch.channels_last)
+        net.focalLoss.best_match_iou = args.best_match_iou
     if args.images:
         detect_files(args, net, info, device)
         return
     anchors = net.anchors.cpu() if net and args.show in ("anchors", "matches", "anchor_fit") else None
-    anchors = anchors or anchors_from_arguments(args)
-    make_dataset = training_dataset if args.split == "train" else validation_dataset
-    dataset = make_dataset(args, training_transform(args) if args.augment else Resizer(args.min_side, args.max_side))
+    anchors = anchors or cli.anchors_from_arguments(args)
+    make_dataset = cli.training_dataset if args.split == "train" else cli.validation_dataset
+    transform = cli.training_transform(args) if args.augment else Resizer(args.min_side, args.max_side)
+    dataset = make_dataset(args, transform)
     if net:
-        check_classes(args.model, info["class_names"], dataset)
+        cli.check_classes(args.model, info["class_names"], dataset)
     if args.show == "anchor_fit":
         show_anchor_fit(args, dataset, anchors)
         return

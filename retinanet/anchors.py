@@ -96,6 +96,10 @@ class Anchors(nn.Module):
         # Rounded up; not as -(-height // stride), because torch.onnx rounds a negative quotient towards zero.
         return [((height + stride - 1) // stride, (width + stride - 1) // stride) for stride in self.strides]
 
+    def level_sizes(self, height: int, width: int) -> list[int]:
+        """Number of anchors of each level, for an input of `height` x `width` pixels."""
+        return [rows * columns * self.num_anchors for rows, columns in self.level_shapes(height, width)]
+
     def forward(self, images: Tensor) -> Tensor:
         """Anchors for a batch of images.
 

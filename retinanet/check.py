@@ -19,7 +19,7 @@ import numpy as np
 from retinanet import cli
 from retinanet.datasets import CocoDataset, DetectionDataset
 from retinanet.pictures import PictureHeader, read_header, read_image, valid_orientation
-from retinanet.problems import CLIPPED, DROPPED, WARNED, DataError, Report, shown
+from retinanet.problems import CLIPPED, DROPPED, MIN_SIDE, WARNED, DataError, Report, shown
 from retinanet.utils import UserError, log, progress, script, setup_logging
 
 # How closely pictures are looked at: whether they are there; also the headers of those that the annotations give no
@@ -199,7 +199,7 @@ def _check_borders(dataset: DetectionDataset, sizes: np.ndarray, report: Report)
         return f"{x1:g},{y1:g},{x2:g},{y2:g} in a picture of {' x '.join(map(str, sizes[image_index[row]][::-1]))}"
 
     clipped = np.concatenate([boxes[:, :2].clip(0, limits), boxes[:, 2:].clip(0, limits)], axis=1)
-    outside = ((clipped[:, 2:] - clipped[:, :2]) < 1).any(axis=1)
+    outside = ((clipped[:, 2:] - clipped[:, :2]) < MIN_SIDE).any(axis=1)
     beyond = overhang(boxes) > MARGIN
     for kind, mask, message in (
         ("box outside", outside, "the box lies outside"),

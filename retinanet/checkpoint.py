@@ -95,8 +95,8 @@ def _check_sums(path: str | Path) -> None:
                 raise UserError(f"{path}: is damaged: {damaged} does not match its checksum")
 
 
-def _read(path: str | Path) -> Any:
-    """The content of a file of torch.save, onto the CPU, without running any code of it.
+def load(path: str | Path) -> Any:
+    """Read a file of torch.save, onto the CPU, without running any code of it.
 
     torch's own restricted reader does the work; the objects of a whole pickled model come as `_Inert`.
 
@@ -123,18 +123,6 @@ def _read(path: str | Path) -> Any:
     ) as error:  # fmt: skip
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path}: is no checkpoint, or a damaged one ({reason})") from error
-
-
-def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint, onto the CPU, without running any code of it.
-
-    Raises:
-        UserError: the file is missing, damaged, or holds more than tensors and plain types.
-    """
-    content = _read(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    return content
 
 
 def model_entries(net: RetinaNet, class_names: Sequence[str], min_side: int, max_side: int) -> dict[str, Any]:
@@ -190,7 +178,7 @@ def _read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     The latter is at least `found` (the kind of file), `class_names` (None where the file has none), `anchors`,
     `min_side` and `max_side`.
     """
-    content = _read(path)
+    content = load(path)
     info = {"found": "a state dict", "class_names": None, "anchors": {}, "min_side": 608, "max_side": 1024}
     if isinstance(content, _Inert):
         info["found"] = "a whole pickled model, of which only the weights were read"
@@ -218,11 +206,19 @@ def _read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, info
 
 
-def _fit_pyramid(net: RetinaNet, state: Mapping[str, Tensor]) -> None:
-    """Let P6 read the level that it was trained on: C5, or P5 in torchvision's first RetinaNet."""
+def _load_state(net: RetinaNet, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load all weights, and let P6 read the level that it was trained on: C5, or P5 in torchvision's first RetinaNet.
+
+    Raises:
+        UserError: the weights are not those of such a model.
+    """
     channels = state["fpn.P6.weight"].shape[1] if "fpn.P6.weight" in state else None
     if channels == net.fpn.P6.out_channels != net.fpn.P6.in_channels:
         net.fpn.P6 = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1).to(net.fpn.P6.weight.device)
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def load_model(path: str | Path) -> tuple[RetinaNet, dict[str, Any]]:
@@ -248,11 +244,7 @@ def load_model(path: str | Path) -> tuple[RetinaNet, dict[str, Any]]:
     if info["class_names"] is None:
         info["class_names"] = placeholder_names(len(state[CLASS_OUTPUT]) // anchors.num_anchors)
     net = resnet(depth, len(info["class_names"]), anchors=anchors)
-    _fit_pyramid(net, state)
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{path}: {error}") from error
+    _load_state(net, state, path)
     level = logging.DEBUG if "depth" in info else logging.INFO  # our own checkpoint is no news
     log.log(level, "%s: %s, ResNet-%d, %d classes", path, found, depth, net.num_classes)
     return net.eval(), info
@@ -294,9 +286,5 @@ def load_weights(net: RetinaNet, path: str | Path) -> str:
                 message += "; its anchors are taken over"
             else:
                 message += "; its anchors are others, so the box head has to learn anew"
-    _fit_pyramid(net, state)
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{path}: {error}") from error
+    _load_state(net, state, path)
     return message

@@ -245,15 +245,20 @@ def _shapes(num_images: int, seed: int, transform: Callable[[dict], dict]) -> De
     return ShapesDataset(num_images, seed, transform=transform)
 
 
-def check_classes(model_path: str, class_names: list[str], dataset: DetectionDataset) -> None:
-    """Make sure that a model and a data set speak of the same classes; of a model without names, as many.
+def check_classes(owner: str, class_names: list[str], dataset: DetectionDataset) -> None:
+    """Make sure that a model, or a training set, and a data set speak of the same classes.
+
+    Args:
+        owner: of `class_names`, for the message.
+        class_names: in the order of their labels; those of a model without names need only be as many.
+        dataset: that the model shall be used on.
 
     Raises:
         UserError: they do not; the message shows both.
     """
     names = list(dataset.labels.values())
     if names != class_names and class_names != placeholder_names(len(names)):
-        raise UserError(f"{model_path} knows the classes {class_names}, but the data have {names}")
+        raise UserError(f"{owner} knows the classes {class_names}, but {dataset.source} has {names}")
 
 
 def make_out_dir(path: str) -> Path:

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 
 from retinanet import engine
 from retinanet.boxes import xywh_to_xyxy, xyxy_to_xywh
+from retinanet.coco_files import load_json
 from retinanet.dataloader import make_loader
 from retinanet.datasets import DetectionDataset
 from retinanet.postprocess import Detections
@@ -173,12 +173,7 @@ def read_results(path: str | Path, truth: COCO) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is missing or broken; the message names the first entry that is wrong.
     """
-    try:
-        results = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON ({error})") from error
+    results = load_json(Path(path))
     if not isinstance(results, list):
         raise UserError(f"{path}: is not a list of detections")
     for number, entry in enumerate(results):

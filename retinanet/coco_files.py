@@ -31,9 +31,10 @@ class CocoBoxes(NamedTuple):
         image_sizes: [I, 2] int: declared height and width; None unless all images declare theirs.
         category_names: [K].
         category_ids: [K].
-        rows: [N, 5] float64 (x1, y1, x2, y2, label), without crowds.
+        rows: [N, 5] float64 (x1, y1, x2, y2, label).
         image_index: [N] int: the image of each row.
         annotation_ids: [N] int: the annotation of each row.
+        is_crowd: [N] bool: rows that stand for many objects.
     """
 
     image_files: list[str]
@@ -44,6 +45,7 @@ class CocoBoxes(NamedTuple):
     rows: np.ndarray
     image_index: np.ndarray
     annotation_ids: np.ndarray
+    is_crowd: np.ndarray
 
 
 @contextlib.contextmanager
@@ -135,11 +137,14 @@ def read_coco(path: Path, report: Report) -> CocoBoxes:
         lambda row: f"there is no category with id {of_category[row]}",
     )
     _report_crowd_only(path, images, image_index[known_image], is_crowd[known_image], report)
-    keep = known_image & known_category & ~is_crowd
-    ids, image_index, labels, bboxes = ids[keep], image_index[keep], labels[keep], boxes[keep]
+    keep = known_image & known_category
+    ids, image_index, labels, bboxes, is_crowd = (
+        column[keep] for column in (ids, image_index, labels, boxes, is_crowd)
+    )
     with np.errstate(all="ignore"):
         boxes = np.concatenate([bboxes[:, :2], bboxes[:, :2] + bboxes[:, 2:]], axis=1)
-    kept = check_boxes(report, boxes, labels, image_index, where, show, zero_area="sub-pixel box")
+    groups = 2 * image_index + is_crowd  # an object is no duplicate of a crowd
+    kept = check_boxes(report, boxes, labels, groups, where, "sub-pixel box", show)
     return CocoBoxes(
         [image["file_name"] for image in images],
         image_ids,
@@ -149,6 +154,7 @@ def read_coco(path: Path, report: Report) -> CocoBoxes:
         np.column_stack([boxes, labels])[kept],
         image_index[kept],
         ids[kept],
+        is_crowd[kept],
     )
 
 

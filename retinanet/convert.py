@@ -15,13 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from retinanet.cli import make_parser
+from retinanet.cli import FOLDERS, make_parser
 from retinanet.datasets import CocoDataset, CSVDataset, DetectionDataset
 from retinanet.utils import UserError, log, progress, script, setup_logging
-from retinanet.voc import VOCDataset
-from retinanet.yolo import YoloDataset
 
-READERS = {"coco": CocoDataset, "voc": VOCDataset, "yolo": YoloDataset}  # (folder, set name) -> data set
 PICTURE_FOLDERS = {"csv": "images/{}", "coco": "images/{}", "voc": "JPEGImages", "yolo": "images/{}"}
 
 
@@ -61,7 +58,7 @@ def place_pictures(dataset: DetectionDataset, folder: Path, link: bool) -> list[
 def _write_text(path: Path, text: str, keep: bool = False) -> None:
     """Write a file; with `keep`, refuse to change one that is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if keep and path.exists() and path.read_text(encoding="utf-8") != text:
+    if keep and path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
         raise UserError(f"{path}: is there already, with other content; choose another --out")
     path.write_text(text, encoding="utf-8")
 
@@ -169,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.kind == "csv":
         dataset = CSVDataset(args.source, args.csv_classes)
     else:
-        dataset = READERS[args.kind](args.source, args.set)
+        dataset = FOLDERS[args.kind](args.source, args.set)
     set_name = args.set or Path(args.source).stem
     root = Path(args.out)
     try:
@@ -179,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--out {args.out}: {error}") from error
     difficult = len(dataset.difficult_rows)
     if difficult and args.to in ("csv", "yolo"):
-        log.warning("warning: %d difficult boxes are left out, because %s has no mark for them", difficult, args.to)
+        log.warning("warning: %d difficult boxes (or crowds) are left out: %s has no mark for them", difficult, args.to)
     log.info(
         "%s: %d pictures, %d boxes (and %d difficult), %d classes",
         root, len(dataset), len(dataset.rows), difficult, dataset.num_classes(),

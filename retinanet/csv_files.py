@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from retinanet.problems import Report, check_boxes, shown, suggestion
+from retinanet.problems import Report, check_boxes, read_text, shown, unknown_class
 from retinanet.utils import UserError
 
 CHUNK_ROWS = 500  # few enough that a chunk's strings stay in the cache
@@ -79,7 +79,7 @@ def read_boxes(path: Path, class_names: Sequence[str], report: Report) -> CsvBox
             "unknown class",
             np.flatnonzero(label == UNKNOWN),
             lambda row, numbers=numbers: f"{path}:{numbers[row]}",
-            lambda row, classes=classes: _unknown_class(classes[row], labels),
+            lambda row, classes=classes: unknown_class(classes[row], class_names),
         )
         image_index = np.fromiter(map(position_of.__getitem__, names), np.int64, len(names))
         parts.append((boxes, label, image_index, np.asarray(numbers)))
@@ -94,10 +94,7 @@ def read_boxes(path: Path, class_names: Sequence[str], report: Report) -> CsvBox
     def where(row: int) -> str:
         return f"{path}:{box_lines[row]}"
 
-    def show(row: int) -> str:
-        return ",".join(f"{number:.10g}" for number in boxes[row])
-
-    kept = check_boxes(report, boxes, label, image_index, where, show, zero_area="inverted box")
+    kept = check_boxes(report, boxes, label, image_index, where, "inverted box")
     _check_corners(path, boxes, report)
     rows = np.column_stack([boxes, label])[kept]
     return CsvBoxes(list(positions), image_lines, rows, image_index[kept], box_lines[kept])
@@ -177,12 +174,6 @@ def _check_spelling(path: Path, numbers: Sequence[int], column: Sequence[str], n
             report.add("spaces", where, f"the spaces around {shown(name)} are not taken as its part")
 
 
-def _unknown_class(name: str, labels: dict[str, int]) -> str:
-    known = list(labels)
-    listed = ", ".join(known[:20]) + (f", and {len(known) - 20} more" if len(known) > 20 else "")
-    return f"class {shown(name.strip())} is not in the class list ({listed}){suggestion(name, known)}"
-
-
 def _check_corners(path: Path, boxes: np.ndarray, report: Report) -> None:
     """Whether so many boxes are inverted that they must be x, y, width, height."""
     inverted = (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
@@ -230,24 +221,9 @@ def read_classes(path: Path, report: Report) -> list[str]:
 
 def _read_text(path: Path, report: Report) -> str:
     """The text of a file, with its form noted."""
-    try:
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path}: is in UTF-16; save it as UTF-8")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        message = f"{path}:{line}: is not in UTF-8 (byte {data[error.start]:#04x}, {error.reason}); save it as UTF-8"
-        raise UserError(message) from error
+    text = read_text(path, report)
     if not text.strip():
         raise UserError(f"{path}: is empty")
-    if "\0" in text:
-        raise UserError(f"{path}:{text.count(chr(10), 0, text.index(chr(0))) + 1}: holds a zero byte, so it is no text")
-    if data.startswith(b"\xef\xbb\xbf"):
-        report.add("byte order mark", f"{path}:1", "the file begins with one")
     for kind, sign in (("CRLF", "\r\n"), ("quoted fields", '"')):
         if sign in text:
             report.add(kind, f"{path}:{text.count(chr(10), 0, text.index(sign)) + 1}", "the first one")

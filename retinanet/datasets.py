@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from retinanet import coco_files, csv_files
 from retinanet.pictures import read_image, read_image_size
-from retinanet.problems import DROPPED, Report, shown
+from retinanet.problems import DROPPED, MIN_SIDE, Report, shown
 from retinanet.utils import UserError, log, progress
 
 
@@ -32,10 +32,11 @@ class DetectionDataset(Dataset):
         difficult: [N] bool: rows that are neither trained on nor scored; default: none.
         row_ids: [N] int: where each row stands in its file (line, annotation id), for messages; default: 0, 1, ...
         report: what was wrong with the files; default: nothing.
+        source: the annotations' file or folder, for messages; default: the data set's kind.
 
     Attributes:
         rows: those that are not difficult, in the order of their images; `row_ids` likewise.
-        report: what was wrong with the files.
+        report, source: as given.
 
     Raises:
         DataError: the report holds errors.
@@ -51,6 +52,7 @@ class DetectionDataset(Dataset):
         difficult: np.ndarray | None = None,
         row_ids: np.ndarray | None = None,
         report: Report | None = None,
+        source: str | Path | None = None,
     ):
         self.report = Report() if report is None else report
         self.report.raise_errors()
@@ -66,6 +68,9 @@ class DetectionDataset(Dataset):
         self.labels = dict(enumerate(class_names))
         self.image_ids = list(range(len(image_files)))
         self.transform = transform
+        self.source = str(source or type(self).__name__)
+        if dropped := [f"{kind} {self.report.counts[kind]:,}" for kind in self.report.kinds(DROPPED)]:
+            log.info("%s: left out: %s", self.source, ", ".join(dropped))
 
     def __len__(self) -> int:
         return len(self.image_files)
@@ -97,7 +102,7 @@ class DetectionDataset(Dataset):
         return self.rows[self.offsets[index] : self.offsets[index + 1]].copy()
 
     def load_difficult(self, index: int) -> np.ndarray:
-        """[D, 5] float32: boxes that are left out of training, and ignored in evaluation, such as VOC's `difficult`."""
+        """[D, 5] float32: boxes left out of training and ignored in evaluation: VOC's `difficult`, COCO's crowds."""
         return self.difficult_rows[self.difficult_offsets[index] : self.difficult_offsets[index + 1]].copy()
 
     @cached_property
@@ -105,11 +110,6 @@ class DetectionDataset(Dataset):
         """[num_images, 2] int: height and width of each picture, read from the files' headers, once."""
         paths = progress(range(len(self)), "reading image sizes")
         return np.array([read_image_size(self.image_path(index)) for index in paths]).reshape(-1, 2)
-
-    @property
-    def source(self) -> str:
-        """The annotation file, for messages."""
-        return type(self).__name__
 
     def image_name(self, index: int) -> str:
         """The file and place that tell of an image, for messages."""
@@ -147,20 +147,13 @@ def _group_by_image(chosen: np.ndarray, image_index: np.ndarray, num_images: int
 def _clip_to_picture(rows: np.ndarray, height: int, width: int) -> np.ndarray:
     """Clip boxes [G, 5] to the picture; those of which less than a pixel is left are dropped."""
     rows[:, :4] = rows[:, :4].clip(0, [width, height, width, height])
-    return rows[(rows[:, 2:4] - rows[:, :2] >= 1).all(axis=1)]
-
-
-def _log_dropped(path: Path, report: Report) -> None:
-    """Say in one line what was left out."""
-    dropped = [f"{kind} {report.counts[kind]:,}" for kind in report.kinds(DROPPED)]
-    if dropped:
-        log.info("%s: left out: %s", path, ", ".join(dropped))
+    return rows[(rows[:, 2:4] - rows[:, :2] >= MIN_SIDE).all(axis=1)]
 
 
 class CocoDataset(DetectionDataset):
     """A data set in COCO's layout.
 
-    Crowd regions are left out; the categories, in the order of their ids, become the labels 0, 1, 2, ...
+    Crowd regions are difficult boxes; the categories, in the order of their ids, become the labels 0, 1, 2, ...
 
     Args:
         root_dir: holds `annotations/instances_<set_name>.json` and `images/<set_name>/` (or `<set_name>/`).
@@ -188,20 +181,16 @@ class CocoDataset(DetectionDataset):
             content.image_index,
             content.category_names,
             transform,
-            row_ids=content.annotation_ids,
-            report=report,
+            content.is_crowd,
+            content.annotation_ids,
+            report,
+            self.annotation_file,
         )
-        _log_dropped(self.annotation_file, report)
         self.image_ids = content.image_ids
         self.coco_labels = dict(enumerate(content.category_ids))
         self.coco_labels_inverse = {category_id: label for label, category_id in self.coco_labels.items()}
         if content.image_sizes is not None:
             self.image_sizes = content.image_sizes
-
-    @property
-    def source(self) -> str:
-        """The annotation file."""
-        return str(self.annotation_file)
 
     def image_name(self, index: int) -> str:
         """The annotation file and the image's id."""
@@ -253,15 +242,10 @@ class CSVDataset(DetectionDataset):
             transform,
             row_ids=content.lines,
             report=report,
+            source=self.train_file,
         )
-        _log_dropped(self.train_file, report)
         self.image_lines = content.image_lines
         self.folder = str(self.train_file.parent)
-
-    @property
-    def source(self) -> str:
-        """The CSV file of the boxes."""
-        return str(self.train_file)
 
     def image_name(self, index: int) -> str:
         """The CSV file and the image's first line there."""

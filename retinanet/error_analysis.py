@@ -6,6 +6,7 @@ Object Detection Errors", 2020), at its thresholds: IoU 0.5 to be right, 0.1 to 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,8 +46,7 @@ class ErrorAnalysis:
     confusion: np.ndarray
 
 
-@dataclass
-class _Judged:
+class _Judged(NamedTuple):
     """All detections of a data set, or those of one image.
 
     Attributes:
@@ -74,12 +74,12 @@ def _greedy(iou: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def _ignored(boxes: np.ndarray, labels: np.ndarray, regions: np.ndarray) -> np.ndarray:
-    """[D] whether each detection lies for more than half in a region [R, 5] of its class (a crowd, a difficult box)."""
+    """[D] whether each detection lies at least half in a region [R, 5] of its class (a crowd, a difficult box)."""
     low = np.maximum(boxes[:, None, :2], regions[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], regions[None, :, 2:4])
     intersection = (high - low).clip(min=0).prod(axis=2)  # [D, R]
     area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1).clip(min=1e-9)
-    return ((intersection / area[:, None] > FOUND_IOU) & (labels[:, None] == regions[None, :, 4])).any(axis=1)
+    return ((intersection / area[:, None] >= FOUND_IOU) & (labels[:, None] == regions[None, :, 4])).any(axis=1)
 
 
 def _judge_image(scores: np.ndarray, labels: np.ndarray, iou: np.ndarray, box_labels: np.ndarray) -> _Judged:
@@ -132,7 +132,7 @@ def _mended_ap(judged: _Judged, kind: str, box_labels: np.ndarray, base: float) 
     right = judged.kinds == "right"
     taken = np.isin(np.arange(len(box_labels)), judged.boxes[right])
     wrong = judged.kinds == kind
-    num_boxes = np.bincount(box_labels, minlength=1 + max([-1, *judged.labels, *box_labels]))
+    num_boxes = np.bincount(box_labels)
     labels = judged.labels.copy()
     kept = ~wrong
     if kind == "missed":
@@ -162,7 +162,7 @@ def analyse(
     """Take the errors of a detector apart.
 
     Args:
-        dataset: gives the boxes; detections in crowds and on difficult boxes do not count.
+        dataset: gives the boxes; detections that find none of them do not count in crowds and on difficult boxes.
         detections: of each sample index, best first, boxes in pixels of the original image.
         confusion_score: detections above it enter the confusion matrix.
         max_detections: detections of an image that count.
@@ -174,10 +174,12 @@ def analyse(
         truth = dataset.load_annotations(index)
         truth_labels = truth[:, 4].astype(np.int64)
         scores, labels, boxes = (values.numpy()[:max_detections] for values in detections[index])
-        counted = ~_ignored(boxes, labels, dataset.load_difficult(index))
-        scores, labels, boxes = scores[counted], labels[counted], boxes[counted]
         iou = box_iou(torch.from_numpy(boxes).double(), torch.from_numpy(truth[:, :4]).double()).numpy()
         part = _judge_image(scores, labels, iou, truth_labels)
+        # As in COCO, a box that is found in a crowd counts.
+        counted = (part.kinds == "right") | ~_ignored(boxes, labels, dataset.load_difficult(index))
+        part = _Judged(*(column[counted] for column in part))
+        scores, labels, iou = scores[counted], labels[counted], iou[counted]
         part.boxes[part.boxes >= 0] += num_boxes
         parts.append(part)
         box_labels.append(truth_labels)
@@ -188,7 +190,7 @@ def analyse(
         np.add.at(confusion, (padded[found], labels[sure]), 1)
         np.add.at(confusion, (np.delete(truth_labels, found[found >= 0]), num_classes), 1)
 
-    judged = _Judged(*(np.concatenate([getattr(part, name) for part in parts]) for name in _Judged.__annotations__))
+    judged = _Judged(*map(np.concatenate, zip(*parts, strict=True)))
     all_labels = np.concatenate(box_labels)
     boxes_of_class = np.bincount(all_labels, minlength=num_classes)
     base = _mean_ap(judged.scores, judged.labels, judged.kinds == "right", boxes_of_class)

@@ -23,8 +23,8 @@ from torchvision.ops import nms
 from retinanet.boxes import box_iou, clip_boxes, decode_boxes
 from retinanet.checkpoint import load_model
 from retinanet.cli import fraction, make_parser, positive_int
-from retinanet.datasets import read_image
 from retinanet.model import RetinaNet
+from retinanet.pictures import read_image
 from retinanet.postprocess import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, TOP_K
 from retinanet.transforms import PIXEL_MEAN, PIXEL_STD, SIZE_DIVISOR, normalize
 from retinanet.utils import UserError, log, script, setup_logging
@@ -91,8 +91,7 @@ class Detector(nn.Module):
             width: of the input, pixels.
         """
         num_classes = logits.shape[1]
-        shapes = self.net.anchors.level_shapes(height, width)
-        sizes = [rows * columns * self.net.anchors.num_anchors for rows, columns in shapes]
+        sizes = self.net.anchors.level_sizes(height, width)
         candidates, offset = [], 0
         for level, size in zip(logits.split(sizes), sizes, strict=True):
             top_k = torch.sym_min(TOP_K, size * num_classes)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from retinanet.charts import new_figure
 from retinanet.losses import focal_loss
@@ -68,15 +69,10 @@ def draw_pyramid(net: RetinaNet, images: Tensor, picture: np.ndarray, path: str 
         heat = _draw_map(axes[1, column], probability, size, title, cmap="inferno", vmin=0, vmax=highest)
     figure.colorbar(heat, ax=axes[1, :], label="probability", shrink=0.8)
     _draw_map(axes[0, 0], torch.tensor(picture), size, "the network's input")
-    # At each pixel the best of all levels.
-    everywhere = torch.stack([_enlarged(probability, size) for probability in best]).amax(dim=0)
-    _draw_map(axes[1, 0], everywhere, size, "all levels", cmap="inferno", vmin=0, vmax=highest)
+    # At each pixel the best of all levels, [1, H, W].
+    everywhere = torch.cat([interpolate(probability[None, None], size) for probability in best]).amax(dim=0)
+    _draw_map(axes[1, 0], everywhere[0], size, "all levels", cmap="inferno", vmin=0, vmax=highest)
     figure.savefig(path)
-
-
-def _enlarged(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """[rows, columns] -> [H, W], nearest."""
-    return torch.nn.functional.interpolate(values[None, None], size, mode="nearest")[0, 0]
 
 
 def anchor_labels(anchors: Tensor, truth: Tensor, best_match_iou: float | None = None) -> Tensor:
@@ -84,21 +80,6 @@ def anchor_labels(anchors: Tensor, truth: Tensor, best_match_iou: float | None =
     rows = truth if len(truth) else truth.new_full((1, 5), -1)
     matches = match_anchors(anchors, rows[None], best_match_iou)[0]
     return torch.where(matches >= 0, rows[matches.clamp(min=0), 4].long(), matches)
-
-
-def anchor_losses(logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> Tensor:
-    """The focal loss of each anchor, summed over the classes.
-
-    Args:
-        logits: [A, K].
-        labels: [A] from `anchor_labels`.
-        alpha: as in `losses.focal_loss`.
-        gamma: as in `losses.focal_loss`.
-
-    Returns:
-        [A] float32; their sum is the image's class loss, before it is divided by the number of positives.
-    """
-    return focal_loss(logits[:, None], labels[:, None], alpha, gamma)
 
 
 @torch.no_grad()
@@ -125,7 +106,8 @@ def draw_loss(
     logits = logits[0].float()
     criterion = net.focalLoss
     labels = anchor_labels(anchors[0], truth.to(anchors.device), criterion.best_match_iou)
-    losses = anchor_losses(logits, labels, criterion.alpha, criterion.gamma)
+    # [A] each anchor's loss, for each is taken for an image of its own.
+    losses = focal_loss(logits[:, None], labels[:, None], criterion.alpha, criterion.gamma)
     losses = losses / (labels >= 0).sum().clamp(min=1)  # as the criterion does
     kinds = {"objects": labels >= 0, "background": labels == BACKGROUND}
     sums = {kind: float(losses[chosen].sum()) for kind, chosen in kinds.items()}
@@ -188,7 +170,7 @@ def draw_cumulative_loss(logits: Sequence[Tensor], labels: Sequence[Tensor], alp
     panels = figure.subplots(1, 2)
     for axes, kind, chosen in zip(panels, ("positive", "background"), (labels >= 0, labels == BACKGROUND), strict=True):
         for gamma in GAMMAS if chosen.any() else ():
-            curve = cumulative_loss(anchor_losses(logits[chosen], labels[chosen], alpha, gamma))
+            curve = cumulative_loss(focal_loss(logits[chosen, None], labels[chosen, None], alpha, gamma))
             points = np.unique(np.linspace(0, curve.shape[1] - 1, CURVE_POINTS).round().astype(int))
             axes.plot(*curve[:, points], label=f"gamma = {gamma:g}")
         axes.set(

@@ -12,8 +12,8 @@ from torch import Tensor
 from retinanet.boxes import clip_boxes
 from retinanet.checkpoint import load_model
 from retinanet.dataloader import collater
-from retinanet.datasets import read_image
 from retinanet.model import RetinaNet
+from retinanet.pictures import read_image
 from retinanet.postprocess import MAX_DETECTIONS, Detections
 from retinanet.transforms import Resizer, normalize
 from retinanet.utils import choose_device
@@ -147,8 +147,7 @@ def detect_pictures(
     waiting: list[np.ndarray] = []
 
     def run() -> Iterator[tuple[np.ndarray, Detections]]:
-        # Turned and mirrored arrays may be views that torch cannot take.
-        samples = [{"img": np.ascontiguousarray(picture), "annot": np.zeros((0, 5))} for picture in waiting]
+        samples = [{"img": picture, "annot": np.zeros((0, 5))} for picture in waiting]
         batch = collater([resizer(sample) for sample in samples])
         was_training = net.training
         net.eval()

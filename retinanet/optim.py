@@ -137,14 +137,6 @@ class Schedule:
         if self.by_epoch:
             self.scheduler.step(training_loss)
 
-    def state_dict(self) -> dict:
-        """What `load_state_dict` needs to go on from here."""
-        return self.scheduler.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from a saved state."""
-        self.scheduler.load_state_dict(state)
-
 
 class EMA:
     """A copy of a model whose weights are an exponential moving average of its weights over the steps.

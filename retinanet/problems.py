@@ -5,12 +5,14 @@ import itertools
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from retinanet.utils import UserError
 
 MAX_EXAMPLES = 20  # of each kind of problem in a report
+MIN_SIDE = 0.995  # pixels: a box of one pixel stays, though its numbers, or YOLO's fractions, were rounded
 MAX_COORDINATE = 1e6  # pixels; float32 still tells sixteenths of a pixel apart there
 
 # What is done about each kind of problem. FATAL: nothing is read until it is mended. The others are warnings,
@@ -161,14 +163,45 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {shown(folded[near[0]])}?" if near else ""
 
 
+def unknown_class(name: str, known: Sequence[str]) -> str:
+    """The message about a class that is not in the list."""
+    listed = ", ".join(known[:20]) + (f", and {len(known) - 20} more" if len(known) > 20 else "")
+    return f"class {shown(name.strip())} is not in the class list ({listed}){suggestion(name, known)}"
+
+
+def read_text(path: Path, report: Report) -> str:
+    """The text of a file in UTF-8, without its byte order mark, which is noted.
+
+    Raises:
+        UserError: it is missing, or no such text; the message names the line.
+    """
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path}: is in UTF-16; save it as UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        message = f"{path}:{line}: is not in UTF-8 (byte {data[error.start]:#04x}, {error.reason}); save it as UTF-8"
+        raise UserError(message) from error
+    if "\0" in text:
+        raise UserError(f"{path}:{text.count(chr(10), 0, text.index(chr(0))) + 1}: holds a zero byte, so it is no text")
+    if data.startswith(b"\xef\xbb\xbf"):
+        report.add("byte order mark", f"{path}:1", "the file begins with one")
+    return text
+
+
 def check_boxes(
     report: Report,
     boxes: np.ndarray,
     labels: np.ndarray,
     image_index: np.ndarray,
     where: Callable[[int], str],
-    show: Callable[[int], str],
     zero_area: str,
+    show: Callable[[int], str] | None = None,
 ) -> np.ndarray:
     """Report what is wrong with boxes in themselves, whatever the size of their pictures.
 
@@ -178,17 +211,18 @@ def check_boxes(
         labels: [N] int.
         image_index: [N] int: the image of each box.
         where: file and line of a row, or the like.
-        show: the four numbers of a row, as they stand in the file.
         zero_area: the kind of problem that a box of no width or height is: "inverted box" or "sub-pixel box".
+        show: the four numbers of a row, as they stand in the file; default: those of `boxes`.
 
     Returns:
         [N] bool: the boxes that stay, where nothing is fatal.
     """
+    show = show or (lambda row: ",".join(f"{number:.10g}" for number in boxes[row]))
     finite = (np.abs(boxes) <= MAX_COORDINATE).all(axis=1)  # NaN: false
     with np.errstate(invalid="ignore", over="ignore"):
         side = (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf)  # the shorter one
     inverted = finite & ((side <= 0) if zero_area == "inverted box" else (side < 0))
-    small = finite & ~inverted & (side < 1)
+    small = finite & ~inverted & (side < MIN_SIDE)
     valid = finite & ~inverted
     report.add_rows(
         "not finite",

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from retinanet import checkpoint
+from retinanet import charts, checkpoint
 from retinanet.cli import check_classes
-from retinanet.curves import draw_curves, read_log
 from retinanet.datasets import DetectionDataset
 from retinanet.engine import Progress
 from retinanet.model import RetinaNet
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
 # Flags that may change when a run is resumed. The batch's size may be divided in another way; `global_batch` may not.
 FREE_FLAGS = {
     *("resume", "out_dir", "device", "workers", "strict", "batch_size", "accumulate", "val_every", "log_every"),
-    *("checkpoint_every", "early_stop", "tensorboard", "coco_path", "voc_path", "csv_train", "csv_val", "csv_classes"),
+    *("checkpoint_every", "early_stop", "tensorboard"),
+    *("coco_path", "voc_path", "yolo_path", "csv_train", "csv_val", "csv_classes"),
 }
 
 
@@ -104,10 +104,16 @@ class RunLog:
         if not self.can_draw:
             return
         try:
-            draw_curves(read_log(self.path), self.steps_per_epoch, self.folder / "curves.png")
+            charts.draw_training_curves(read_log(self.path), self.steps_per_epoch, self.folder / "curves.png")
         except UserError as error:
             log.warning("warning: no curves.png: %s", error)
             self.can_draw = False
+
+
+def read_log(path: str | Path) -> list[dict[str, float]]:
+    """The entries of a log.jsonl; a last line that is not whole, of a run that is being written, is left out."""
+    lines = Path(path).read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def _open_board(folder: Path, entries: Sequence[Mapping[str, float]], steps_per_epoch: int) -> "SummaryWriter":
@@ -198,7 +204,7 @@ class Run:
             "best": self.best,
             "stale": self.stale,
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "schedule": self.schedule.scheduler.state_dict(),
             "random": random_states(),
             "log_size": self.log.flush() if self.log else 0,
         }
@@ -212,7 +218,7 @@ class Run:
         self.progress = Progress(**state["progress"])
         self.best, self.stale = state["best"], state["stale"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        self.schedule.scheduler.load_state_dict(state["schedule"])
         if self.ema:
             self.net.load_state_dict(state["weights"])
             self.ema.steps = state["ema_steps"]

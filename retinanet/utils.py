@@ -137,8 +137,15 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(chosen)
     except RuntimeError as error:
         raise UserError(f"--device {name}: {error}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: only cpu and cuda are supported")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch sees no CUDA device; try --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: there is no GPU {device.index}, as this machine has {torch.cuda.device_count()}: choose "
+            "another, or lower --nproc_per_node"
+        )
     return device
 
 
@@ -173,18 +180,10 @@ def init_distributed(device: torch.device) -> None:
 
     Args:
         device: that this process computes on; gradients of a CPU travel by gloo, those of a GPU by NCCL.
-
-    Raises:
-        UserError: there are more processes than GPUs.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
-            raise UserError(
-                f"there is no GPU for process {device.index} of this machine, which has {torch.cuda.device_count()}: "
-                "lower --nproc_per_node"
-            )
         torch.cuda.set_device(device)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 

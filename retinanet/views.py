@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -208,28 +208,6 @@ def draw_batch(batch: Mapping[str, Any], class_names: Sequence[str], columns: in
     return contact_sheet(pictures, columns)
 
 
-class Assignment(NamedTuple):
-    """What the matcher makes of one image's anchors.
-
-    Attributes:
-        matches: [A] int64: the box of each anchor, or BACKGROUND, or IGNORE.
-        counts: [G] number of positive anchors of each box.
-        best_iou: [G] IoU of each box with the anchor that overlaps it most.
-    """
-
-    matches: Tensor
-    counts: Tensor
-    best_iou: Tensor
-
-
-def assign(anchors: Tensor, truth: Tensor, best_match_iou: float | None = None) -> Assignment:
-    """Match the anchors [A, 4] of one image with its truth [G, 5], as training does."""
-    rows = truth if len(truth) else truth.new_full((1, 5), -1)
-    matches = match_anchors(anchors, rows[None], best_match_iou)[0]
-    best_iou = box_iou(truth[:, :4], anchors).amax(dim=1)
-    return Assignment(matches, torch.bincount(matches[matches >= 0], minlength=len(truth)), best_iou)
-
-
 def draw_matches(
     image: np.ndarray,
     truth: np.ndarray,
@@ -248,13 +226,14 @@ def draw_matches(
         class_names: name of each label.
         best_match_iou: as in FocalLoss.
     """
-    matches, counts, best_iou = assign(anchors, torch.as_tensor(truth), best_match_iou)
-    unreached = (counts == 0).numpy()
+    matches = match_anchors(anchors, torch.as_tensor(truth)[None], best_match_iou)[0]  # [A]
+    counts = torch.bincount(matches[matches >= 0], minlength=len(truth)).numpy()  # [G]
+    best_iou = box_iou(torch.as_tensor(truth[:, :4]), anchors).amax(dim=1).numpy()  # [G]
+    unreached = counts == 0
     labels = truth[:, 4].astype(int)
-    captions = [f"{class_names[label]}: {count}" for label, count in zip(labels, counts.tolist(), strict=True)]
     captions = [
-        f"{text}, best IoU {iou:.2f}" if none else text
-        for text, none, iou in zip(captions, unreached, best_iou.tolist(), strict=True)
+        f"{class_names[label]}: {count}" + ("" if count else f", best IoU {iou:.2f}")
+        for label, count, iou in zip(labels, counts, best_iou, strict=True)
     ]
     colours = [RED if none else class_colour(index) for index, none in enumerate(unreached)]
     styles = ["dotted" if none else "solid" for none in unreached]

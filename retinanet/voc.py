@@ -1,13 +1,13 @@
 """Pascal VOC's folders: one XML file a picture."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
 from retinanet.datasets import DetectionDataset
+from retinanet.problems import Report, check_boxes, read_text, shown, unknown_class
 from retinanet.utils import UserError
 
 VOC_CLASSES = (
@@ -26,12 +26,12 @@ def list_pictures(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in paths}
 
 
-def read_class_list(root: Path) -> list[str] | None:
+def read_class_list(root: Path, report: Report) -> list[str] | None:
     """The class names of `root`/classes.txt, one a line; None where there is no such file."""
     path = root / "classes.txt"
     if not path.is_file():
         return None
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    names = [line.strip() for line in read_text(path, report).splitlines() if line.strip()]
     if not names or len(set(names)) < len(names):
         raise UserError(f"{path}: needs one class name a line, each once")
     return names
@@ -51,7 +51,7 @@ class VOCDataset(DetectionDataset):
             there are others, all that stand in `Annotations`, sorted.
 
     Raises:
-        UserError: a file is missing or wrong; the message names it.
+        UserError: files are missing or wrong; the message lists all that is wrong.
     """
 
     def __init__(
@@ -64,65 +64,76 @@ class VOCDataset(DetectionDataset):
         self.root_dir = Path(root_dir)
         self.set_name = set_name
         list_file = self.root_dir / "ImageSets" / "Main" / f"{set_name}.txt"
-        try:  # the lists of one class have a second column: whether it is in the picture
-            image_names = [line.split()[0] for line in list_file.read_text().splitlines() if line.strip()]
-        except OSError as error:
-            raise UserError(f"{list_file}: cannot be read ({error.strerror})") from error
+        report = Report()
+        # The lists of one class have a second column: whether it is in the picture.
+        image_names = [line.split()[0] for line in read_text(list_file, report).splitlines() if line.strip()]
         if not image_names:
             raise UserError(f"{list_file}: lists no images")
-        pictures = list_pictures(self.root_dir / "JPEGImages")
-        missing = [name for name in image_names if name not in pictures]
-        if missing:
-            raise UserError(f"{list_file}: there is no picture {missing[0]!r} in {self.root_dir / 'JPEGImages'}")
-
-        files = [self.root_dir / "Annotations" / f"{name}.xml" for name in image_names]
-        objects = [_read_objects(path) for path in files]  # of each picture
+        folder = self.root_dir / "JPEGImages"
+        pictures = list_pictures(folder)
+        report.add_rows(
+            "missing image",
+            [name for name in image_names if name not in pictures],
+            lambda _: str(list_file),
+            lambda name: f"there is no picture {shown(name)} in {folder}",
+        )
         if class_names is None:
-            class_names = read_class_list(self.root_dir) or _class_names(self.root_dir / "Annotations", objects)
-        labels = {name: label for label, name in enumerate(class_names)}
-        rows, image_index, difficult = [], [], []
-        for index, (path, found) in enumerate(zip(files, objects, strict=True)):
-            for name, box, is_difficult in found:
-                if name not in labels:
-                    raise UserError(f"{path}: class {name!r} is none of {', '.join(labels)}")
-                rows.append((*box, labels[name]))
-                image_index.append(index)
-                difficult.append(is_difficult)
+            class_names = read_class_list(self.root_dir, report) or _class_names(self.root_dir / "Annotations")
+        files = [self.root_dir / "Annotations" / f"{name}.xml" for name in image_names]
+        found = [(index, *row) for index, path in enumerate(files) for row in _read_objects(path, class_names, report)]
+        table = np.array(found, dtype=np.float64).reshape(-1, 8)
+        image_index, numbers, difficult = table[:, :3].T.astype(np.int64)
+        boxes, labels = table[:, 3:7], table[:, 7]
+        boxes[:, :2] = np.maximum(boxes[:, :2] - 1, 0)  # some tools count from 0 all the same
+        groups = 2 * image_index + difficult  # a difficult box is no duplicate of another
+
+        def where(row: int) -> str:
+            return f"{files[image_index[row]]}: object {numbers[row]}"
+
+        kept = check_boxes(report, boxes, labels, groups, where, "inverted box")
         super().__init__(
-            [str(pictures[name]) for name in image_names],
-            np.array(rows, dtype=np.float32),
-            np.array(image_index, dtype=np.int64),
+            [str(pictures.get(name)) for name in image_names],
+            table[kept, 3:],
+            image_index[kept],
             class_names,
             transform,
-            np.array(difficult, dtype=bool),
+            difficult[kept],
+            numbers[kept],
+            report,
+            list_file,
         )
 
 
-def _class_names(folder: Path, objects: Sequence[Sequence[tuple[str, Any, bool]]]) -> Sequence[str]:
+def _class_names(folder: Path) -> Sequence[str]:
     """VOC's classes if there are no others, else those of all annotations: the same for each set of a folder."""
-    used = {name for found in objects for name, _, _ in found}
-    if used <= set(VOC_CLASSES):
-        return VOC_CLASSES
-    return sorted({name for path in folder.glob("*.xml") for name, _, _ in _read_objects(path)})
+    used = {
+        entry.findtext("name", "").strip() for path in folder.glob("*.xml") for entry in _find_objects(path, Report())
+    } - {""}
+    return VOC_CLASSES if used <= set(VOC_CLASSES) else sorted(used)
 
 
-def _read_objects(path: Path) -> list[tuple[str, tuple[float, float, float, float], bool]]:
-    """Class name, box (x1, y1, x2, y2, pixels from 0) and `difficult` of each object of a picture."""
+def _find_objects(path: Path, report: Report) -> list[ElementTree.Element]:
+    """The objects of a picture; none where the file cannot be read, which is reported."""
     try:
-        root = ElementTree.parse(path).getroot()
+        return ElementTree.parse(path).findall("object")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ElementTree.ParseError as error:
-        raise UserError(f"{path}: is not valid XML ({error})") from error
-    objects = []
-    for number, entry in enumerate(root.findall("object"), start=1):
-        try:
-            x1, y1, x2, y2 = (float(entry.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax"))
-        except ValueError as error:
-            raise UserError(f"{path}: object {number} needs a bndbox of four numbers ({error})") from error
+        report.add("bad entry", str(path), f"cannot be read ({error.strerror})")
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two of strange encodings
+        report.add("bad entry", str(path), f"is not valid XML ({error})")
+    return []
+
+
+def _read_objects(path: Path, class_names: Sequence[str], report: Report) -> Iterator[tuple[float, ...]]:
+    """Number from 1, `difficult`, the box as it stands there, and label of each object of a picture."""
+    for number, entry in enumerate(_find_objects(path, report), start=1):
+        where = f"{path}: object {number}"
         name = entry.findtext("name", "").strip()
-        x1, y1 = max(0.0, x1 - 1), max(0.0, y1 - 1)  # some tools count from 0 all the same
-        if not name or not (x1 < x2 < np.inf and y1 < y2 < np.inf):
-            raise UserError(f"{path}: object {number} needs a name, xmin <= xmax and ymin <= ymax")
-        objects.append((name, (x1, y1, x2, y2), entry.findtext("difficult", "0").strip() == "1"))
-    return objects
+        if name not in class_names:
+            report.add("unknown class", where, unknown_class(name, class_names))
+            continue
+        try:
+            box = [float(entry.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax")]
+        except ValueError as error:
+            report.add("not a number", where, f"needs a bndbox of four numbers ({error})")
+            continue
+        yield number, entry.findtext("difficult", "0").strip() == "1", *box, class_names.index(name)

@@ -1,11 +1,13 @@
 """YOLO's folders: one text file a picture, one box a line, in fractions of the picture's size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from retinanet.datasets import DetectionDataset, read_image_size
+from retinanet.datasets import DetectionDataset
+from retinanet.pictures import read_image_size
+from retinanet.problems import Report, check_boxes, read_text
 from retinanet.utils import UserError, progress
 from retinanet.voc import list_pictures, read_class_list
 
@@ -22,7 +24,7 @@ class YoloDataset(DetectionDataset):
         transform: sample -> sample.
 
     Raises:
-        UserError: a file is missing, or a line is wrong; the message names file and line.
+        UserError: a file is missing, or lines are wrong; the message lists them all, with file and line.
     """
 
     def __init__(self, root_dir: str | Path, set_name: str = "train", transform: Callable[[dict], dict] | None = None):
@@ -33,37 +35,53 @@ class YoloDataset(DetectionDataset):
         if folder is None:
             raise UserError(f"{self.root_dir}: has neither images/{set_name} nor {set_name}/images")
         labels = self.root_dir / "labels" / set_name if folder == folders[0] else self.root_dir / set_name / "labels"
-        class_names = _read_class_names(self.root_dir)
+        report = Report()
+        class_names = _read_class_names(self.root_dir, report)
         pictures = list_pictures(folder)
         if not pictures:
             raise UserError(f"{folder}: holds no pictures")
-        rows, image_index, sizes = [], [], []
-        for index, (name, path) in enumerate(progress(pictures.items(), "reading YOLO files")):
-            sizes.append(read_image_size(path))
-            boxes = _read_boxes(labels / f"{name}.txt", *sizes[-1], len(class_names))
-            rows += boxes
-            image_index += [index] * len(boxes)
+        files = [labels / f"{name}.txt" for name in pictures]
+        table, sizes = [], []
+        for index, path in enumerate(progress(pictures.values(), "reading YOLO files")):
+            try:
+                sizes.append(read_image_size(path))
+            except UserError as error:
+                report.add("unreadable image", *str(error).split(": ", 1))
+                sizes.append((1000, 1000))  # any, to look at the boxes' numbers all the same
+            table += [(index, *row) for row in _read_boxes(files[index], len(class_names), report)]
+        table = np.array(table, dtype=np.float64).reshape(-1, 7)
+        image_index, numbers = table[:, :2].T.astype(np.int64)
+        boxes, classes = table[:, 2:6], table[:, 6]
+        boxes *= np.tile(np.array(sizes)[image_index, ::-1], 2)
+
+        def where(row: int) -> str:
+            return f"{files[image_index[row]]}:{numbers[row]}"
+
+        kept = check_boxes(report, boxes, classes, image_index, where, "sub-pixel box")
         super().__init__(
             [str(path) for path in pictures.values()],
-            np.array(rows, dtype=np.float32),
-            np.array(image_index, dtype=np.int64),
+            table[kept, 2:],
+            image_index[kept],
             class_names,
             transform,
+            row_ids=numbers[kept],
+            report=report,
+            source=labels,
         )
         self.image_sizes = np.array(sizes)
 
 
-def _read_class_names(root: Path) -> list[str]:
+def _read_class_names(root: Path, report: Report) -> list[str]:
     """Class names from `classes.txt`, or else from `data.yaml`."""
-    names = read_class_list(root)
+    names = read_class_list(root, report)
     if names is not None:
         return names
     if not (root / "data.yaml").is_file():
         raise UserError(f"{root}: has neither classes.txt nor data.yaml, which name the classes")
-    return _read_yaml_names(root / "data.yaml")
+    return _read_yaml_names(root / "data.yaml", report)
 
 
-def _read_yaml_names(path: Path) -> list[str]:
+def _read_yaml_names(path: Path, report: Report) -> list[str]:
     try:
         import yaml  # an extra: nothing else needs it
     except ModuleNotFoundError as error:
@@ -72,7 +90,7 @@ def _read_yaml_names(path: Path) -> list[str]:
             f"{path.parent / 'classes.txt'}, one a line"
         ) from error
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(read_text(path, report))
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is not valid YAML ({error})") from error
     names = content.get("names") if isinstance(content, dict) else None
@@ -83,18 +101,22 @@ def _read_yaml_names(path: Path) -> list[str]:
     return [str(name) for name in names]
 
 
-def _read_boxes(path: Path, height: int, width: int, num_classes: int) -> list[tuple[float, ...]]:
-    """(x1, y1, x2, y2, label) of each line, pixels."""
-    if not path.is_file():
-        return []
-    boxes = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+def _read_boxes(path: Path, num_classes: int, report: Report) -> Iterator[tuple[float, ...]]:
+    """Number from 1, (x1, y1, x2, y2) in fractions of the picture's size, and label of each line."""
+    try:
+        lines = read_text(path, report).splitlines() if path.is_file() else []
+    except UserError as error:
+        report.add("bad entry", *str(error).split(": ", 1))
+        return
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        where = f"{path}:{number}"
         try:
             label, *numbers = map(float, line.split())
         except ValueError as error:
-            raise UserError(f"{path}:{number}: expected numbers ({error})") from error
+            report.add("not a number", where, f"expected numbers ({error})")
+            continue
         values = np.array(numbers)
         if len(values) == 4:
             centre, half = values[:2], values[2:] / 2
@@ -103,14 +125,13 @@ def _read_boxes(path: Path, height: int, width: int, num_classes: int) -> list[t
             points = values.reshape(-1, 2)
             corners = np.concatenate([points.min(axis=0), points.max(axis=0)])
         else:
-            raise UserError(f"{path}:{number}: expected `class x y width height`, found {len(values) + 1} numbers")
+            message = f"expected `class x y width height`, found {len(values) + 1} numbers"
+            report.add("wrong column count", where, message)
+            continue
         if label not in range(num_classes):
-            raise UserError(f"{path}:{number}: class {label:g} is not one of 0 to {num_classes - 1}")
+            report.add("unknown class", where, f"class {label:g} is not one of 0 to {num_classes - 1}")
         # A little over the edge is rounding; far over it are pixels where fractions should be.
-        if not (np.isfinite(corners).all() and (corners > -0.5).all() and (corners < 1.5).all()):
-            raise UserError(f"{path}:{number}: a box must be in fractions of the picture's size, from 0 to 1")
-        x1, y1, x2, y2 = corners.clip(0, 1) * (width, height, width, height)
-        if x2 <= x1 or y2 <= y1:
-            raise UserError(f"{path}:{number}: the box is empty")
-        boxes.append((x1, y1, x2, y2, label))
-    return boxes
+        elif not ((corners > -0.5) & (corners < 1.5)).all():
+            report.add("bad entry", where, "a box must be in fractions of the picture's size, from 0 to 1")
+        else:
+            yield number, *corners, label

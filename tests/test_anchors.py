@@ -53,6 +53,7 @@ def test_impossible_settings_are_refused(settings):
 def test_level_shapes_sum_to_all_anchors():
     anchors = Anchors()
     locations = sum(rows * columns for rows, columns in anchors.level_shapes(333, 500))
+    assert sum(anchors.level_sizes(333, 500)) == 9 * locations
     assert locations * 9 == anchors(torch.empty(1, 3, 333, 500)).shape[1]
 
 

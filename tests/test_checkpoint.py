@@ -160,7 +160,7 @@ def test_a_missing_checkpoint_or_a_folder_is_an_error(tmp_path):
 def test_a_list_is_no_checkpoint(tmp_path):
     torch.save([1, 2], tmp_path / "a.pt")
     with pytest.raises(UserError, match=r"a\.pt: holds a list"):
-        checkpoint.load(tmp_path / "a.pt")
+        checkpoint.load_model(tmp_path / "a.pt")
 
 
 # Models
@@ -427,7 +427,7 @@ def test_the_scripts_run_no_code(tmp_path, script, capsys):
 
 def test_a_stand_in_can_do_nothing(filled_net, tmp_path):
     torch.save(filled_net, tmp_path / "a.pt")
-    content = checkpoint._read(tmp_path / "a.pt")
+    content = checkpoint.load(tmp_path / "a.pt")
     assert isinstance(content, checkpoint._Inert) and not isinstance(content, nn.Module)
     assert not set(checkpoint._STAND_INS) & set(torch.serialization.get_safe_globals())  # nothing stays admitted
 

@@ -101,7 +101,7 @@ def test_difficult_boxes_travel_where_there_is_a_mark_for_them(source, tmp_path,
     assert sorted(annotation["iscrowd"] for annotation in annotations) == [0, 0, 0, 0, 1]
     capsys.readouterr()
     assert run("voc", tmp_path / "voc", "yolo", tmp_path / "yolo") == 0
-    assert "warning: 1 difficult boxes are left out" in capsys.readouterr().out
+    assert "warning: 1 difficult boxes (or crowds) are left out" in capsys.readouterr().out
     assert len(read("yolo", tmp_path / "yolo").rows) == 4
 
 
@@ -121,6 +121,7 @@ def test_coco_keeps_its_ids(tmp_path):
     assert run("coco", tmp_path / "coco", "coco", tmp_path / "again") == 0
     before, after = read("coco", tmp_path / "coco"), read("coco", tmp_path / "again")
     assert after.image_ids == before.image_ids and after.coco_labels == before.coco_labels
+    assert len(after.difficult_rows) == 1  # a crowd
     assert_same(after, before, 0)
 
 

@@ -9,7 +9,8 @@ import pytest
 from helpers import coco_content, gradient, save, truncate, write_coco_data, write_csv_data
 from PIL import Image, ImageOps
 
-from retinanet.datasets import CocoDataset, CSVDataset, read_image, read_image_size
+from retinanet.datasets import CocoDataset, CSVDataset
+from retinanet.pictures import read_image, read_image_size
 from retinanet.utils import UserError
 
 
@@ -292,9 +293,11 @@ def test_coco_samples_by_hand(tmp_path):
 
 
 def test_coco_crowds_are_left_out_of_training_but_not_of_evaluation(tmp_path):
-    data = CocoDataset(write_coco_data(tmp_path), "val2017")
-    assert len(data.rows) == 3
-    assert not (data.rows[:, 2] == 64).any()
+    content = coco_content()
+    content["annotations"].append({**content["annotations"][3], "id": 5, "iscrowd": 0})  # no duplicate of the crowd
+    data = CocoDataset(write_coco_data(tmp_path, content), "val2017")
+    assert data.row_ids.tolist() == [2, 3, 5, 1] and not data.report.counts
+    assert data.load_difficult(0).tolist() == [[0, 0, 64, 48, 1]]
     assert [entry["id"] for entry in data.coco.loadAnns(data.coco.getAnnIds(iscrowd=True))] == [4]
 
 

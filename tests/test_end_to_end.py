@@ -277,6 +277,17 @@ def test_a_coco_file_without_categories_stops_training(tmp_path):
     assert_one_message(status, err, "instances_train2017.json", "categories")
 
 
+def test_a_validation_set_of_other_classes_stops_training(tmp_path):
+    content = coco_content()
+    write_coco_data(tmp_path, content, set_name="train2017")
+    content["categories"] = [{"id": 3, "name": "car"}, {"id": 5, "name": "bus"}, {"id": 17, "name": "cat"}]
+    write_coco_data(tmp_path, content, set_name="val2017")
+    status, _, err = run_quietly(
+        train.main, *TRAIN, "--dataset", "coco", "--coco_path", tmp_path, "--out_dir", tmp_path
+    )
+    assert_one_message(status, err, "instances_val2017.json", "['car', 'cat']", "['car', 'bus', 'cat']")
+
+
 @pytest.mark.parametrize("script", [validate, visualize])
 def test_a_checkpoint_that_is_missing_or_damaged_is_one_message(tmp_path, script):
     flags = [*SMALL, "--dataset", "shapes", "--shapes_val", 1]

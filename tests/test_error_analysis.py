@@ -70,7 +70,8 @@ def test_ap50_is_cocos():
         for i, score in enumerate(np.linspace(0.99, 0.1, 40))
     ]
     table = torch.tensor(np.array(rows), dtype=torch.float32)
-    data, found = dataset(truth), {0: Detections(table[:, 0], table[:, 1].long(), table[:, 2:])}
+    difficult = np.arange(12) % 4 == 3
+    data, found = dataset(truth, difficult), {0: Detections(table[:, 0], table[:, 1].long(), table[:, 2:])}
     scores = coco_eval.score(coco_eval.ground_truth(data), coco_eval.coco_results(data, found), [0])
     assert 0.1 < scores.metrics["AP50"] < 1
     assert analyse(data, found).ap50 == pytest.approx(scores.metrics["AP50"])
@@ -86,6 +87,15 @@ def test_confusion_matrix():
 def test_difficult_boxes_are_ignored():
     analysis = run([0.9, 0, *BOX], truth=TRUTH, difficult=np.array([True, False]))
     assert analysis.counts == {**dict.fromkeys(KINDS, 0), "missed": 1}
+
+
+def test_in_a_crowd_only_what_finds_a_box_counts():
+    crowd = np.array([False, True])
+    rows = [0.9, 0, *BOX], [0.8, 0, *BOX], [0.7, 0, 200, 0, 220, 20], [0.6, 1, 200, 0, 220, 20]
+    data = [[*BOX, 0], [0, 0, 300, 300, 0]]
+    analysis = run(*rows, truth=data, difficult=crowd)
+    assert analysis.ap50 == 1 and analysis.counts == {**dict.fromkeys(KINDS, 0), "background": 1}  # of class b
+    assert analysis.confusion.tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 0]]
 
 
 def test_nothing_found_and_nothing_there():

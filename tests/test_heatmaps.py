@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from retinanet.losses import FocalLoss
+from retinanet.losses import FocalLoss, focal_loss
 from retinanet.matcher import BACKGROUND, IGNORE
 
 pytest.importorskip("matplotlib")
@@ -31,7 +31,7 @@ def test_the_anchors_losses_add_up_to_the_criterions():
     anchors[:3] = TRUTH[0, :4]
     labels = heatmaps.anchor_labels(anchors, TRUTH)
     assert labels[:3].tolist() == [0, 0, 0] and (labels == BACKGROUND).any()
-    losses = heatmaps.anchor_losses(logits, labels, 0.25, 2.0)
+    losses = focal_loss(logits[:, None], labels[:, None])
     expected, _ = FocalLoss()(logits[None], torch.zeros(1, 40, 4), anchors[None], TRUTH[None])
     assert losses.shape == (40,) and (losses[labels == IGNORE] == 0).all()
     assert (losses.sum() / (labels >= 0).sum()).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -53,7 +53,7 @@ def test_a_larger_gamma_leaves_the_loss_to_fewer_background_anchors():
     labels = torch.full((5000,), BACKGROUND)
     shares = []
     for gamma in heatmaps.GAMMAS:
-        share, loss = heatmaps.cumulative_loss(heatmaps.anchor_losses(logits, labels, 0.25, gamma))
+        share, loss = heatmaps.cumulative_loss(focal_loss(logits[:, None], labels[:, None], gamma=gamma))
         shares.append(np.interp(0.9, share, loss))  # of the easiest 90 %
     assert shares == sorted(shares, reverse=True) and shares[0] > 0.2 and shares[3] < 0.02
 

@@ -58,7 +58,7 @@ def test_schedule_goes_on_from_a_saved_state():
         schedule.step()
     second = make_optimizer(nn.Linear(2, 2), RECIPES["scratch"], 1.0)
     again = Schedule(second, RECIPES["scratch"], 20)
-    again.load_state_dict(schedule.state_dict())
+    again.scheduler.load_state_dict(schedule.scheduler.state_dict())
     second.load_state_dict(first.state_dict())
     for optimizer, chosen in ((first, schedule), (second, again)):
         optimizer.step()
@@ -108,5 +108,5 @@ def test_states_are_plain_types(name, tmp_path):
     optimizer.step()
     schedule.step()
     schedule.end_epoch(1.0)
-    torch.save([optimizer.state_dict(), schedule.state_dict()], tmp_path / "state.pt")
+    torch.save([optimizer.state_dict(), schedule.scheduler.state_dict()], tmp_path / "state.pt")
     torch.load(tmp_path / "state.pt", weights_only=True)

@@ -218,7 +218,7 @@ def test_a_signal_in_validation_saves_what_was_trained(tmp_path, reference):
 def test_a_second_signal_stops_at_once(tmp_path):
     def send_twice():
         send("SIGINT")()
-        time.sleep(train.StopSignals.SAME_WISH_SECONDS + 0.1)
+        time.sleep(train.utils.StopSignals.SAME_WISH_SECONDS + 0.1)
         send("SIGTERM")()
 
     jobs, _ = start(tmp_path / "a", change=once(engine, "_clip", 2, send_twice))

@@ -158,6 +158,7 @@ def test_auto_is_this_processs_gpu_or_else_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert utils.choose_device("auto") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert utils.choose_device("auto") == torch.device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert utils.choose_device("auto") == torch.device("cuda:3")
@@ -171,6 +172,12 @@ def test_a_device_that_does_not_exist_is_an_error(monkeypatch):
         utils.choose_device("cuda")
     with pytest.raises(UserError, match="--device toaster: "):
         utils.choose_device("toaster")
+    with pytest.raises(UserError, match="--device meta: only cpu and cuda"):
+        utils.choose_device("meta")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"no GPU 2, as this machine has 2: .*--nproc_per_node"):
+        utils.choose_device("cuda:2")
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_truth_shows_the_boxes_in_the_colours_of_their_classes(tmp_path):
     status, _, err = run(*SHAPES, "--show", "truth", "--indices", 2, 0, "--min_side", 96, "--out_dir", tmp_path)
     assert (status, err) == (0, "")
     assert names(tmp_path) == {"truth_00000.png", "truth_00002.png"}
-    dataset = visualize.validation_dataset(visualize.parse_arguments([*SHAPES, "--show", "truth"]), None)
+    dataset = visualize.cli.validation_dataset(visualize.parse_arguments([*SHAPES, "--show", "truth"]), None)
     picture = read(tmp_path / "truth_00002.png")
     bar = picture.shape[0] - 4 * 96  # enlarged four times, under a title
     for x1, _, x2, y2, label in dataset.load_annotations(2):
@@ -95,6 +95,19 @@ def test_pyramid_and_loss(model_path, tmp_path):
     assert names(tmp_path) == pairs | {"focal_loss.png"}
 
 
+def test_the_loss_is_that_of_the_matching_rule_of_the_flags(model_path, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from retinanet import heatmaps
+
+    seen = []
+    monkeypatch.setattr(heatmaps, "draw_cumulative_loss", lambda _, labels, *__: seen.append(torch.cat(labels)))
+    flags = [*SHAPES, "--show", "loss", "--model", model_path, "--limit", 1, "--min_side", 32, "--out_dir", tmp_path]
+    for rule in ([], ["--best_match_iou", 0.01]):
+        assert run(*flags, *rule)[0] == 0
+    # Shapes of 8 to 16 pixels: no anchor of 32 reaches one, but each has a best one.
+    assert not (seen[0] >= 0).any() and (seen[1] >= 0).any()
+
+
 def test_detections_are_single_files_and_a_sheet(model_path, tmp_path):
     flags = ["--score_threshold", 0.1, "--max_detections", 5, "--limit", 2]
     status, _, err = run(*SHAPES, "--model", model_path, *flags, "--out_dir", tmp_path)
@@ -112,27 +125,29 @@ def test_anchor_fit_reports_and_advises(tmp_path):
     assert len(content["unreachable"]) == content["coverage"]["all"]["all"]["boxes"] > 0
     assert "boxes can never be learned" in out and f"use {content['advised']['flags']}" in out
     args = visualize.parse_arguments([*SHAPES, "--show", "anchor_fit", *content["advised"]["flags"].split()])
-    anchors = visualize.anchors_from_arguments(args)
-    fit = visualize.anchor_fit.measure(visualize.training_dataset(args, None), anchors, 32, 1024)
+    anchors = visualize.cli.anchors_from_arguments(args)
+    fit = visualize.anchor_fit.measure(visualize.cli.training_dataset(args, None), anchors, 32, 1024)
     assert fit.coverage(0.5) == pytest.approx(content["coverage"]["all"]["all"]["iou_0.5_advised"])
     assert fit.coverage(0.5) > 0.2
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    """A folder of frames, a note, a broken picture and a hidden file."""
+    """A folder of frames, two files that are no pictures, and a hidden file."""
     folder = tmp_path / "frames"
     (folder / "sub").mkdir(parents=True)
     for name in ("frame10.png", "frame2.jpg", "frame1.png", "sub/frame1.png"):
         save(gradient(40, 60), folder / name)
     (folder / "note.txt").write_text("no picture")
+    (folder / "scan.pdf").write_text("Pillow knows the kind, but nothing here reads it")
     (folder / ".hidden.png").write_text("no picture")
     return folder
 
 
 def test_a_folder_is_its_pictures_in_the_order_of_their_numbers(pictures):
+    save(gradient(8, 8), pictures / "frame3.mpo")
     files = visualize.find_pictures([str(pictures)])
-    assert [path.name for path in files] == ["frame1.png", "frame2.jpg", "frame10.png"]
+    assert [path.name for path in files] == ["frame1.png", "frame2.jpg", "frame3.mpo", "frame10.png"]
     files = visualize.find_pictures([f"{pictures}/**/*.png", str(pictures / "frame2.jpg"), f"{pictures}/frame1*"])
     assert [str(path.relative_to(pictures)) for path in files] == [
         "frame1.png", "frame10.png", "sub/frame1.png", "frame2.jpg"
@@ -145,7 +160,7 @@ def test_a_folder_is_its_pictures_in_the_order_of_their_numbers(pictures):
 def test_outputs_have_names_of_their_own_and_spare_the_inputs(pictures, tmp_path):
     save(gradient(8, 8), pictures / "frame2.png")
     files = visualize.find_pictures([f"{pictures}/**/*"])
-    files = [path for path in files if path.suffix != ".txt"]
+    files = [path for path in files if path.suffix not in (".txt", ".pdf")]
     out = tmp_path / "out"
     targets = visualize.output_paths(files, out)
     assert len(set(targets)) == len(files) == 5
@@ -204,6 +219,7 @@ def test_unreadable_images_are_listed_at_the_end(model_path, pictures, tmp_path)
         (["--dataset", "shapes", "--model", "x", "--anchor_ratios", "1"], ["--model brings its own anchors"]),
         (["--dataset", "shapes", "--model", "x", "--augment"], ["takes no --augment"]),
         (["--dataset", "shapes", "--show", "truth", "--random_crop", "0.5"], ["need --augment"]),
+        (["--dataset", "shapes", "--show", "truth", "--seed", "-1"], ["--seed", "at least 0"]),
     ],
 )
 def test_contradictions_are_usage_errors(flags, reported):

@@ -1,6 +1,7 @@
 import pytest
 from helpers import gradient, save
 
+from retinanet.problems import DataError
 from retinanet.utils import UserError
 from retinanet.voc import VOC_CLASSES, VOCDataset
 
@@ -63,6 +64,27 @@ def test_sets_of_own_classes_agree_on_them(tmp_path):
     assert list(VOCDataset(tmp_path, "train").labels.values()) == ["wolf", "bear", "fox"]
 
 
+def test_a_set_of_vocs_classes_and_one_of_own_classes_agree_on_them(tmp_path):
+    write_voc(tmp_path, {"a": [describe("dog", 1, 1, 9, 9)]}, "train")
+    write_voc(tmp_path, {"b": [describe("bear", 1, 1, 9, 9)]}, "val")
+    assert VOCDataset(tmp_path, "train").labels == VOCDataset(tmp_path, "val").labels == {0: "bear", 1: "dog"}
+
+
+def test_all_problems_are_reported_at_once(tmp_path):
+    box = describe("dog", 1, 1, 9, 9)
+    root = write_voc(tmp_path, {"a": [describe("dog", 5, 1, 4, 9), describe("dgo", 1, 1, 9, 9)], "b": [], "c": []})
+    (root / "Annotations" / "b.xml").write_text("<annotation>")
+    (root / "Annotations" / "c.xml").unlink()
+    (root / "JPEGImages" / "c.png").unlink()
+    with pytest.raises(DataError) as error:
+        VOCDataset(root, class_names=["dog"])
+    counts = {"inverted box": 1, "unknown class": 1, "missing image": 1, "bad entry": 2}
+    assert error.value.report.counts == counts
+    data = VOCDataset(write_voc(tmp_path / "good", {"a": [box, box, describe("dog", 1, 1, 9, 9, difficult=1)]}))
+    assert data.report.counts == {"duplicate box": 1}
+    assert len(data.rows) == len(data.difficult_rows) == 1
+
+
 def test_the_list_of_one_class_is_a_set_too(tmp_path):
     data = VOCDataset(write_voc(tmp_path, {"a": [], "b": []}, "dog_train", "b -1\n\na  1\n"), "dog_train")
     assert [data.image_path(index)[-5:] for index in range(len(data))] == ["b.png", "a.png"]
@@ -77,11 +99,12 @@ def test_the_transform_is_applied(tmp_path):
     ("xml", "message"),
     [
         ("<annotation>", r"a\.xml: is not valid XML"),
-        (describe("dog", 5, 1, 4, 9), r"a\.xml: object 1 needs a name, xmin <= xmax"),
-        (describe("", 1, 1, 4, 9), r"a\.xml: object 1 needs a name"),
-        (describe("dog", 1, 1, "nan", 9), r"a\.xml: object 1 needs a name, xmin <= xmax"),
-        (describe("dog", 1, 1, "", 9), r"a\.xml: object 1 needs a bndbox of four numbers"),
-        ("<object><name>dog</name></object>", r"a\.xml: object 1 needs a bndbox of four numbers"),
+        (describe("dog", 5, 1, 4, 9), r"a\.xml: object 1: a box needs x1 < x2"),
+        (describe("", 1, 1, 4, 9), r"a\.xml: object 1: class '' is not in the class list"),
+        (describe("dog", 1, 1, "nan", 9), r"a\.xml: object 1: a box needs finite numbers"),
+        (describe("dog", "nan", 1, 9, 9), r"a\.xml: object 1: a box needs finite numbers"),
+        (describe("dog", 1, 1, "", 9), r"a\.xml: object 1: needs a bndbox of four numbers"),
+        ("<object><name>dog</name></object>", r"a\.xml: object 1: needs a bndbox of four numbers"),
     ],
 )
 def test_a_wrong_annotation_is_an_error_that_names_it(tmp_path, xml, message):
@@ -108,7 +131,7 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path):
 
 def test_a_class_that_is_not_listed_is_an_error(tmp_path):
     root = write_voc(tmp_path, {"a": [describe("wolf", 1, 1, 9, 9)]})
-    with pytest.raises(UserError, match=r"a\.xml: class 'wolf' is none of dog, cat"):
+    with pytest.raises(UserError, match=r"a\.xml: object 1: class 'wolf' is not in the class list \(dog, cat\)"):
         VOCDataset(root, class_names=["dog", "cat"])
     (root / "classes.txt").write_text("dog\ndog\n")
     with pytest.raises(UserError, match=r"classes\.txt: needs one class name a line, each once"):

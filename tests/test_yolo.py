@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from helpers import gradient, save
 
+from retinanet.check import check_dataset
+from retinanet.problems import DataError
 from retinanet.utils import UserError
 from retinanet.yolo import YoloDataset
 
@@ -41,7 +43,46 @@ def test_an_outline_gives_its_bounding_box(tmp_path):
 
 def test_a_box_is_cut_at_the_border(tmp_path):
     data = YoloDataset(write_yolo(tmp_path, {"a": "0 0.1 0.5 0.3 1.01\n"}))
-    assert data.load_annotations(0) == pytest.approx(np.array([[0, 0, 20, 40, 0]]))
+    assert data[0]["annot"] == pytest.approx(np.array([[0, 0, 20, 40, 0]]))
+
+
+def test_a_box_of_one_pixel_survives_its_rounding(tmp_path):
+    data = YoloDataset(write_yolo(tmp_path, {"a": "0 0.506249 0.5124999 0.012499 0.0249999\n"}))
+    assert len(data.rows) == len(data[0]["annot"]) == 1
+
+
+def test_all_problems_are_reported_at_once(tmp_path):
+    box = "1 0.5 0.5 0.5 0.5\n"
+    lines = f"0 0.5\n{box}{box}2 0.5 0.5 0.5 0.5\n0 0.5 0.5 -0.1 0.5\n0 x\n"
+    root = write_yolo(tmp_path, {"a": lines, "b": "", "c": box})
+    (root / "labels/train/b.txt").write_bytes(box.encode() + b"\xe9\n")
+    (root / "images/train/c.png").write_bytes(b"")
+    with pytest.raises(DataError) as error:
+        YoloDataset(root)
+    kinds = ["wrong column count", "duplicate box", "unknown class", "inverted box", "not a number"]
+    assert error.value.report.counts == dict.fromkeys([*kinds, "bad entry", "unreadable image"], 1)
+    for message in ("a.txt:5: a box needs x1 < x2", "b.txt:2: is not in UTF-8", "c.png: cannot be read"):
+        assert message in str(error.value)
+
+
+def test_what_is_dropped_is_counted(tmp_path):
+    texts = {"a": "1 0.5 0.5 0.5 0.5\n1 0.5 0.5 0.5 0.5\n1 0.5 0.5 0 0.5\n0 1.2 0.5 0.2 0.5\n"}
+    data = YoloDataset(write_yolo(tmp_path, texts))
+    counts = {"duplicate box": 1, "sub-pixel box": 1, "box outside": 1}
+    assert check_dataset(data).counts == counts and len(data[0]["annot"]) == 1
+
+
+def test_class_names_are_utf8_with_or_without_a_byte_order_mark(tmp_path):
+    root = write_yolo(tmp_path, {"a": None}, names=None)
+    (root / "classes.txt").write_bytes("\ufeffcafé\nb\n".encode())
+    assert YoloDataset(root).labels == {0: "café", 1: "b"}
+    (root / "classes.txt").write_bytes("a\ncafé\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"classes\.txt:2: is not in UTF-8"):
+        YoloDataset(root)
+    pytest.importorskip("yaml")
+    (root / "classes.txt").rename(root / "data.yaml")
+    with pytest.raises(UserError, match=r"data\.yaml:2: is not in UTF-8"):
+        YoloDataset(root)
 
 
 @pytest.mark.parametrize("names", ["names: [cat, dog]\n", "names:\n  1: dog\n  0: cat\nnc: 2\n"])
@@ -85,8 +126,6 @@ def test_without_pyyaml_the_message_says_what_to_do(tmp_path, monkeypatch):
         ("0.5 0.5 0.5 0.5 0.5\n", r"a\.txt:1: class 0\.5 is not one of"),
         ("0 40 20 30 10\n", r"a\.txt:1: a box must be in fractions"),
         ("0 nan 0.5 0.5 0.5\n", r"a\.txt:1: a box must be in fractions"),
-        ("0 0.5 0.5 0 0.5\n", r"a\.txt:1: the box is empty"),
-        ("0 1.2 0.5 0.2 0.5\n", r"a\.txt:1: the box is empty"),
     ],
 )
 def test_a_wrong_line_is_an_error_that_names_it(tmp_path, text, message):
