@@ -1,10 +1,8 @@
 """See what the detector sees: data, anchors, assignment, features, losses and detections, as PNG files."""
 
 import argparse
-import glob
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,18 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from retinanet import anchor_fit, cli, engine, utils, views
 from retinanet.anchors import Anchors
 from retinanet.checkpoint import load_model
 from retinanet.dataloader import Resizer, make_loader
-from retinanet.datasets import DetectionDataset, read_image
+from retinanet.datasets import DetectionDataset
 from retinanet.drawing import draw_boxes, save_picture, side_by_side
 from retinanet.inference import detect_pictures
 from retinanet.model import RetinaNet
-from retinanet.pictures import FORMATS
+from retinanet.pictures import find_pictures, read_image
 from retinanet.transforms import normalize
 from retinanet.utils import UserError, log, progress, script
 
@@ -181,37 +178,6 @@ def show_anchor_fit(args: argparse.Namespace, dataset: DetectionDataset, anchors
     (folder / "anchor_fit.json").write_text(json.dumps(anchor_fit.as_dict(fit, better, dataset), indent=1))
     anchor_fit.draw(fit, better, folder / "anchor_fit.png")
     log.info("\nwritten to %s: anchor_fit.json, anchor_fit.png", folder)
-
-
-def find_pictures(patterns: Sequence[str]) -> list[Path]:
-    """The files that `--images` means, each once: files by name, folders' pictures, matches of patterns.
-
-    Frames of a video come in the order of their numbers: frame2 before frame10.
-
-    Raises:
-        UserError: a pattern means no file.
-    """
-    formats = {*FORMATS, "MPO"}  # which is read as the JPEG that it begins with
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
-    files: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            inside = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
-            matches = [file for file in inside if file.suffix.lower() in suffixes]
-        elif path.is_file():
-            matches = [path]
-        else:
-            matches = [Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()]  # noqa: PTH207
-        if not matches:
-            raise UserError(f"--images {pattern}: there are no such pictures")
-        files |= dict.fromkeys(sorted(matches, key=_natural_order))
-    return list(files)
-
-
-def _natural_order(path: Path) -> list[tuple[int, str]]:
-    """A key that sorts numbers within names as numbers."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def output_paths(files: Sequence[Path], folder: Path) -> list[Path]:

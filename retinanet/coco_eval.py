@@ -15,22 +15,13 @@ from torch import nn
 
 from retinanet import engine
 from retinanet.boxes import xywh_to_xyxy, xyxy_to_xywh
-from retinanet.coco_files import load_json
+from retinanet.coco_files import load_json, quiet_coco
 from retinanet.dataloader import make_loader
 from retinanet.datasets import DetectionDataset
 from retinanet.postprocess import Detections
 from retinanet.utils import UserError, log
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-
-
-def quiet_coco(content: dict[str, Any]) -> COCO:
-    """Pycocotools' COCO object from the content of an annotation file, without its messages."""
-    coco = COCO()
-    coco.dataset = content
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
 
 
 def ground_truth(dataset: DetectionDataset) -> COCO:

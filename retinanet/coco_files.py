@@ -6,16 +6,20 @@ only where a column is not as it should be.
 
 import contextlib
 import gc
+import io
 import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from retinanet.problems import Report, check_boxes, shown
 from retinanet.utils import UserError
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 MAX_JSON_BYTES = 8 * 2**30  # parsed, a file takes five times its size of memory
 MAX_ID = 2**53
@@ -290,3 +294,14 @@ def complete_for_evaluation(content: dict[str, Any]) -> dict[str, Any]:
         if renumber:
             annotation["id"] = number
     return content
+
+
+def quiet_coco(content: dict[str, Any]) -> "COCO":
+    """Pycocotools' COCO object from the content of an annotation file, without its messages."""
+    from pycocotools.coco import COCO  # only evaluation needs it
+
+    coco = COCO()
+    coco.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco

@@ -203,9 +203,8 @@ class CocoDataset(DetectionDataset):
     @cached_property
     def coco(self):
         """The annotations as pycocotools' COCO object, which evaluation needs; read from the file at first use."""
-        from retinanet.coco_eval import quiet_coco
-
-        return quiet_coco(coco_files.complete_for_evaluation(coco_files.load_json(self.annotation_file)))
+        content = coco_files.complete_for_evaluation(coco_files.load_json(self.annotation_file))
+        return coco_files.quiet_coco(content)
 
     def coco_label_to_label(self, category_id: int) -> int:
         """COCO's category id -> 0-based label."""

@@ -1,11 +1,13 @@
 """Picture files -> arrays, whatever their kind, and whatever is wrong with them."""
 
 import contextlib
+import glob
 import io
 import os
+import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,10 @@ except ImportError:  # torchvision 0.29 announces that it will go; Pillow gives 
 
 # Formats of pictures that are read. Pillow knows more; some of them start other programs, or hold other files.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+PICTURE_SUFFIXES = {
+    *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
+    *(".tif", ".tiff", ".webp"),
+}
 MAX_PIXELS = 178_956_970  # of a picture; from here on Pillow, too, takes it for a decompression bomb
 # What the readers of Pillow and torchvision raise for one broken file or another.
 BROKEN_PICTURE = (
@@ -145,3 +151,41 @@ def read_image_size(path: str | Path) -> tuple[int, int]:
         UserError: the file is missing, larger than MAX_PIXELS, or no picture.
     """
     return read_header(path)[:2]
+
+
+def list_pictures(folder: Path) -> dict[str, Path]:
+    """The pictures of a folder by their names without ending, in the order of these names."""
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read as a folder of pictures ({error.strerror})") from error
+    return {path.stem: path for path in paths}
+
+
+def find_pictures(patterns: Sequence[str]) -> list[Path]:
+    """The files that `--images` means, each once: files by name, folders' pictures, matches of patterns.
+
+    Frames of a video come in the order of their numbers: frame2 before frame10.
+
+    Raises:
+        UserError: a pattern means no file.
+    """
+    files: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            inside = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
+            matches = [file for file in inside if file.suffix.lower() in PICTURE_SUFFIXES]
+        elif path.is_file():
+            matches = [path]
+        else:
+            matches = [Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()]  # noqa: PTH207
+        if not matches:
+            raise UserError(f"--images {pattern}: there are no such pictures")
+        files |= dict.fromkeys(sorted(matches, key=_natural_order))
+    return list(files)
+
+
+def _natural_order(path: Path) -> list[tuple[int, str]]:
+    """A key that sorts numbers within names as numbers."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]

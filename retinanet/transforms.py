@@ -47,8 +47,8 @@ def pad_value(dtype: torch.dtype) -> Tensor:
 
 
 def pad_images(images: Sequence[Tensor], height: int, width: int) -> Tensor:
-    """[3, H, W] each -> [B, 3, height, width] in their dtype, padded at the right and below."""
-    batch = images[0].new_empty(len(images), 3, height, width)
+    """[3, H, W] each -> [B, 3, height, width] in their dtype, channels_last, padded at the right and below."""
+    batch = images[0].new_empty(len(images), height, width, 3).permute(0, 3, 1, 2)
     colour = pad_value(batch.dtype)[:, None, None]
     for row, image in zip(batch, images, strict=True):
         bottom, right = image.shape[1:]
@@ -170,14 +170,15 @@ class Resizer:
         self, sample: dict[str, Any], min_side: int | None = None, max_side: int | None = None
     ) -> dict[str, Any]:
         """Adds `scale` (resized size / original size) and `size` (height and width before the padding)."""
-        image = torch.from_numpy(np.ascontiguousarray(sample["img"])).permute(2, 0, 1)  # [3, H, W]
-        height, width = image.shape[1:]
+        # torch resizes channels_last bytes as they lie, in two thirds of the time.
+        image = torch.from_numpy(np.ascontiguousarray(sample["img"]))[None].permute(0, 3, 1, 2)  # [1, 3, H, W]
+        height, width = image.shape[2:]
         scale = (min_side or self.min_side) / min(height, width)
         scale = min(scale, (max_side or self.max_side) / max(height, width))
         # Paper: silent. Original: pads 32 px more where the size already divides by 32. Here: pads nothing there.
         size = max(1, round(height * scale)), max(1, round(width * scale))
         padded = [math.ceil(side / SIZE_DIVISOR) * SIZE_DIVISOR for side in size]
-        resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)
+        resized = F.interpolate(image, size, mode="bilinear", antialias=True)
         canvas = pad_images(resized, *padded)[0].permute(1, 2, 0)  # [H, W, 3]
         annotations = torch.from_numpy(np.array(sample["annot"], dtype=np.float32).reshape(-1, 5))
         annotations[:, :4] *= scale

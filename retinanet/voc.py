@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from retinanet.datasets import DetectionDataset
+from retinanet.pictures import list_pictures
 from retinanet.problems import Report, check_boxes, read_text, shown, unknown_class
 from retinanet.utils import UserError
 
@@ -14,16 +15,6 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-
-
-def list_pictures(folder: Path) -> dict[str, Path]:
-    """The pictures of a folder by their names without ending, in the order of these names."""
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read as a folder of pictures ({error.strerror})") from error
-    return {path.stem: path for path in paths}
 
 
 def read_class_list(root: Path, report: Report) -> list[str] | None:

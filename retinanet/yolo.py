@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from retinanet.datasets import DetectionDataset
-from retinanet.pictures import read_image_size
+from retinanet.pictures import list_pictures, read_image_size
 from retinanet.problems import Report, check_boxes, read_text
 from retinanet.utils import UserError, progress
-from retinanet.voc import list_pictures, read_class_list
+from retinanet.voc import read_class_list
 
 
 class YoloDataset(DetectionDataset):
