@@ -1,6 +1,6 @@
 """Files broken at random: each is read rightly, or answered by a message of ours that names it.
 
-A sample runs with the other tests. All of them, about five minutes: `FUZZ=all python -m pytest tests/test_fuzz.py`.
+A sample runs with the other tests. All of them, in less than a minute: `FUZZ=all python -m pytest tests/test_fuzz.py`.
 """
 
 import contextlib
