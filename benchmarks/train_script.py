@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,8 +13,6 @@ import torch
 from PIL import Image
 from side_by_side import make_parser, report
 from skimage.data import astronaut
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # train.py lies beside the package
 
 import train
 from retinanet.dataloader import AspectRatioBasedSampler, make_loader

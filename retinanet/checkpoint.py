@@ -110,7 +110,7 @@ def load(path: str | Path) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such checkpoint") from error
     except pickle.UnpicklingError as error:  # its text advises to load the file without this protection: no
-        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        name = re.search(r"GLOBAL (?:builtins\.)?([\w.]+)", str(error))  # older torch names the module as well
         raise UserError(
             f"{path}: is damaged, or holds more than tensors and plain types{f' ({name[1]})' if name else ''}, and was "
             "not run. If you trust it, load it with the program that saved it, and save model.state_dict() instead"

@@ -6,7 +6,6 @@ subnet, then the whole.
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -274,9 +273,36 @@ def resnet(
     return net
 
 
-# The builders that the original has: `resnet50(num_classes=80, pretrained=True)` is `resnet(50, ...)`.
-resnet18 = partial(resnet, 18)
-resnet34 = partial(resnet, 34)
-resnet50 = partial(resnet, 50)
-resnet101 = partial(resnet, 101)
-resnet152 = partial(resnet, 152)
+def resnet18(
+    num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
+) -> RetinaNet:
+    """RetinaNet on ResNet-18; the arguments are those of `resnet`."""
+    return resnet(18, num_classes, pretrained, anchors, criterion)
+
+
+def resnet34(
+    num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
+) -> RetinaNet:
+    """RetinaNet on ResNet-34; the arguments are those of `resnet`."""
+    return resnet(34, num_classes, pretrained, anchors, criterion)
+
+
+def resnet50(
+    num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
+) -> RetinaNet:
+    """RetinaNet on ResNet-50; the arguments are those of `resnet`."""
+    return resnet(50, num_classes, pretrained, anchors, criterion)
+
+
+def resnet101(
+    num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
+) -> RetinaNet:
+    """RetinaNet on ResNet-101; the arguments are those of `resnet`."""
+    return resnet(101, num_classes, pretrained, anchors, criterion)
+
+
+def resnet152(
+    num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
+) -> RetinaNet:
+    """RetinaNet on ResNet-152; the arguments are those of `resnet`."""
+    return resnet(152, num_classes, pretrained, anchors, criterion)
