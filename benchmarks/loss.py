@@ -1,11 +1,7 @@
 """The loss, forward and backward, beside torchvision's focal loss and matcher on the same tensors."""
 
-import ctypes
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
-from side_by_side import make_parser, measure, report
+from side_by_side import make_parser, measure, peak_memory, report
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
@@ -39,25 +35,6 @@ def torchvisions(logits: torch.Tensor, anchors: torch.Tensor, annotations: torch
     return torch.stack(losses).mean()
 
 
-def extra_peak_memory(program: Callable[[], object], device: str) -> int:
-    """Bytes by which a program's memory grows at most while it runs."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        program()
-        return torch.cuda.max_memory_allocated() - before
-
-    def resident(which: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(which))
-
-    ctypes.CDLL(None).malloc_trim(0)  # glibc: freed memory that is used again would not count
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
-    before = resident("VmRSS")
-    program()
-    return resident("VmHWM") - before
-
-
 def main() -> None:
     """Measure as the flags say."""
     parser = make_parser(__doc__, repeats=5)
@@ -88,8 +65,7 @@ def main() -> None:
     bounds = {("ours", "torchvision"): 0.2, ("ours, 200 boxes", "ours"): 200 / args.boxes}
     size = inputs[0].nbytes
     extra = {
-        f"extra peak memory / logits, {name}": extra_peak_memory(programs[name], args.device) / size
-        for name in programs
+        f"extra peak memory / logits, {name}": peak_memory(programs[name], args.device) / size for name in programs
     }
     title = f"loss of {args.batch} x {inputs[0].shape[1]} anchors x {args.classes} classes"
     report(title, seconds, bounds, args.json, **extra)

@@ -5,7 +5,8 @@ The floor is the bare network's forward and backward: BatchNorm as its own opera
 
 import torch
 from networks import add_arguments, make_batch, make_networks, torchvision_targets
-from side_by_side import make_parser, measure, report
+from side_by_side import make_parser, measure, peak_memory, report
+from torch.utils.flop_counter import FlopCounterMode
 
 from retinanet.utils import choose_precision
 
@@ -17,6 +18,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="also time torchvision with its default flags")
     parser.add_argument("--growth", action="store_true", help="also time ours on a quarter of the pixels")
     parser.add_argument("--compiled", action="store_true", help="also time ours under torch.compile")
+    parser.add_argument("--peak", type=float, help="TFLOP/s of the device in this precision, by its data sheet")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -62,9 +64,16 @@ def main() -> None:
         )
         bounds["ours, compiled", "ours"] = 1.0
     seconds = measure(programs, args.repeats, args.device)
-    extra = {"images/s": args.batch / seconds["ours"]}
-    if args.device != "cpu":
-        extra["peak memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    with FlopCounterMode(display=False) as counter:
+        programs["floor"]()
+    extra = {}
+    for name in ("ours", "floor", "torchvision"):
+        speed = counter.get_total_flops() / seconds[name] / 1e12
+        extra[f"{name}: images/s"] = args.batch / seconds[name]
+        extra[f"{name}: TFLOP/s"] = speed
+        if args.peak:
+            extra[f"{name}: share of the device's peak"] = speed / args.peak
+        extra[f"{name}: peak memory beyond weights and images, GiB"] = peak_memory(programs[name], args.device) / 2**30
     title = f"training step, {args.batch} x {args.height} x {args.width}, {str(precision).removeprefix('torch.')}"
     report(title, seconds, bounds, args.json, **extra)
 
