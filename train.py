@@ -232,8 +232,8 @@ def main(argv: list[str] | None = None) -> int:
     args.lr = args.lr or recipe.lr * args.global_batch / recipe.reference_batch
     utils.seed_everything(args.seed)
 
-    train_set = cli.training_dataset(args, cli.training_transform(args))
-    val_set = cli.validation_dataset(args, Resizer(args.min_side, args.max_side))
+    train_set = cli.make_dataset(args, "train", cli.training_transform(args))
+    val_set = cli.make_dataset(args, "val", Resizer(args.min_side, args.max_side))
     if val_set:
         cli.check_classes(train_set.source, list(train_set.labels.values()), val_set)
     check_before_training(train_set, val_set, args.strict)

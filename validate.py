@@ -44,7 +44,7 @@ def run_model(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Det
     device = utils.choose_device(args.device)
     utils.init_distributed(device)
     net, info = load_model(args.model)
-    dataset = cli.validation_dataset(args, Resizer(info["min_side"], info["max_side"]))
+    dataset = cli.make_dataset(args, "val", Resizer(info["min_side"], info["max_side"]))
     cli.check_classes(args.model, info["class_names"], dataset)
     loader = make_loader(dataset, args.batch_size, args.workers, indices=range(len(dataset))[: args.limit])
     net.to(device, memory_format=torch.channels_last)
@@ -55,7 +55,7 @@ def run_model(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Det
 
 def read_detections(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Detections]]:
     """The data set, and the detections of its images from a results file; no picture is opened."""
-    dataset = cli.validation_dataset(args, None)
+    dataset = cli.make_dataset(args, "val", None)
     results = coco_eval.read_results(args.detections, coco_eval.ground_truth(dataset))
     found = coco_eval.detections_of(dataset, results)
     return dataset, {index: found[index] for index in range(len(dataset))[: args.limit]}

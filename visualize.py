@@ -270,9 +270,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     anchors = net.anchors.cpu() if net and args.show in ("anchors", "matches", "anchor_fit") else None
     anchors = anchors or cli.anchors_from_arguments(args)
-    make_dataset = cli.training_dataset if args.split == "train" else cli.validation_dataset
     transform = cli.training_transform(args) if args.augment else Resizer(args.min_side, args.max_side)
-    dataset = make_dataset(args, transform)
+    dataset = cli.make_dataset(args, args.split, transform)
     if net:
         cli.check_classes(args.model, info["class_names"], dataset)
     if args.show == "anchor_fit":

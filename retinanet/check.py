@@ -284,9 +284,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     setup_logging()
     report, broken, found = Report(), [], []
-    for make, training in ((cli.training_dataset, True), (cli.validation_dataset, False)):
+    for split in ("train", "val"):
         try:
-            dataset = make(args, None)
+            dataset = cli.make_dataset(args, split, None)
         except DataError as error:
             report.merge(error.report)
             continue
@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         if dataset is not None:
             log.info("%s", summary(dataset))
-            report.merge(check_dataset(dataset, args.pictures, training, args.workers))
+            report.merge(check_dataset(dataset, args.pictures, split == "train", args.workers))
             found.append(dataset)
     if len(found) == 2:
         check_overlap(*found, args.pictures == "decode", report)

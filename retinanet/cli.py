@@ -16,8 +16,6 @@ from retinanet.utils import UserError
 from retinanet.voc import VOCDataset
 from retinanet.yolo import YoloDataset
 
-SHAPES_VAL_SEED = 0  # training draws from odd seeds alone: the validation pictures are never trained on
-
 NEEDED_FLAGS = {
     "coco": ["coco_path"],
     "csv": ["csv_classes"],
@@ -28,54 +26,27 @@ NEEDED_FLAGS = {
 FOLDERS = {"coco": CocoDataset, "voc": VOCDataset, "yolo": YoloDataset}  # data that are a folder and a set's name
 
 
-def whole_number(text: str) -> int:
-    """Argparse type: a whole number that fits 64 bits."""
-    try:
-        value = int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a whole number, not {shown(text)}") from error
-    if abs(value) >= 2**63:
-        raise argparse.ArgumentTypeError(f"must be below 2 to the 63rd, not {shown(text)}")
-    return value
+def _number(read: type, kind: str, is_right: Callable[[Any], bool], rule: str) -> Callable[[str], Any]:
+    """Argparse type: what `read` makes of a text, if that is right and fits 64 bits."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be a {kind}, not {shown(text)}") from error
+        if abs(value) >= 2**63:
+            raise argparse.ArgumentTypeError(f"must be below 2 to the 63rd, not {shown(text)}")
+        if not is_right(value):
+            raise argparse.ArgumentTypeError(f"must be {rule}, not {text}")
+        return value
+
+    return convert
 
 
-def positive_int(text: str) -> int:
-    """Argparse type: a whole number of at least 1."""
-    value = whole_number(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return value
-
-
-def non_negative_int(text: str) -> int:
-    """Argparse type: a whole number of at least 0."""
-    value = whole_number(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
-    return value
-
-
-def _real_number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a number, not {shown(text)}") from error
-
-
-def positive_float(text: str) -> float:
-    """Argparse type: a finite number above 0."""
-    value = _real_number(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0 and finite, not {text}")
-    return value
-
-
-def fraction(text: str) -> float:
-    """Argparse type: a number from 0 to 1."""
-    value = _real_number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
-    return value
+positive_int = _number(int, "whole number", lambda value: value >= 1, "at least 1")
+non_negative_int = _number(int, "whole number", lambda value: value >= 0, "at least 0")
+positive_float = _number(float, "number", lambda value: value > 0, "above 0")
+fraction = _number(float, "number", lambda value: 0 <= value <= 1, "from 0 to 1")
 
 
 class Parser(argparse.ArgumentParser):
@@ -219,30 +190,27 @@ def check_data_arguments(args: argparse.Namespace, needed: list[str]) -> list[st
     return [f"--dataset {args.dataset} needs --{flag}" for flag in flags if getattr(args, flag) is None]
 
 
-def validation_dataset(args: argparse.Namespace, transform: Callable[[dict], dict]) -> DetectionDataset | None:
-    """The validation set that the flags name; None where they name none."""
-    if args.dataset in FOLDERS:
-        root, set_name = getattr(args, f"{args.dataset}_path"), getattr(args, f"{args.dataset}_val_set")
-        return FOLDERS[args.dataset](root, set_name, transform)
-    if args.dataset == "csv":
-        return CSVDataset(args.csv_val, args.csv_classes, transform) if args.csv_val else None
-    return _shapes(args.shapes_val, SHAPES_VAL_SEED, transform)
+def make_dataset(
+    args: argparse.Namespace, split: str, transform: Callable[[dict], dict] | None
+) -> DetectionDataset | None:
+    """The data set that the flags name; None where they name none.
 
-
-def training_dataset(args: argparse.Namespace, transform: Callable[[dict], dict]) -> DetectionDataset:
-    """The training set that the flags name."""
-    if args.dataset in FOLDERS:
-        root, set_name = getattr(args, f"{args.dataset}_path"), getattr(args, f"{args.dataset}_train_set")
-        return FOLDERS[args.dataset](root, set_name, transform)
-    if args.dataset == "csv":
-        return CSVDataset(args.csv_train, args.csv_classes, transform)
-    return _shapes(args.shapes_train, 2 * args.seed + 1, transform)
-
-
-def _shapes(num_images: int, seed: int, transform: Callable[[dict], dict]) -> DetectionDataset:
+    Args:
+        args: the parsed flags.
+        split: train or val.
+        transform: what its samples go through.
+    """
+    kind = args.dataset
+    if kind in FOLDERS:
+        return FOLDERS[kind](getattr(args, f"{kind}_path"), getattr(args, f"{kind}_{split}_set"), transform)
+    if kind == "csv":
+        path = getattr(args, f"csv_{split}")
+        return CSVDataset(path, args.csv_classes, transform) if path else None
     from retinanet.shapes import ShapesDataset  # scikit-image is slow to import, and only this needs it
 
-    return ShapesDataset(num_images, seed, transform=transform)
+    # Training draws from odd seeds alone: the validation pictures, of seed 0, are never trained on.
+    seed = 2 * args.seed + 1 if split == "train" else 0
+    return ShapesDataset(getattr(args, f"shapes_{split}"), seed, transform=transform)
 
 
 def check_classes(owner: str, class_names: list[str], dataset: DetectionDataset) -> None:

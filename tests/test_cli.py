@@ -91,9 +91,9 @@ def test_csv_flags_name_the_data(tmp_path):
     train, classes = write_csv_data(tmp_path / "train")
     val, _ = write_csv_data(tmp_path / "val", ["a.png,,,,,"])
     args = parse("--dataset", "csv", "--csv_train", train, "--csv_classes", classes)
-    assert cli.validation_dataset(args, identity) is None  # training alone is allowed
+    assert cli.make_dataset(args, "val", identity) is None  # training alone is allowed
     args.csv_val = val
-    data = [cli.training_dataset(args, identity), cli.validation_dataset(args, identity)]
+    data = [cli.make_dataset(args, "train", identity), cli.make_dataset(args, "val", identity)]
     assert [type(one) for one in data] == [CSVDataset, CSVDataset]
     assert [len(one) for one in data] == [2, 1]
     assert data[0].transform is data[1].transform is identity
@@ -103,17 +103,17 @@ def test_coco_flags_name_the_data(tmp_path):
     root = write_coco_data(tmp_path, set_name="learn")
     write_coco_data(tmp_path, set_name="check")
     args = parse("--dataset", "coco", "--coco_path", root, "--coco_train_set", "learn", "--coco_val_set", "check")
-    data = [cli.training_dataset(args, identity), cli.validation_dataset(args, identity)]
+    data = [cli.make_dataset(args, "train", identity), cli.make_dataset(args, "val", identity)]
     assert [type(one) for one in data] == [CocoDataset, CocoDataset]
     assert [one.set_name for one in data] == ["learn", "check"]
 
 
 def test_validation_shapes_are_never_trained_on():
     args = parse("--dataset", "shapes", "--shapes_train", "20", "--shapes_val", "10")
-    val = {picture.tobytes() for picture in cli.validation_dataset(args, identity).pictures}
+    val = {picture.tobytes() for picture in cli.make_dataset(args, "val", identity).pictures}
     assert len(val) == 10
     for args.seed in (0, 1):
-        train = {picture.tobytes() for picture in cli.training_dataset(args, identity).pictures}
+        train = {picture.tobytes() for picture in cli.make_dataset(args, "train", identity).pictures}
         assert len(train) == 20 and not train & val
 
 
@@ -121,8 +121,8 @@ def test_the_seed_decides_the_training_shapes_alone():
     pictures = {"train": [], "val": []}
     for seed in ("0", "1"):
         args = parse("--dataset", "shapes", "--shapes_train", "1", "--shapes_val", "1", "--seed", seed)
-        pictures["train"].append(cli.training_dataset(args, identity).pictures[0])
-        pictures["val"].append(cli.validation_dataset(args, identity).pictures[0])
+        pictures["train"].append(cli.make_dataset(args, "train", identity).pictures[0])
+        pictures["val"].append(cli.make_dataset(args, "val", identity).pictures[0])
     assert not np.array_equal(*pictures["train"])
     np.testing.assert_array_equal(*pictures["val"])
 

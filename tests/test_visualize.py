@@ -53,7 +53,7 @@ def test_truth_shows_the_boxes_in_the_colours_of_their_classes(tmp_path):
     status, _, err = run(*SHAPES, "--show", "truth", "--indices", 2, 0, "--min_side", 96, "--out_dir", tmp_path)
     assert (status, err) == (0, "")
     assert names(tmp_path) == {"truth_00000.png", "truth_00002.png"}
-    dataset = visualize.cli.validation_dataset(visualize.parse_arguments([*SHAPES, "--show", "truth"]), None)
+    dataset = visualize.cli.make_dataset(visualize.parse_arguments([*SHAPES, "--show", "truth"]), "val", None)
     picture = read(tmp_path / "truth_00002.png")
     bar = picture.shape[0] - 4 * 96  # enlarged four times, under a title
     for x1, _, x2, y2, label in dataset.load_annotations(2):
@@ -127,7 +127,7 @@ def test_anchor_fit_reports_and_advises(tmp_path):
     assert "boxes can never be learned" in out and f"use {content['advised']['flags']}" in out
     args = visualize.parse_arguments([*SHAPES, "--show", "anchor_fit", *content["advised"]["flags"].split()])
     anchors = visualize.cli.anchors_from_arguments(args)
-    fit = visualize.anchor_fit.measure(visualize.cli.training_dataset(args, None), anchors, 32, 1024)
+    fit = visualize.anchor_fit.measure(visualize.cli.make_dataset(args, "train", None), anchors, 32, 1024)
     assert fit.coverage(0.5) == pytest.approx(content["coverage"]["all"]["all"]["iou_0.5_advised"])
     assert fit.coverage(0.5) > 0.2
 
