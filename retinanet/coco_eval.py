@@ -13,11 +13,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from retinanet import engine
 from retinanet.boxes import xywh_to_xyxy, xyxy_to_xywh
 from retinanet.coco_files import load_json, quiet_coco
-from retinanet.dataloader import make_loader
 from retinanet.datasets import DetectionDataset
+from retinanet.inference import detect_dataset
 from retinanet.postprocess import Detections
 from retinanet.utils import UserError, log
 
@@ -206,19 +205,6 @@ def detections_of(dataset: DetectionDataset, results: Sequence[dict[str, Any]]) 
         table = torch.tensor(sorted(found, key=lambda row: -row[0])).reshape(-1, 6)
         detections[index] = Detections(table[:, 0], table[:, 1].long(), xywh_to_xyxy(table[:, 2:]))
     return detections
-
-
-def detect_dataset(model: nn.Module, dataset: DetectionDataset, **limits: float | None) -> dict[int, Detections]:
-    """Run a model over a data set, where it is and as it is.
-
-    Args:
-        model: a RetinaNet, or a DataParallel around it.
-        dataset: with a Resizer among its transforms.
-        **limits: arguments of `RetinaNet.detect`.
-    """
-    net = getattr(model, "module", model)
-    device = next(net.parameters()).device
-    return engine.detect(net, make_loader(dataset, batch_size=1), device, **limits)
 
 
 def evaluate_coco(dataset: DetectionDataset, model: nn.Module, threshold: float = 0.05) -> dict[str, float]:

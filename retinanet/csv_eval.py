@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from retinanet import charts
-from retinanet.coco_eval import detect_dataset
 from retinanet.datasets import DetectionDataset
+from retinanet.inference import detect_dataset
 from retinanet.postprocess import MAX_DETECTIONS, SCORE_THRESHOLD, Detections
 from retinanet.utils import log
 

@@ -293,11 +293,20 @@ def detect(
                 if stop is not None and stop():
                     break
                 seen["shape"] = tuple(batch["img"].shape)
-                images = normalize(batch["img"].to(device, non_blocking=True))
-                with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                    detections = model.detect(images, image_sizes=batch["size"], **limits)
-                for index, scale, one in zip(batch["index"], batch["scale"], detections, strict=True):
-                    found[index] = Detections(one.scores.cpu(), one.labels.cpu(), one.boxes.cpu() / scale)
+                found |= zip(batch["index"], detect_batch(model, batch, device, precision, **limits), strict=True)
     finally:
         model.train(was_training)
     return {index: one for share in gather_objects(found) for index, one in share.items()}
+
+
+def detect_batch(
+    model: nn.Module, batch: dict[str, Any], device: torch.device, precision: torch.dtype, **limits: float | None
+) -> list[Detections]:
+    """The Detections of each image of a batch from `collater`, as `detect` gives them; its arguments are `detect`'s."""
+    images = normalize(batch["img"].to(device, non_blocking=True))
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        found = model.detect(images, image_sizes=batch["size"], **limits)
+    return [
+        Detections(scores.cpu(), labels.cpu(), boxes.cpu() / scale)
+        for (scores, labels, boxes), scale in zip(found, batch["scale"], strict=True)
+    ]

@@ -62,8 +62,16 @@ class _Judged(NamedTuple):
     boxes: np.ndarray
 
 
-def _greedy(iou: np.ndarray, threshold: float) -> np.ndarray:
-    """[D, G] IoU, detections best first -> [D] the box that each one takes: its best free one; -1 for none."""
+def greedy_match(iou: np.ndarray, threshold: float) -> np.ndarray:
+    """Deal boxes out to detections: each, from the best score down, takes the free box that it overlaps most.
+
+    Args:
+        iou: [D, G], detections best first.
+        threshold: IoU from which a box is taken, above 0.
+
+    Returns:
+        [D] the box that each detection takes; -1 for none.
+    """
     free, taken = iou.copy(), np.full(len(iou), -1)
     for detection in range(len(iou) if iou.size else 0):
         box = free[detection].argmax()
@@ -96,7 +104,7 @@ def _judge_image(scores: np.ndarray, labels: np.ndarray, iou: np.ndarray, box_la
         return _Judged(scores, labels, kinds, boxes)
     same = labels[:, None] == box_labels[None]
     own, other = iou * same, iou * ~same  # [D, G]
-    found = _greedy(np.where(same, iou, -1), FOUND_IOU)
+    found = greedy_match(np.where(same, iou, -1), FOUND_IOU)
     taken = np.isin(np.arange(len(box_labels)), found)
     kinds[iou.max(axis=1) > SEEN_IOU] = "both"
     kinds[(own * taken).max(axis=1) >= FOUND_IOU] = "duplicate"
@@ -185,7 +193,7 @@ def analyse(
         box_labels.append(truth_labels)
         num_boxes += len(truth)
         sure = scores > confusion_score
-        found = _greedy(iou[sure], FOUND_IOU)
+        found = greedy_match(iou[sure], FOUND_IOU)
         padded = np.append(truth_labels, num_classes)  # -1 reads the background
         np.add.at(confusion, (padded[found], labels[sure]), 1)
         np.add.at(confusion, (np.delete(truth_labels, found[found >= 0]), num_classes), 1)

@@ -1,4 +1,4 @@
-"""Detections on any pictures: files, arrays, Pillow images, tensors."""
+"""Detections on any pictures: files, arrays, Pillow images, tensors, data sets."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from retinanet import engine
 from retinanet.boxes import clip_boxes
 from retinanet.checkpoint import load_model
-from retinanet.dataloader import collater
+from retinanet.dataloader import collater, make_loader
+from retinanet.datasets import DetectionDataset
 from retinanet.model import RetinaNet
 from retinanet.pictures import read_image
 from retinanet.postprocess import MAX_DETECTIONS, Detections
-from retinanet.transforms import Resizer, normalize
+from retinanet.transforms import Resizer
 from retinanet.utils import choose_device
 
 Picture = str | Path | np.ndarray | Image.Image | Tensor
@@ -152,12 +154,11 @@ def detect_pictures(
         was_training = net.training
         net.eval()
         try:
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                found = net.detect(normalize(batch["img"].to(device)), image_sizes=batch["size"], **limits)
+            found = engine.detect_batch(net, batch, device, precision, **limits)
         finally:
             net.train(was_training)
-        for picture, scale, (scores, labels, boxes) in zip(waiting, batch["scale"], found, strict=True):
-            yield picture, Detections(scores.cpu(), labels.cpu(), clip_boxes(boxes.cpu() / scale, *picture.shape[:2]))
+        for picture, (scores, labels, boxes) in zip(waiting, found, strict=True):
+            yield picture, Detections(scores, labels, clip_boxes(boxes, *picture.shape[:2]))
 
     for picture in pictures:
         if waiting and (len(waiting) == batch_size or picture.shape != waiting[0].shape):
@@ -166,3 +167,16 @@ def detect_pictures(
         waiting.append(picture)
     if waiting:
         yield from run()
+
+
+def detect_dataset(model: nn.Module, dataset: DetectionDataset, **limits: float | None) -> dict[int, Detections]:
+    """Run a model over a data set, where it is and as it is.
+
+    Args:
+        model: a RetinaNet, or a DataParallel around it.
+        dataset: with a Resizer among its transforms.
+        **limits: arguments of `RetinaNet.detect`.
+    """
+    net = getattr(model, "module", model)
+    device = next(net.parameters()).device
+    return engine.detect(net, make_loader(dataset, batch_size=1), device, **limits)

@@ -23,6 +23,7 @@ from retinanet.drawing import (
     save_picture,
     side_by_side,
 )
+from retinanet.error_analysis import greedy_match
 from retinanet.matcher import IGNORE, match_anchors
 from retinanet.postprocess import Detections
 from retinanet.transforms import UnNormalizer
@@ -56,8 +57,6 @@ def draw_truth(image: np.ndarray, truth: np.ndarray, class_names: Sequence[str])
 def judge(detections: Detections, truth: np.ndarray, iou_threshold: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
     """Which detections are right, and which boxes are found.
 
-    From the best score down, a detection takes the box of its class that it overlaps most among those not taken.
-
     Args:
         detections: of one image, best first.
         truth: [G, 5] (x1, y1, x2, y2, label), in the same pixels.
@@ -69,12 +68,8 @@ def judge(detections: Detections, truth: np.ndarray, iou_threshold: float = 0.5)
     truth = torch.as_tensor(truth)
     iou = box_iou(detections.boxes, truth[:, :4])  # [N, G]
     iou[detections.labels[:, None] != truth[:, 4]] = 0
-    right, found = np.zeros(len(iou), dtype=bool), np.zeros(len(truth), dtype=bool)
-    for row, overlaps in enumerate(iou.numpy()):
-        free = np.where(found, 0, overlaps)
-        if len(free) and free.max() >= iou_threshold:
-            right[row] = found[free.argmax()] = True
-    return right, found
+    taken = greedy_match(iou.numpy(), iou_threshold)
+    return taken >= 0, np.isin(np.arange(len(truth)), taken)
 
 
 def draw_detections(
