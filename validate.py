@@ -34,6 +34,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--out", help="folder for detections.json, metrics.json and pictures")
     args = parser.parse_args(argv)
     errors = cli.check_data_arguments(args, ["csv_val"])
+    changed = [
+        flag for flag in ("score_threshold", "max_detections") if getattr(args, flag) != parser.get_default(flag)
+    ]
+    if args.detections and changed:
+        errors.append(f"--detections takes the file as it stands, without --{' and --'.join(changed)}")
     if errors:
         parser.error("; ".join(errors))
     return args
@@ -82,8 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     log.info("%d images, %d detections\n%s", len(found), len(results), coco_eval.metrics_table(scores.metrics))
     log.info("\n%s", coco_eval.class_table(scores.classes))
     log.info(
-        "\nat IoU %g, for scores above %g:\n%s",
-        args.iou_threshold, args.score_threshold, csv_eval.class_table(voc, dataset),
+        "\nat IoU %g%s:\n%s", args.iou_threshold, f", for scores above {args.score_threshold:g}" if args.model else "",
+        csv_eval.class_table(voc, dataset),
     )  # fmt: skip
     analysis = error_analysis.analyse(dataset, found) if args.analyse else None
     if analysis:

@@ -16,6 +16,7 @@ import numpy as np
 from retinanet.anchors import Anchors
 from retinanet.datasets import DetectionDataset
 from retinanet.matcher import BACKGROUND_IOU, FOREGROUND_IOU
+from retinanet.problems import MIN_SIDE
 from retinanet.transforms import SIZE_DIVISOR
 from retinanet.utils import log
 
@@ -66,9 +67,13 @@ def resized_boxes(dataset: DetectionDataset, min_side: int, max_side: int) -> Bo
     scales = np.minimum(min_side / sizes.min(axis=1), max_side / sizes.max(axis=1))
     resized = np.maximum(1, (sizes * scales[:, None]).round())
     padded = np.ceil(resized / SIZE_DIVISOR) * SIZE_DIVISOR
-    boxes = dataset.rows[:, :4].astype(np.float64) * scales[image_index, None]
-    labels = dataset.rows[:, 4].astype(np.int64)
-    return Boxes(boxes, labels, image_index, padded[image_index], scales[image_index])
+    # As training sees them: clipped to their pictures, without those of which nothing is left.
+    boxes = dataset.rows[:, :4].astype(np.float64).clip(0, np.tile(sizes[image_index, ::-1], 2))
+    kept = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
+    boxes, image_index = boxes[kept], image_index[kept]
+    labels = dataset.rows[kept, 4].astype(np.int64)
+    scales = scales[image_index]
+    return Boxes(boxes * scales[:, None], labels, image_index, padded[image_index], scales)
 
 
 def best_ious(boxes: Boxes, anchors: Anchors) -> np.ndarray:

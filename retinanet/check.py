@@ -51,6 +51,8 @@ def check_dataset(
     in_files = type(dataset).load_image is DetectionDataset.load_image
     sizes = _check_pictures(dataset, pictures, workers, report) if in_files else dataset.image_sizes
     _check_borders(dataset, np.asarray(sizes), report)
+    if in_files:
+        _check_repeated(dataset, report)
     if training:
         counts = np.bincount(dataset.rows[:, 4].astype(np.int64), minlength=dataset.num_classes())
         if not counts.any():
@@ -81,6 +83,18 @@ def check_overlap(train_set: DetectionDataset, val_set: DetectionDataset, same_c
         both,
         lambda pair: val_set.image_name(pair[1]),
         lambda pair: f"{shown(str(val_set.image_files[pair[1]]))} is trained on, too: {train_set.image_name(pair[0])}",
+    )
+
+
+def _check_repeated(dataset: DetectionDataset, report: Report) -> None:
+    """Report pictures that are listed under two names: the boxes of one are background of the other."""
+    first: dict[str | bytes, int] = {}
+    twice = [(first[key], index) for index, key in _keys(dataset, False) if first.setdefault(key, index) != index]
+    report.add_rows(
+        "same image",
+        twice,
+        lambda pair: dataset.image_name(pair[1]),
+        lambda pair: f"{shown(str(dataset.image_files[pair[1]]))} stands there before: {dataset.image_name(pair[0])}",
     )
 
 

@@ -82,9 +82,16 @@ class Parser(argparse.ArgumentParser):
         super().error("; ".join([*self._mistakes, message]))
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default, save that of a flag that is off, or whose help says what happens without it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def make_parser(description: str) -> Parser:
     """A parser whose help shows every default."""
-    return Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    return Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, training: bool, required: bool = True) -> None:
@@ -95,7 +102,8 @@ def add_data_arguments(parser: argparse.ArgumentParser, training: bool, required
     if training:
         group.add_argument("--coco_train_set", default="train2017", help="name of COCO's training set")
         group.add_argument("--csv_train", help="CSV file: path,x1,y1,x2,y2,class_name")
-    group.add_argument("--coco_val_set", default="val2017", help="name of COCO's validation set")
+    none = "; none: train without" if training else ""
+    group.add_argument("--coco_val_set", default="val2017", help=f"name of COCO's validation set{none}")
     group.add_argument("--csv_val", help="CSV file of the validation set")
     group.add_argument("--csv_classes", help="CSV file: class_name,id")
     group.add_argument("--voc_path", help="folder with Annotations, JPEGImages and ImageSets/Main")
@@ -103,7 +111,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, training: bool, required
     for kind in ("voc", "yolo"):
         if training:
             group.add_argument(f"--{kind}_train_set", default="train", help=f"name of the training set of {kind} data")
-        group.add_argument(f"--{kind}_val_set", default="val", help=f"name of the validation set of {kind} data")
+        group.add_argument(f"--{kind}_val_set", default="val", help=f"name of the validation set of {kind} data{none}")
     if training:
         group.add_argument("--shapes_train", type=positive_int, default=400, help="pictures of shapes to train on")
     group.add_argument("--shapes_val", type=positive_int, default=100, help="pictures of shapes to validate on")
@@ -187,7 +195,11 @@ def check_data_arguments(args: argparse.Namespace, needed: list[str]) -> list[st
         needed: flags of CSV data that this script needs beside `--csv_classes`.
     """
     flags = NEEDED_FLAGS[args.dataset] + (needed if args.dataset == "csv" else [])
-    return [f"--dataset {args.dataset} needs --{flag}" for flag in flags if getattr(args, flag) is None]
+    errors = [f"--dataset {args.dataset} needs --{flag}" for flag in flags if getattr(args, flag) is None]
+    for split in ("train", "val"):
+        if f"csv_{split}" in needed and getattr(args, f"{args.dataset}_{split}_set", None) == "none":
+            errors.append(f"--{args.dataset}_{split}_set none leaves no data")
+    return errors
 
 
 def make_dataset(
@@ -202,7 +214,8 @@ def make_dataset(
     """
     kind = args.dataset
     if kind in FOLDERS:
-        return FOLDERS[kind](getattr(args, f"{kind}_path"), getattr(args, f"{kind}_{split}_set"), transform)
+        set_name = getattr(args, f"{kind}_{split}_set")
+        return None if set_name == "none" else FOLDERS[kind](getattr(args, f"{kind}_path"), set_name, transform)
     if kind == "csv":
         path = getattr(args, f"csv_{split}")
         return CSVDataset(path, args.csv_classes, transform) if path else None

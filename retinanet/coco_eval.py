@@ -179,7 +179,7 @@ def _problem_of(entry: Any, truth: COCO) -> str | None:
         return f"is no detection: {entry!r:.80}"
     for key, known, name in (("image_id", truth.imgs, "image"), ("category_id", truth.cats, "category")):
         value = entry.get(key)
-        if not isinstance(value, int | str) or isinstance(value, bool) or value not in known:
+        if not isinstance(value, int) or isinstance(value, bool) or value not in known:
             return f"there is no {name} {value!r:.80} in the ground truth"
     box = entry.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):

@@ -166,12 +166,20 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < MAX_ID
 
 
+def _is_whole(value: Any) -> bool:
+    return _is_id(value) or (isinstance(value, float) and value.is_integer())
+
+
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MAX_NAME and "\0" not in value
 
 
 def _is_bbox(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(_is_real(number) for number in value)
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or value in (0, 1)
 
 
 def _is_real(value: Any) -> bool:
@@ -188,6 +196,7 @@ ENTRY_CHECKS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
         "image_id": (_is_id, "a whole number"),
         "category_id": (_is_id, "a whole number"),
         "bbox": (_is_bbox, "four numbers: x, y, width, height"),
+        "iscrowd": (_is_flag, "0 or 1"),
     },
 }
 
@@ -205,7 +214,7 @@ def _good_entries(path: Path, entries: list[Any], name: str, report: Report) -> 
         faults = [
             f"needs {key}, {wanted}" if key not in entry else f"{key} {shown(entry[key])} is not {wanted}"
             for key, (is_good, wanted) in ENTRY_CHECKS[name].items()
-            if key not in entry or not is_good(entry[key])
+            if not is_good(entry.get(key))
         ]
         if faults:
             report.add("bad entry", where, "; ".join(faults))
@@ -222,12 +231,13 @@ def _annotation_columns(entries: list[Any]) -> tuple[np.ndarray, ...] | None:
             for key in ("id", "image_id", "category_id")
         ]
         boxes = np.array([entry["bbox"] for entry in entries] or np.zeros((0, 4)))
-        is_crowd = np.array([bool(entry.get("iscrowd")) for entry in entries], dtype=bool)
+        is_crowd = np.array([entry.get("iscrowd") or 0 for entry in entries] or np.zeros(0, dtype=np.int64))
     except (LookupError, TypeError, ValueError, OverflowError, AttributeError):
         return None
     good = all(column.dtype == np.int64 and column.ndim == 1 for column in ids)
     good &= boxes.shape == (len(entries), 4) and boxes.dtype in (np.int64, np.float64)
-    return (*ids, boxes.astype(np.float64), is_crowd) if good else None
+    good &= is_crowd.dtype in (np.int64, np.bool_)
+    return (*ids, boxes.astype(np.float64), is_crowd.astype(bool)) if good else None
 
 
 def _find(wanted: np.ndarray, known: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -272,14 +282,14 @@ def _report_crowd_only(
 def _declared_sizes(path: Path, images: list[dict], report: Report) -> np.ndarray | None:
     """[I, 2] height and width; None unless all images declare sizes that can be."""
     sizes = [(image.get("height"), image.get("width")) for image in images]
-    good = [_is_id(height) and _is_id(width) and 0 < height < 2**31 and 0 < width < 2**31 for height, width in sizes]
+    good = [all(_is_whole(side) and 0 < side < 2**31 for side in size) for size in sizes]
     report.add_rows(
         "declared size",
         [index for index, is_good in enumerate(good) if not is_good and sizes[index] != (None, None)],
         lambda index: f"{path}: image {images[index]['id']}",
         lambda index: f"height and width {shown(sizes[index])} cannot be; the files' own sizes count, for all images",
     )
-    return np.array(sizes).reshape(-1, 2) if all(good) else None
+    return np.array(sizes).astype(np.int64).reshape(-1, 2) if all(good) else None
 
 
 def complete_for_evaluation(content: dict[str, Any]) -> dict[str, Any]:

@@ -2,21 +2,24 @@
 
     python -m retinanet.convert --from voc --source VOCdevkit/VOC2012 --set train --to coco --out coco_folder
 
-One run converts one set; several sets may go into the same folder. No box moves by a pixel or more.
+One run converts one set; several sets may go into the same folder. No annotation is overwritten by another one.
+Within its picture, no box moves by a pixel or more.
 """
 
 import csv
 import filecmp
+import io
 import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 from retinanet.cli import FOLDERS, make_parser
 from retinanet.datasets import CocoDataset, CSVDataset, DetectionDataset
+from retinanet.pictures import list_pictures
 from retinanet.utils import UserError, log, progress, script, setup_logging
 
 PICTURE_FOLDERS = {"csv": "images/{}", "coco": "images/{}", "voc": "JPEGImages", "yolo": "images/{}"}
@@ -31,7 +34,8 @@ def place_pictures(dataset: DetectionDataset, folder: Path, link: bool) -> list[
     Raises:
         UserError: two names are the same, or the folder holds another picture of such a name.
     """
-    paths = [Path(dataset.image_path(index)).resolve() for index in range(len(dataset))]
+    # Not resolved: a link has the picture's name, what it leads to perhaps a hash.
+    paths = [Path(os.path.abspath(dataset.image_path(index))) for index in range(len(dataset))]  # noqa: PTH100
     names = [path.name for path in paths]
     if len({Path(name).stem for name in names}) < len(names):
         common = Path(os.path.commonpath([path.parent for path in paths]))
@@ -41,6 +45,10 @@ def place_pictures(dataset: DetectionDataset, folder: Path, link: bool) -> list[
         twice = next(name for name in names if stems.count(Path(name).stem) > 1)
         raise UserError(f"{twice}: two pictures of one folder differ in nothing but their ending, or stand there twice")
     folder.mkdir(parents=True, exist_ok=True)
+    there = {path.stem: path.name for path in folder.iterdir()}
+    for name in names:
+        if there.get(Path(name).stem, name) != name:
+            raise UserError(f"{folder}: holds {there[Path(name).stem]}, from which {name} differs in its ending alone")
     for path, name in progress(zip(paths, names, strict=True), "pictures", len(paths)):
         target = folder / name
         if not path.is_file():
@@ -49,33 +57,42 @@ def place_pictures(dataset: DetectionDataset, folder: Path, link: bool) -> list[
             if not filecmp.cmp(path, target, shallow=False):
                 raise UserError(f"{target}: is there already, and is not {path}")
         elif link:
-            target.symlink_to(path)
+            target.symlink_to(path.resolve())
         else:
             shutil.copyfile(path, target)
     return names
 
 
-def _write_text(path: Path, text: str, keep: bool = False) -> None:
-    """Write a file; with `keep`, refuse to change one that is there."""
+def _write_text(path: Path, text: str) -> None:
+    """Write a file.
+
+    Raises:
+        UserError: it is there already, with other content.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if keep and path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+    if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
         raise UserError(f"{path}: is there already, with other content; choose another --out")
     path.write_text(text, encoding="utf-8")
 
 
+def _write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file, as `_write_text` does."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    _write_text(path, text.getvalue())
+
+
 def write_csv(dataset: DetectionDataset, names: Sequence[str], root: Path, set_name: str) -> None:
     """Write `<set_name>.csv` and `classes.csv`; difficult boxes are left out."""
-    classes = "".join(f"{name},{label}\n" for label, name in dataset.labels.items())
-    _write_text(root / "classes.csv", classes, keep=True)
-    with open(root / f"{set_name}.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        for index, name in enumerate(names):
-            path = f"images/{set_name}/{name}"
-            rows = dataset.load_annotations(index).tolist()
-            for *box, label in rows:
-                writer.writerow([path, *(f"{value:.7g}" for value in box), dataset.label_to_name(int(label))])
-            if not rows:
-                writer.writerow([path, "", "", "", "", ""])
+    _write_rows(root / "classes.csv", [(name, label) for label, name in dataset.labels.items()])
+    lines = []
+    for index, name in enumerate(names):
+        path = f"images/{set_name}/{name}"
+        rows = dataset.load_annotations(index).tolist()
+        lines += [[path, *(f"{value:.7g}" for value in box), dataset.label_to_name(int(label))] for *box, label in rows]
+        if not rows:
+            lines.append([path, "", "", "", "", ""])
+    _write_rows(root / f"{set_name}.csv", lines)
 
 
 def write_coco(dataset: DetectionDataset, names: Sequence[str], root: Path, set_name: str) -> None:
@@ -99,7 +116,7 @@ def write_coco(dataset: DetectionDataset, names: Sequence[str], root: Path, set_
 
 def write_voc(dataset: DetectionDataset, names: Sequence[str], root: Path, set_name: str) -> None:
     """Write `Annotations`, `ImageSets/Main/<set_name>.txt` and `classes.txt`; coordinates become whole pixels."""
-    _write_text(root / "classes.txt", "".join(f"{name}\n" for name in dataset.labels.values()), keep=True)
+    _write_text(root / "classes.txt", "".join(f"{name}\n" for name in dataset.labels.values()))
     _write_text(root / "ImageSets" / "Main" / f"{set_name}.txt", "".join(f"{Path(name).stem}\n" for name in names))
     for index, name in enumerate(names):
         tree = ElementTree.Element("annotation")
@@ -118,18 +135,24 @@ def write_voc(dataset: DetectionDataset, names: Sequence[str], root: Path, set_n
                 for key, value in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True):
                     ElementTree.SubElement(box, key).text = str(value)
         ElementTree.indent(tree)
-        _write_text(
-            root / "Annotations" / f"{Path(name).stem}.xml", ElementTree.tostring(tree, encoding="unicode") + "\n"
-        )
+        text = ElementTree.tostring(tree, encoding="unicode") + "\n"
+        _write_text(root / "Annotations" / f"{Path(name).stem}.xml", text)
 
 
 def write_yolo(dataset: DetectionDataset, names: Sequence[str], root: Path, set_name: str) -> None:
     """Write `labels/<set_name>`, `classes.txt` and `data.yaml`; boxes are cut at the picture's border."""
     class_names = list(dataset.labels.values())
-    _write_text(root / "classes.txt", "".join(f"{name}\n" for name in class_names), keep=True)
+    _write_text(root / "classes.txt", "".join(f"{name}\n" for name in class_names))
+    strangers = set(list_pictures(root / "images" / set_name)) - {Path(name).stem for name in names}
+    if strangers:  # a picture without a label file would count as one without objects
+        where = root / "images" / set_name
+        raise UserError(f"{where}: holds other pictures, such as {min(strangers)}; choose another --out")
     sets = sorted(path.name for path in (root / "images").iterdir())
-    lines = [f"{name}: images/{name}" for name in sets] + [f"names: {json.dumps(class_names)}"]  # JSON is YAML, too
-    _write_text(root / "data.yaml", "".join(f"{line}\n" for line in lines))
+    names_line = f"names: {json.dumps(class_names, ensure_ascii=False)}\n"  # JSON is YAML, too
+    yaml_path = root / "data.yaml"
+    if yaml_path.exists() and not yaml_path.read_text(encoding="utf-8", errors="replace").endswith(names_line):
+        raise UserError(f"{yaml_path}: is there already, with other content; choose another --out")
+    yaml_path.write_text("".join(f"{name}: images/{name}\n" for name in sets) + names_line, encoding="utf-8")
     for index, name in enumerate(names):
         height, width = dataset.image_sizes[index]
         lines = []
@@ -155,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--csv_classes", help="of CSV data: the file class_name,id")
     parser.add_argument("--to", choices=sorted(WRITERS), required=True, help="layout to write")
     parser.add_argument("--out", required=True, help="folder to write to")
+    parser.add_argument("--out_set", help="name of the set there, such as train (default: as in the source)")
     parser.add_argument("--link", action="store_true", help="link to the pictures instead of copying them")
     args = parser.parse_args(argv)
     if args.kind == "csv" and args.csv_classes is None:
@@ -167,19 +191,27 @@ def main(argv: list[str] | None = None) -> None:
         dataset = CSVDataset(args.source, args.csv_classes)
     else:
         dataset = FOLDERS[args.kind](args.source, args.set)
-    set_name = args.set or Path(args.source).stem
+    vars(dataset).pop("image_sizes", None)  # those that COCO's file declares may be wrong; the pictures' count
+    set_name = args.out_set or args.set or Path(args.source).stem
     root = Path(args.out)
     try:
         names = place_pictures(dataset, root / PICTURE_FOLDERS[args.to].format(set_name), args.link)
         WRITERS[args.to](dataset, names, root, set_name)
     except OSError as error:
         raise UserError(f"--out {args.out}: {error}") from error
-    difficult = len(dataset.difficult_rows)
-    if difficult and args.to in ("csv", "yolo"):
+    if args.to == "csv":
+        written = CSVDataset(root / f"{set_name}.csv", root / "classes.csv")
+    else:
+        written = FOLDERS[args.to](root, set_name)
+    difficult = len(dataset.difficult_rows) - len(written.difficult_rows)
+    if difficult:
         log.warning("warning: %d difficult boxes (or crowds) are left out: %s has no mark for them", difficult, args.to)
+    lost = len(dataset.rows) - len(written.rows)
+    if lost:
+        log.warning("warning: %d boxes are left out: outside their pictures, or alike once they are rounded", lost)
     log.info(
         "%s: %d pictures, %d boxes (and %d difficult), %d classes",
-        root, len(dataset), len(dataset.rows), difficult, dataset.num_classes(),
+        root, len(written), len(written.rows), len(written.difficult_rows), written.num_classes(),
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ Rows are converted some hundreds at a time, column by column; only where that fa
 import csv
 import io
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -156,9 +157,10 @@ def _check_header(where: str, row: Sequence[str], report: Report) -> None:
     """A first row of column names is left out, unless it says that the columns are not ours."""
     initials = "".join(field.strip().lower()[0] for field in row[1:5])
     names = ",".join(row[1:5])
-    if initials == "xyxy" or not set(initials) <= set("xywh"):
+    has_width = any(re.search(r"(^|[^a-z])w(idth)?$", field.strip().lower()) for field in row[1:5])
+    if not has_width and (initials == "xyxy" or not set(initials) <= set("xywh")):
         report.add("header row", where, f"{shown(names)} are column names: line skipped")
-    elif set(initials) == set("xywh"):
+    elif has_width or set(initials) == set("xywh"):
         report.add("looks like x, y, width, height", where, f"the columns are {shown(names)}; wanted are x1,y1,x2,y2")
     else:
         report.add("looks swapped", where, f"the columns are {shown(names)}; wanted are x1,y1,x2,y2")

@@ -115,9 +115,13 @@ class DetectionDataset(Dataset):
         """The file and place that tell of an image, for messages."""
         return str(self.image_files[index])
 
+    def image_of(self, row: int) -> int:
+        """The image of a row."""
+        return int(np.searchsorted(self.offsets, row, side="right")) - 1
+
     def row_name(self, row: int) -> str:
         """The file and place where a box stands, for messages."""
-        return f"{self.image_name(int(np.searchsorted(self.offsets, row, side='right')) - 1)}: box {self.row_ids[row]}"
+        return f"{self.image_name(self.image_of(row))}: box {self.row_ids[row]}"
 
     def image_aspect_ratio(self, index: int) -> float:
         """Width / height."""

@@ -173,7 +173,7 @@ def analyse(
         dataset: gives the boxes; detections that find none of them do not count in crowds and on difficult boxes.
         detections: of each sample index, best first, boxes in pixels of the original image.
         confusion_score: detections above it enter the confusion matrix.
-        max_detections: detections of an image that count.
+        max_detections: of each class in an image that count, as in COCO.
     """
     num_classes = dataset.num_classes()
     confusion = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
@@ -181,7 +181,8 @@ def analyse(
     for index in sorted(detections):
         truth = dataset.load_annotations(index)
         truth_labels = truth[:, 4].astype(np.int64)
-        scores, labels, boxes = (values.numpy()[:max_detections] for values in detections[index])
+        rank = (detections[index].labels[:, None] == detections[index].labels).tril(-1).sum(dim=1)  # within its class
+        scores, labels, boxes = (values[rank < max_detections].numpy() for values in detections[index])
         iou = box_iou(torch.from_numpy(boxes).double(), torch.from_numpy(truth[:, :4]).double()).numpy()
         part = _judge_image(scores, labels, iou, truth_labels)
         # As in COCO, a box that is found in a crowd counts.

@@ -154,12 +154,25 @@ def read_image_size(path: str | Path) -> tuple[int, int]:
 
 
 def list_pictures(folder: Path) -> dict[str, Path]:
-    """The pictures of a folder by their names without ending, in the order of these names."""
+    """The pictures of a folder, and of those in it, by their paths from there without ending, sorted.
+
+    Raises:
+        UserError: the folder cannot be read, or the names of two pictures differ in their endings alone.
+    """
     try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+        next(folder.iterdir(), None)
     except OSError as error:
         raise UserError(f"{folder}: cannot be read as a folder of pictures ({error.strerror})") from error
-    return {path.stem: path for path in paths}
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.suffix.lower() not in PICTURE_SUFFIXES or any(part.startswith(".") for part in relative.parts):
+            continue
+        name = relative.with_suffix("").as_posix()
+        if name in found:
+            raise UserError(f"{path}: differs from {found[name].name} in nothing but its ending; remove one of them")
+        found[name] = path
+    return found
 
 
 def find_pictures(patterns: Sequence[str]) -> list[Path]:

@@ -47,6 +47,7 @@ POLICIES = {
     "crowd-only image": WARNED,
     "annotation ids": WARNED,
     "same image": WARNED,
+    "stray file": WARNED,
     "declared size": WARNED,
     "EXIF rotation": WARNED,
     "invalid EXIF orientation": WARNED,
@@ -236,13 +237,14 @@ def check_boxes(
         where,
         lambda row: f"a box needs x1 < x2 and y1 < y2, or a width and height above 0, found {show(row)}",
     )
-    if valid.any() and (np.abs(boxes[valid]) <= 1).all():
-        first = int(np.flatnonzero(valid)[0])
+    tiny = valid & (np.abs(boxes) <= 1).all(axis=1)
+    if tiny.sum() > valid.sum() / 2:
+        first = int(np.flatnonzero(tiny)[0])
         report.add(
             "looks normalised",
             where(first),
-            f"all numbers, such as {show(first)}, lie from 0 to 1; boxes are wanted in pixels: multiply by the "
-            "picture's width and height",
+            f"{tiny.sum():,} of {len(boxes):,} boxes, such as {show(first)}, lie from 0 to 1; boxes are wanted in "
+            "pixels: multiply by the picture's width and height",
         )
     else:
         report.add_rows(

@@ -1,5 +1,6 @@
 """Pascal VOC's folders: one XML file a picture."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -56,12 +57,13 @@ class VOCDataset(DetectionDataset):
         self.set_name = set_name
         list_file = self.root_dir / "ImageSets" / "Main" / f"{set_name}.txt"
         report = Report()
-        # The lists of one class have a second column: whether it is in the picture.
-        image_names = [line.split()[0] for line in read_text(list_file, report).splitlines() if line.strip()]
-        if not image_names:
+        lines = [line.strip() for line in read_text(list_file, report).splitlines() if line.strip()]
+        if not lines:
             raise UserError(f"{list_file}: lists no images")
         folder = self.root_dir / "JPEGImages"
         pictures = list_pictures(folder)
+        # The lists of one class have a second column: whether it is in the picture.
+        image_names = [line if line in pictures else re.sub(r"\s+(-1|0|1)$", "", line) for line in lines]
         report.add_rows(
             "missing image",
             [name for name in image_names if name not in pictures],
@@ -93,6 +95,11 @@ class VOCDataset(DetectionDataset):
             report,
             list_file,
         )
+        self.annotation_files = files
+
+    def row_name(self, row: int) -> str:
+        """The annotation file and the object's number there."""
+        return f"{self.annotation_files[self.image_of(row)]}: object {self.row_ids[row]}"
 
 
 def _class_names(folder: Path) -> Sequence[str]:
@@ -127,4 +134,5 @@ def _read_objects(path: Path, class_names: Sequence[str], report: Report) -> Ite
         except ValueError as error:
             report.add("not a number", where, f"needs a bndbox of four numbers ({error})")
             continue
-        yield number, entry.findtext("difficult", "0").strip() == "1", *box, class_names.index(name)
+        difficult = entry.findtext("difficult", "0").strip().lower() in ("1", "true")
+        yield number, difficult, *box, class_names.index(name)

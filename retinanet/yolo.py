@@ -1,5 +1,6 @@
 """YOLO's folders: one text file a picture, one box a line, in fractions of the picture's size."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from retinanet.voc import read_class_list
 class YoloDataset(DetectionDataset):
     """A data set in YOLO's layout, as Darknet, Ultralytics and Roboflow write it.
 
-    A picture without a text file has no boxes. Of an outline (more than four numbers) its bounding box is taken.
+    A picture without a text file has no boxes. Of an outline (more than four numbers) its bounding box is taken; of
+    a pose, which `kpt_shape` in `data.yaml` announces, its box.
 
     Args:
         root_dir: holds `images/<set_name>` and `labels/<set_name>` (or `<set_name>/images` and `<set_name>/labels`),
@@ -35,12 +37,17 @@ class YoloDataset(DetectionDataset):
         if folder is None:
             raise UserError(f"{self.root_dir}: has neither images/{set_name} nor {set_name}/images")
         labels = self.root_dir / "labels" / set_name if folder == folders[0] else self.root_dir / set_name / "labels"
+        if not labels.is_dir():
+            raise UserError(f"{labels}: there is no such folder; it holds the boxes")
         report = Report()
         class_names = _read_class_names(self.root_dir, report)
         pictures = list_pictures(folder)
         if not pictures:
             raise UserError(f"{folder}: holds no pictures")
         files = [labels / f"{name}.txt" for name in pictures]
+        strangers = sorted({*labels.rglob("*.txt")} - {*files, labels / "classes.txt"})
+        report.add_rows("stray file", strangers, str, lambda path: f"no picture in {folder} has the name {path.stem}")
+        has_poses = _has_poses(self.root_dir / "data.yaml", report)
         table, sizes = [], []
         for index, path in enumerate(progress(pictures.values(), "reading YOLO files")):
             try:
@@ -48,7 +55,7 @@ class YoloDataset(DetectionDataset):
             except UserError as error:
                 report.add("unreadable image", *str(error).split(": ", 1))
                 sizes.append((1000, 1000))  # any, to look at the boxes' numbers all the same
-            table += [(index, *row) for row in _read_boxes(files[index], len(class_names), report)]
+            table += [(index, *row) for row in _read_boxes(files[index], len(class_names), has_poses, report)]
         table = np.array(table, dtype=np.float64).reshape(-1, 7)
         image_index, numbers = table[:, :2].T.astype(np.int64)
         boxes, classes = table[:, 2:6], table[:, 6]
@@ -69,6 +76,11 @@ class YoloDataset(DetectionDataset):
             source=labels,
         )
         self.image_sizes = np.array(sizes)
+        self.label_files = files
+
+    def row_name(self, row: int) -> str:
+        """The label file and the box's line there."""
+        return f"{self.label_files[self.image_of(row)]}:{self.row_ids[row]}"
 
 
 def _read_class_names(root: Path, report: Report) -> list[str]:
@@ -90,18 +102,25 @@ def _read_yaml_names(path: Path, report: Report) -> list[str]:
             f"{path.parent / 'classes.txt'}, one a line"
         ) from error
     try:
-        content = yaml.safe_load(read_text(path, report))
+        content = yaml.load(read_text(path, report), yaml.BaseLoader)  # which leaves texts: no `no` becomes False
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is not valid YAML ({error})") from error
     names = content.get("names") if isinstance(content, dict) else None
-    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
-        names = [names[label] for label in range(len(names))]
-    if not isinstance(names, list) or not names:
+    if isinstance(names, dict) and set(names) == {str(label) for label in range(len(names))}:
+        names = [names[str(label)] for label in range(len(names))]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: needs `names`: a list, or a mapping from 0, 1, 2, ... to names")
-    return [str(name) for name in names]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: each of the `names` may stand there once")
+    return names
 
 
-def _read_boxes(path: Path, num_classes: int, report: Report) -> Iterator[tuple[float, ...]]:
+def _has_poses(path: Path, report: Report) -> bool:
+    """Whether `data.yaml` says that each box is followed by key points."""
+    return path.is_file() and re.search(r"^kpt_shape\s*:", read_text(path, report), re.MULTILINE) is not None
+
+
+def _read_boxes(path: Path, num_classes: int, has_poses: bool, report: Report) -> Iterator[tuple[float, ...]]:
     """Number from 1, (x1, y1, x2, y2) in fractions of the picture's size, and label of each line."""
     try:
         lines = read_text(path, report).splitlines() if path.is_file() else []
@@ -117,7 +136,7 @@ def _read_boxes(path: Path, num_classes: int, report: Report) -> Iterator[tuple[
         except ValueError as error:
             report.add("not a number", where, f"expected numbers ({error})")
             continue
-        values = np.array(numbers)
+        values = np.array(numbers[:4] if has_poses else numbers)
         if len(values) == 4:
             centre, half = values[:2], values[2:] / 2
             corners = np.concatenate([centre - half, centre + half])

@@ -4,12 +4,13 @@ import logging
 import numpy as np
 import pytest
 import torch
+from helpers import write_csv_data
 from PIL import Image
 
 from retinanet import anchor_fit
 from retinanet.anchors import Anchors
 from retinanet.boxes import box_iou
-from retinanet.datasets import DetectionDataset
+from retinanet.datasets import CSVDataset, DetectionDataset
 from retinanet.matcher import match_anchors
 from retinanet.transforms import Resizer
 
@@ -164,3 +165,10 @@ def test_the_chart_shows_boxes_out_of_reach_in_red(plates, tmp_path):
     assert min(pixels.shape[:2]) > 600
     lower_right = pixels[pixels.shape[0] // 2 :, pixels.shape[1] // 2 :]
     assert ((lower_right[..., 0] - lower_right[..., 1:].max(axis=2)) > 60).sum() > 50
+
+
+def test_boxes_are_measured_as_training_sees_them(tmp_path):
+    lines = ["a.png,-90,8,24,40,circle", "a.png,70,0,90,9,circle", "b.png,,,,,"]  # partly and wholly outside
+    data = CSVDataset(*write_csv_data(tmp_path, lines), Resizer(96, 1000))
+    boxes = anchor_fit.resized_boxes(data, 96, 1000)
+    assert boxes.boxes.tolist() == data[0]["annot"][:, :4].tolist() == [[0, 16, 48, 80]]

@@ -152,6 +152,7 @@ def test_an_unused_class_and_a_set_without_boxes_matter_for_training_only(tmp_pa
     ("change", "kind", "where"),
     [
         (lambda c: c["annotations"][2].update(bbox=[1, 2, "3", 4]), "bad entry", ": annotation 3"),
+        (lambda c: c["annotations"][1].update(iscrowd="0"), "bad entry", ": annotation 2"),
         (lambda c: c["annotations"][2].update(bbox=[1, 2, float("nan"), 4]), "not finite", ": annotation 3"),
         (lambda c: c["annotations"][2].update(bbox=[1, 2, -3, 4]), "inverted box", ": annotation 3"),
         (lambda c: c["annotations"][2].update(bbox=[1, 2, 0, 4]), "sub-pixel box", ": annotation 3"),
@@ -329,3 +330,22 @@ def test_many_boxes_in_a_small_picture_are_no_problem(tmp_path):
     data = CSVDataset(*write_csv_data(tmp_path, lines))
     assert check.check_dataset(data, "decode").counts == {"unused class": 2}
     assert data[0]["annot"].shape == (115, 5) and np.isfinite(data[0]["annot"]).all()
+
+
+@pytest.mark.parametrize("header", ["image,left,top,width,height,label", "path,bbox_x,bbox_y,bbox_w,bbox_h,class"])
+def test_a_header_that_names_a_width_is_fatal(tmp_path, header):
+    assert csv_report(tmp_path, [header, *LINES]).errors() == ["looks like x, y, width, height"]
+
+
+def test_one_number_above_one_does_not_hide_normalised_boxes(tmp_path):
+    lines = [f"a.png,0.1,0.{digit},0.5,1,circle" for digit in range(1, 6)]
+    report = csv_report(tmp_path, [*lines, "a.png,0,0,1.001,1,circle"])
+    assert report.counts == {"looks normalised": 1}
+
+
+def test_a_picture_that_is_listed_under_two_names_is_reported(tmp_path):
+    lines = ["a.png,4,8,24,40,rectangle", "./a.png,30,10,60,40,circle", "b.png,1,1,9,9,triangle"]
+    data = CSVDataset(*write_csv_data(tmp_path, lines))
+    report = check.check_dataset(data)
+    assert report.counts == {"same image": 1}
+    assert "data.csv:2: './a.png' stands there before" in report.text(["same image"])

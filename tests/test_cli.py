@@ -207,3 +207,15 @@ def test_odd_whole_numbers_are_read_or_refused(number):
         assert 0 < cli.positive_int(number) < 2**63
     except argparse.ArgumentTypeError as error:
         assert len(str(error)) < 300
+
+
+def test_help_says_of_a_flag_without_default_only_what_it_does(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "None" not in capsys.readouterr().out
+
+
+def test_training_without_a_validation_set(tmp_path):
+    args = parse("--dataset", "coco", "--coco_path", write_coco_data(tmp_path), "--coco_val_set", "none")
+    assert cli.make_dataset(args, "val", identity) is None and cli.check_data_arguments(args, ["csv_train"]) == []
+    assert cli.check_data_arguments(args, ["csv_val"]) == ["--coco_val_set none leaves no data"]

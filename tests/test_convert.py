@@ -178,3 +178,86 @@ def test_usage_errors(tmp_path, capsys):
         with pytest.raises(SystemExit) as error:
             convert.main(["--from", kind, "--source", "x", "--to", "coco", "--out", str(tmp_path)])
         assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def one_picture(folder, name, *rows, size=(48, 64), classes="cat,0\n"):
+    """CSV data of one picture; returns the flags that convert it."""
+    folder.mkdir()
+    save(gradient(*size), folder / name)
+    (folder / "val.csv").write_text("".join(f"{name},{row}\n" for row in rows))
+    (folder / "classes.csv").write_text(classes)
+    return ["--from", "csv", "--source", str(folder / "val.csv"), "--csv_classes", str(folder / "classes.csv")]
+
+
+@pytest.mark.parametrize(
+    ("ending", "message"), [("png", "a.xml: is there already"), ("bmp", "holds a.png, from which a.bmp differs")]
+)
+def test_a_second_set_does_not_overwrite_the_first(tmp_path, capsys, ending, message):
+    first = one_picture(tmp_path / "x", "a.png", "1,2,30,40,cat")
+    second = one_picture(tmp_path / "y", f"a.{ending}", "5,6,7,8,cat")
+    out = ["--to", "voc", "--out", str(tmp_path / "voc")]
+    assert convert.main([*first, *out, "--out_set", "train"]) == 0
+    assert convert.main([*second, *out]) == 1
+    assert message in capsys.readouterr().err
+    assert VOCDataset(tmp_path / "voc", "train").load_annotations(0).tolist() == [[1, 2, 30, 40, 0]]
+
+
+def test_the_source_is_not_overwritten(tmp_path, capsys):
+    from helpers import write_coco_data
+
+    root = write_coco_data(tmp_path / "coco", set_name="val")
+    before = (tmp_path / "coco/annotations/instances_val.json").read_text()
+    assert run("coco", root, "coco", root) == 1
+    assert "instances_val.json: is there already" in capsys.readouterr().err
+    assert (tmp_path / "coco/annotations/instances_val.json").read_text() == before
+
+
+def test_pictures_of_an_earlier_run_do_not_become_empty_ones(source, tmp_path, capsys):
+    flags = one_picture(tmp_path / "x", "other.png", "1,2,30,40,wolf", classes="wolf,0\nbear,1\nfox,2\n")
+    assert run("csv", source, "yolo", tmp_path / "yolo") == 0
+    assert convert.main([*flags, "--to", "yolo", "--out", str(tmp_path / "yolo")]) == 1
+    assert "images/val: holds other pictures, such as a;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["csv", "coco", "voc", "yolo"])
+def test_names_of_pictures_and_classes_may_hold_spaces_commas_and_quotes(tmp_path, kind):
+    flags = one_picture(tmp_path / "x", "IMG 1 1.png", '1,2,30,40,"tench, ""Tinca"" 🐟"')
+    (tmp_path / "x/classes.csv").write_text('"tench, ""Tinca"" 🐟",0\n')
+    assert convert.main([*flags, "--to", kind, "--out", str(tmp_path / "out")]) == 0
+    data = read(kind, tmp_path / "out")
+    assert Path(data.image_path(0)).name == "IMG 1 1.png" and list(data.labels.values()) == ['tench, "Tinca" 🐟']
+
+
+@pytest.mark.parametrize("link", [[], ["--link"]])
+def test_a_linked_picture_keeps_its_name(tmp_path, link):
+    flags = one_picture(tmp_path / "x", "a.png", "1,2,30,40,cat")
+    (tmp_path / "x/a.png").rename(tmp_path / "0123abcd")
+    (tmp_path / "x/a.png").symlink_to("../0123abcd")
+    assert convert.main([*flags, "--to", "yolo", "--out", str(tmp_path / "out"), *link]) == 0
+    assert Path(read("yolo", tmp_path / "out").image_path(0)).name == "a.png"
+
+
+def test_the_pictures_sizes_count_not_the_declared_ones(tmp_path):
+    from helpers import coco_content, write_coco_data
+
+    content = coco_content()
+    for image in content["images"]:
+        image["height"], image["width"] = image["width"], image["height"]
+    write_coco_data(tmp_path / "coco", content, set_name="val")
+    assert run("coco", tmp_path / "coco", "yolo", tmp_path / "yolo") == 0
+    assert_same(read("yolo", tmp_path / "yolo"), CSVDataset(*as_csv(tmp_path)), 1e-4)
+
+
+def as_csv(tmp_path):
+    lines = ["a.png,1,2,31,42,car", "a.png,10,10,18,19.5,cat", "b.png,5,6,25,36,cat", "empty.png,,,,,"]
+    folder = tmp_path / "coco/images/val"
+    (folder / "val.csv").write_text("".join(f"{line}\n" for line in lines))
+    (folder / "classes.csv").write_text("car,0\ncat,1\n")
+    return folder / "val.csv", folder / "classes.csv"
+
+
+def test_boxes_that_get_lost_are_counted(tmp_path, capsys):
+    flags = one_picture(tmp_path / "x", "a.png", "1,2,30,40,cat", "10.1,10,20,20,cat", "10.3,10,20,20,cat")
+    assert convert.main([*flags, "--to", "voc", "--out", str(tmp_path / "voc")]) == 0
+    printed = capsys.readouterr().out
+    assert "1 boxes are left out" in printed and "1 pictures, 2 boxes (and 0 difficult), 1 classes" in printed

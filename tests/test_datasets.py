@@ -420,3 +420,11 @@ def test_data_sets_can_be_sent_to_another_process(tmp_path):
     for data in (CSVDataset(*write_csv_data(tmp_path)), CocoDataset(write_coco_data(tmp_path), "val2017")):
         copy = pickle.loads(pickle.dumps(data))
         np.testing.assert_array_equal(copy[0]["annot"], data[0]["annot"])
+
+
+def test_declared_sizes_may_be_written_as_whole_floats(tmp_path):
+    content = coco_content()
+    for image in content["images"]:
+        image["height"] = float(image["height"])
+    data = CocoDataset(write_coco_data(tmp_path, content), "val2017")
+    assert data.report.counts == {} and data.image_sizes.tolist() == [[48, 64], [64, 48], [48, 48]]

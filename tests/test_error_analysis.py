@@ -103,3 +103,10 @@ def test_nothing_found_and_nothing_there():
     analysis = run(truth=[])
     assert analysis.ap50 == 0 and not any(analysis.counts.values())
     assert all(kind in error_table(analysis) for kind in KINDS)
+
+
+def test_a_hundred_detections_of_each_class_count():
+    wrong = [[0.9, 0, 500, 500, 600, 600]] * 100
+    assert run(*wrong, [0.8, 1, *OTHER], [0.7, 0, *BOX]).ap50 == pytest.approx(
+        0.5
+    )  # BOX comes too late, OTHER does not

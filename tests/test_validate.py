@@ -103,3 +103,10 @@ def test_evaluate_coco_keeps_the_mode(filled_net, training):
     finally:
         filled_net.eval()
     assert not any(torch.isnan(value).any() for value in net.state_dict().values())
+
+
+def test_flags_that_a_file_of_detections_cannot_heed_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as status:
+        run("--detections", tmp_path / "x.json", "--score_threshold", "0.5", "--max_detections", "3")
+    assert status.value.code == 2
+    assert "without --score_threshold and --max_detections" in capsys.readouterr().err

@@ -136,3 +136,14 @@ def test_a_class_that_is_not_listed_is_an_error(tmp_path):
     (root / "classes.txt").write_text("dog\ndog\n")
     with pytest.raises(UserError, match=r"classes\.txt: needs one class name a line, each once"):
         VOCDataset(root)
+
+
+def test_a_name_may_hold_spaces_and_end_in_a_number(tmp_path):
+    data = VOCDataset(write_voc(tmp_path, {"IMG 1": [], "b 2": []}, lines="IMG 1\nb 2 -1\n"))
+    assert [data.image_path(index).rsplit("/", 1)[1] for index in (0, 1)] == ["IMG 1.png", "b 2.png"]
+
+
+def test_a_row_is_named_by_its_file_and_object(tmp_path):
+    box = describe("dog", 1, 1, 9, 9)
+    data = VOCDataset(write_voc(tmp_path, {"a": [box], "b": [describe("dog", 2, 2, 9, 9, "true"), box]}))
+    assert data.row_name(1).endswith("b.xml: object 2") and len(data.difficult_rows) == 1

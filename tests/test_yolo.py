@@ -142,3 +142,49 @@ def test_a_missing_folder_or_file_is_an_error(tmp_path):
     (root / "classes.txt").write_text("cat\n")
     with pytest.raises(UserError, match=r"images/train: holds no pictures"):
         YoloDataset(root)
+
+
+def test_text_files_without_a_picture_are_reported(tmp_path):
+    root = write_yolo(tmp_path, {"a": "1 0.5 0.5 0.5 0.5\n"})
+    (root / "labels/train/classes.txt").write_text("cat\ndog\n")
+    assert YoloDataset(root).report.counts == {}
+    (root / "labels/train/b.txt").write_text("1 0.5 0.5 0.5 0.5\n")
+    report = YoloDataset(root).report
+    assert report.counts == {"stray file": 1} and "b.txt: no picture" in report.text(["stray file"])
+    (root / "labels").rename(root / "label")
+    with pytest.raises(UserError, match=r"labels/train: there is no such folder"):
+        YoloDataset(root)
+
+
+def test_of_a_pose_its_box_is_taken(tmp_path):
+    root = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.2 0.2 0.1 0.1 0.9 0.9\n"})
+    (root / "data.yaml").write_text("names: [cat, dog]\nkpt_shape: [2, 2]\n")
+    assert YoloDataset(root).load_annotations(0) == pytest.approx(np.array([[32, 16, 48, 24, 0]]))
+
+
+def test_pictures_may_lie_in_folders(tmp_path):
+    root = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.5 0.5\n"})
+    for kind, ending in (("images", "png"), ("labels", "txt")):
+        (root / kind / "train/sub").mkdir()
+        (root / kind / f"train/a.{ending}").rename(root / kind / f"train/sub/a.{ending}")
+    data = YoloDataset(root)
+    assert data.image_path(0).endswith("sub/a.png") and data.row_name(0).endswith("labels/train/sub/a.txt:1")
+
+
+def test_two_pictures_of_one_text_file_are_an_error(tmp_path):
+    root = write_yolo(tmp_path, {"a": None})
+    save(gradient(40, 80), root / "images/train/._a.png")  # of macOS: no picture of its own
+    assert len(YoloDataset(root)) == 1
+    save(gradient(40, 80), root / "images/train/a.bmp")
+    with pytest.raises(UserError, match=r"a\.png: differs from a\.bmp in nothing but its ending"):
+        YoloDataset(root)
+
+
+def test_yaml_names_are_texts_and_differ(tmp_path):
+    pytest.importorskip("yaml")
+    root = write_yolo(tmp_path, {"a": None}, names=None)
+    (root / "data.yaml").write_text("names: [yes, 01, ~]\n")
+    assert YoloDataset(root).labels == {0: "yes", 1: "01", 2: "~"}
+    (root / "data.yaml").write_text("names: [cat, cat]\n")
+    with pytest.raises(UserError, match=r"data\.yaml: each of the `names` may stand there once"):
+        YoloDataset(root)
