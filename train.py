@@ -79,6 +79,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         errors.append(f"--max_side {args.max_side} is below --min_side {args.min_side}")
     if args.jitter and not args.jitter[0] <= args.jitter[1] <= args.max_side:
         errors.append(f"--jitter {args.jitter[0]} {args.jitter[1]} must rise, and end at --max_side {args.max_side}")
+    no_validation = (
+        args.csv_val is None if args.dataset == "csv" else vars(args).get(f"{args.dataset}_val_set") == "none"
+    )
+    if args.early_stop and no_validation:
+        errors.append("--early_stop needs a validation set")
     if args.ema == 1:
         errors.append("--ema 1 would never change the weights")
     if errors:
@@ -240,8 +245,8 @@ def main(argv: list[str] | None = None) -> int:
     sampler = AspectRatioBasedSampler(
         train_set, args.batch_size, False, args.seed, utils.get_rank(), utils.get_world_size(), args.accumulate
     )
-    train_loader = make_loader(train_set, args.batch_size, args.workers, sampler)
-    val_loader = make_loader(val_set, args.batch_size, args.workers) if val_set else None
+    train_loader = make_loader(train_set, args.batch_size, args.workers, sampler, device=device)
+    val_loader = make_loader(val_set, args.batch_size, args.workers, device=device) if val_set else None
 
     out_dir = cli.make_out_dir(args.out_dir)
     run = make_run(args, recipe, device, train_set)
@@ -262,9 +267,11 @@ def main(argv: list[str] | None = None) -> int:
         except (RuntimeError, engine.WorkerDiedError) as error:
             if not stop.signum:
                 raise
-            # The signal went to workers and peers as well: what the last step left is whole.
+            # The signal went to workers and peers as well. What the last step left is whole, save for BatchNorm's
+            # statistics, which the forward pass of this one may have moved.
             log.warning("%s", error)
-            run.save_last()
+            if not recipe.train_bn:
+                run.save_last()
             return 128 + stop.signum
     return 0
 

@@ -51,7 +51,8 @@ def run_model(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Det
     net, info = load_model(args.model)
     dataset = cli.make_dataset(args, "val", Resizer(info["min_side"], info["max_side"]))
     cli.check_classes(args.model, info["class_names"], dataset)
-    loader = make_loader(dataset, args.batch_size, args.workers, indices=range(len(dataset))[: args.limit])
+    indices = None if args.limit is None else range(len(dataset))[: args.limit]
+    loader = make_loader(dataset, args.batch_size, args.workers, indices=indices, device=device)
     net.to(device, memory_format=torch.channels_last)
     precision = utils.choose_precision(args.precision, device)
     limits = {"score_threshold": args.score_threshold, "max_detections": args.max_detections}

@@ -154,7 +154,7 @@ def show_detections(args: argparse.Namespace, dataset: DetectionDataset, net: Re
     """Draw detections beside the truth: a file an image, and all on one sheet; returns the number of images."""
     folder, names = cli.make_out_dir(args.out_dir), list(dataset.labels.values())
     indices = choose_indices(args, dataset)
-    loader = make_loader(dataset, args.batch_size, args.workers, indices=indices)
+    loader = make_loader(dataset, args.batch_size, args.workers, indices=indices, device=device)
     precision = utils.choose_precision(args.precision, device)
     limits = {"score_threshold": args.score_threshold, "max_detections": args.max_detections}
     found = engine.detect(net, loader, device, precision, **limits)

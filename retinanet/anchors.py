@@ -6,6 +6,7 @@ Their areas run from 32^2 pixels on P3 to 512^2 on P7, so that a neighbouring si
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,13 @@ class Anchors(nn.Module):
         else:
             boxes = torch.tensor(cells)
         self.register_buffer("cells", boxes, persistent=False)  # [levels, num_anchors, 4]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Anchors":
+        """What `to`, `half` and the like call: anchors move to the network's device, but keep their precision."""
+        cells = self.cells
+        super()._apply(*args, **kwargs)
+        self.cells = cells.to(self.cells.device)
+        return self
 
     @property
     def num_anchors(self) -> int:

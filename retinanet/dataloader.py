@@ -110,6 +110,7 @@ class AspectRatioBasedSampler(Sampler[list[int]]):
         order = np.concatenate([part[np.argsort(self.aspect_ratios[part], kind="stable")] for part in stretches])
         steps = [*order.reshape(num_whole, self.step_size)[rng.permutation(num_whole)]]
         if len(rest) and not self.drop_last:
+            rest = rest[np.argsort(self.aspect_ratios[rest], kind="stable")]
             steps.append(rest)  # always the last, as it has fewer batches than the others
         for images in steps[first_step:]:
             parts = self._num_batches(len(images)) * self.world_size
@@ -188,8 +189,11 @@ def make_loader(
     workers: int = 0,
     batch_sampler: Sampler[list[int]] | Sequence[Sequence[int]] | None = None,
     indices: Sequence[int] | None = None,
+    device: torch.device | None = None,
 ) -> DataLoader:
-    """A loader of batches: those of `batch_sampler` for training, else `indices` (default: all) in order.
+    """A loader of batches: those of `batch_sampler` for training, else all samples, or `indices` in order.
+
+    All samples come sorted by their shapes, so that the pictures of a batch need little padding.
 
     Under an AspectRatioBasedSampler, augmentations follow from its seed, the epoch and the image alone. Without a
     `batch_sampler`, each process of a torchrun job gets its share of the batches; `engine.detect` gathers them.
@@ -200,6 +204,7 @@ def make_loader(
         workers: processes that read pictures; 0 reads them in this one.
         batch_sampler: yields lists of indices.
         indices: which samples, where there is no `batch_sampler`.
+        device: where the batches will go; a GPU takes them from pinned memory.
     """
     seed, generator = 0, None
     if isinstance(batch_sampler, AspectRatioBasedSampler):
@@ -208,7 +213,11 @@ def make_loader(
         generator = torch.Generator()
         batch_sampler = _KeySampler(batch_sampler)
     elif batch_sampler is None:
-        chosen = range(len(dataset)) if indices is None else indices
+        chosen = indices
+        if chosen is None:
+            chosen = (
+                range(len(dataset)) if batch_size == 1 else sorted(range(len(dataset)), key=dataset.image_aspect_ratio)
+            )
         batch_sampler = [list(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
         batch_sampler = batch_sampler[get_rank() :: get_world_size()]
     return DataLoader(
@@ -216,7 +225,7 @@ def make_loader(
         batch_sampler=batch_sampler,
         num_workers=workers,
         collate_fn=collater,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=device is not None and device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=leave_process_group,
         generator=generator,

@@ -111,6 +111,7 @@ def train_one_epoch(
     bar = progress_bar(range(progress.step, num_steps), f"epoch {progress.epoch}", num_steps, progress.step)
     with _explained(loader, precision) as seen:
         for step in bar:
+            seen.clear()
             group = list(islice(batches, accumulate))
             seen["shape"] = tuple(max(sizes) for sizes in zip(*(batch["img"].shape for batch in group), strict=True))
             number = wish() if wish else 0
@@ -188,7 +189,7 @@ def _fetch(values: Tensor) -> Callable[[], Tensor]:
         here = values.cpu()
         return lambda: here
     here, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(values.device))
 
     def wait() -> Tensor:
         arrived.synchronize()
@@ -244,12 +245,17 @@ def _names(batches: list[dict[str, Any]], loader: Iterable) -> str:
 
 @contextlib.contextmanager
 def _explained(loader: Iterable, precision: torch.dtype) -> Iterator[dict[str, Any]]:
-    """Turn what the machine says when it fails into what the user can do; the body puts a batch's `shape` in."""
+    """Turn what the machine says when it fails into what the user can do.
+
+    The body puts a batch's `shape` in, and takes it out before it waits for the next batch.
+    """
     seen: dict[str, Any] = {}
     try:
         yield seen
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            if "shape" not in seen:
+                raise UserError("out of memory while pictures were read: lower --workers, or shrink them") from error
             batch, _, height, width = seen["shape"]
             raise UserError(
                 f"out of memory with {batch} images of {height} x {width} pixels a batch in {precision}: lower "
@@ -294,6 +300,7 @@ def detect(
                     break
                 seen["shape"] = tuple(batch["img"].shape)
                 found |= zip(batch["index"], detect_batch(model, batch, device, precision, **limits), strict=True)
+                seen.clear()
     finally:
         model.train(was_training)
     return {index: one for share in gather_objects(found) for index, one in share.items()}

@@ -179,4 +179,4 @@ def detect_dataset(model: nn.Module, dataset: DetectionDataset, **limits: float 
     """
     net = getattr(model, "module", model)
     device = next(net.parameters()).device
-    return engine.detect(net, make_loader(dataset, batch_size=1), device, **limits)
+    return engine.detect(net, make_loader(dataset, batch_size=1, device=device), device, **limits)

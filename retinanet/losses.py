@@ -154,7 +154,7 @@ class FocalLoss(nn.Module):
         if annotations.shape[1] == 0:
             annotations = F.pad(annotations, (0, 0, 0, 1), value=-1.0)
         annotations = annotations.float()
-        batch, num_anchors = classifications.shape[:2]
+        num_anchors = classifications.shape[1]
         matches = match_anchors(anchors[0], annotations, self.best_match_iou)  # [B, A]
         rows = _foreground_rows(matches)  # [N]
         image, anchor = rows // num_anchors, rows % num_anchors
@@ -168,8 +168,9 @@ class FocalLoss(nn.Module):
 
         deltas = regressions.reshape(-1, 4).index_select(0, rows)
         row_loss = box_loss(deltas, encode_boxes(anchors[0][anchor], matched[:, :4]), self.beta)  # [N]
-        image_loss = row_loss.new_zeros(batch).index_add(0, image, torch.where(is_foreground, row_loss, 0))
-        return class_loss / num_foreground, image_loss / num_foreground
+        anchor_loss = row_loss.new_zeros(matches.numel())
+        anchor_loss = anchor_loss.index_copy(0, rows, torch.where(is_foreground, row_loss, 0))
+        return class_loss / num_foreground, anchor_loss.view_as(matches).sum(dim=1) / num_foreground
 
     def forward(
         self, classifications: Tensor, regressions: Tensor, anchors: Tensor, annotations: Tensor

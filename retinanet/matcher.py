@@ -15,8 +15,8 @@ IGNORE = -2
 FOREGROUND_IOU = 0.5
 BACKGROUND_IOU = 0.4
 
-# IoU matrices are made for this many numbers at a time: small enough for a processor's cache.
-CHUNK_NUMEL = 2**18 * 4
+# IoU matrices are made for this many numbers at a time. On a CPU they then stay in the cache.
+CPU_CHUNK, GPU_CHUNK = 2**20, 2**25
 
 
 def match_anchors(anchors: Tensor, annotations: Tensor, best_match_iou: float | None = None) -> Tensor:
@@ -36,7 +36,8 @@ def match_anchors(anchors: Tensor, annotations: Tensor, best_match_iou: float | 
     best_iou = anchors.new_zeros(batch, len(anchors))
     matches = torch.zeros(batch, len(anchors), dtype=torch.int64, device=anchors.device)
     is_best = torch.zeros_like(matches, dtype=torch.bool)
-    step = max(1, CHUNK_NUMEL // max(1, batch * len(anchors)))
+    chunk = CPU_CHUNK if anchors.device.type == "cpu" else GPU_CHUNK
+    step = max(1, chunk // max(1, batch * len(anchors)))
     for start in range(0, num_boxes, step):
         rows = annotations[:, start : start + step]
         iou = box_iou(rows[:, :, :4], anchors)  # [B, rows, A]
@@ -47,7 +48,7 @@ def match_anchors(anchors: Tensor, annotations: Tensor, best_match_iou: float | 
         matches = torch.where(better, chunk_matches + start, matches)
         if best_match_iou is not None:
             box_best = iou.amax(dim=2, keepdim=True).clamp_(min=best_match_iou)  # [B, rows, 1]
-            is_best |= (iou >= box_best).any(dim=1)
+            is_best |= ((iou >= box_best) & (iou > 0)).any(dim=1)
     # Paper: an anchor that is some box's best is kept too (RPN's rule; Detectron: from IoU 0.4 on).
     # Original: not kept. Here: the original's, unless `best_match_iou` asks for the paper's.
     foreground = (best_iou >= FOREGROUND_IOU) | is_best

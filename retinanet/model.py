@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retinanet import postprocess
-from retinanet.anchors import Anchors
+from retinanet.anchors import PYRAMID_LEVELS, Anchors
 from retinanet.losses import FocalLoss
 from retinanet.postprocess import Detections
 from retinanet.resnet import BasicBlock, Bottleneck, ResNet, imagenet_weights
@@ -126,6 +126,8 @@ class RetinaNet(ResNet):
     ):
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+        if anchors is not None and anchors.strides != [2**level for level in PYRAMID_LEVELS]:
+            raise ValueError(f"the pyramid has the levels {PYRAMID_LEVELS}; the anchors' strides are {anchors.strides}")
         super().__init__(block, layers)
         self.num_classes = num_classes
         self.bn_frozen = False
@@ -164,7 +166,7 @@ class RetinaNet(ResNet):
         super().train(mode)
         if self.bn_frozen:
             for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
                     module.eval()
         return self
 

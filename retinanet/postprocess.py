@@ -62,14 +62,17 @@ def select_detections(
         max_detections: detections of the image that are returned; None for all.
     """
     num_classes = logits.shape[-1]
-    logit_threshold = torch.logit(torch.tensor(score_threshold, dtype=torch.float64)).item()
+    logit_threshold = torch.logit(torch.tensor(score_threshold, dtype=torch.float64).clamp(0, 1)).item()
     candidates, offset = [], 0
     for level_logits in logits.split(list(level_sizes)):
         candidates.append(_best_candidates(level_logits, logit_threshold, top_k) + offset)
         offset += level_logits.numel()
     candidates = torch.cat(candidates)
-    scores = logits.flatten()[candidates].float().sigmoid()  # [N]
-    anchor_index, labels = candidates // num_classes, candidates % num_classes
+    anchor_index = candidates // num_classes  # [N]
     boxes = clip_boxes(decode_boxes(anchors[anchor_index], deltas[anchor_index]), *image_size)
+    inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # not wholly in the padding, where clipping leaves a line
+    candidates, boxes = candidates[inside], boxes[inside]
+    scores = logits.flatten()[candidates].float().sigmoid()  # [N]
+    labels = candidates % num_classes
     kept = batched_nms(boxes, scores, labels, nms_threshold)[:max_detections]
     return Detections(scores[kept], labels[kept], boxes[kept])

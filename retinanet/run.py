@@ -73,8 +73,10 @@ class RunLog:
 
     def _take_over(self, folder: Path, size: int) -> None:
         best, before = folder / "best.pt", folder / "log.jsonl"
-        if best.exists() and not self.folder.samefile(folder):
-            shutil.copyfile(best, self.folder / "best.pt")
+        if not self.folder.samefile(folder):
+            self._put_aside()
+            if best.exists():
+                shutil.copyfile(best, self.folder / "best.pt")
         temporary = self.path.with_suffix(".tmp")
         temporary.write_bytes(before.read_bytes()[:size] if before.exists() else b"")
         temporary.replace(self.path)

@@ -176,15 +176,15 @@ def get_world_size() -> int:
 
 
 def init_distributed(device: torch.device) -> None:
-    """Join the other processes of a torchrun job; does nothing outside one.
+    """Join the other processes of a torchrun job, if this is one; a GPU becomes this process's own.
 
     Args:
         device: that this process computes on; gradients of a CPU travel by gloo, those of a GPU by NCCL.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 

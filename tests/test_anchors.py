@@ -59,3 +59,11 @@ def test_level_shapes_sum_to_all_anchors():
 
 def test_nothing_is_saved():
     assert not Anchors().state_dict()
+
+
+@pytest.mark.parametrize("change", [torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.double])
+def test_anchors_keep_their_precision(change):
+    anchors, images = Anchors(), torch.zeros(1, 3, 64, 96)
+    expected = anchors(images)
+    found = change(anchors)(images)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)

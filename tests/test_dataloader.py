@@ -188,9 +188,9 @@ def data(tmp_path):
     return CSVDataset(*write_csv_data(tmp_path), transform=Resizer(32, 64))
 
 
-def test_a_loader_keeps_the_order_and_counts_every_picture(data):
+def test_a_loader_counts_every_picture_and_sorts_batches_by_shape(data):
     batches = list(make_loader(data, 2))
-    assert [batch["index"] for batch in batches] == [[0, 1]]
+    assert [batch["index"] for batch in batches] == [[1, 0]]  # upright, then lying
     assert set(batches[0]) == {"img", "annot", "index", "scale", "size"}
     assert [batch["index"] for batch in make_loader(data, 1)] == [[0], [1]]
 
@@ -310,3 +310,16 @@ def test_a_worker_that_is_asked_to_end_ends(data):
     worker.terminate()
     worker.join(timeout=10)
     assert not worker.is_alive()
+
+
+def test_the_last_step_is_sorted_by_shape_too():
+    class Data:
+        def __len__(self):
+            return 12
+
+        def image_aspect_ratio(self, index):
+            return 0.5 + index % 2
+
+    batches = list(AspectRatioBasedSampler(Data(), 2, accumulate=16))
+    assert all(len({index % 2 for index in batch}) == 1 for batch in batches)
+    assert sorted(index for batch in batches for index in batch) == list(range(12))

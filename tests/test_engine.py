@@ -150,6 +150,15 @@ def test_memory_that_runs_out_is_explained(error):
         engine.detect(Greedy(), [batch(1, 2)], CPU)
 
 
+def test_memory_that_runs_out_while_pictures_are_read_is_explained():
+    def loader():
+        yield batch(1)
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(UserError, match=r"out of memory while pictures were read: lower --workers"):
+        engine.detect(Finder(), loader(), CPU)
+
+
 def test_other_errors_pass():
     class Broken(Line):
         def forward(self, inputs):

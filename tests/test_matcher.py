@@ -51,10 +51,16 @@ def test_chunks_change_nothing(monkeypatch):
     boxes = torch.cat([corner, corner + torch.rand(3, 40, 2) * 80 + 10, torch.zeros(3, 40, 1)], dim=-1)
     boxes[1, 30:] = -1
     whole = [match_anchors(anchors, boxes, rule) for rule in (None, 0.4)]
-    monkeypatch.setattr(matcher, "CHUNK_NUMEL", 7 * 3 * len(anchors))
+    monkeypatch.setattr(matcher, "CPU_CHUNK", 7 * 3 * len(anchors))
     for rule, expected in zip((None, 0.4), whole, strict=True):
         assert torch.equal(match_anchors(anchors, boxes, rule), expected)
     iou = box_iou(anchors, boxes[0, :, :4])  # the rule as the paper words it
     best, index = iou.max(dim=1)
     expected = torch.where(best >= 0.5, index, torch.where(best < 0.4, BACKGROUND, IGNORE))
     assert torch.equal(whole[0][0], expected)
+
+
+def test_with_a_limit_of_zero_padding_and_boxes_apart_get_no_anchors():
+    anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 30, 30]])
+    boxes = torch.tensor([[[0.0, 0, 4, 4, 0], [90, 90, 99, 99, 0], [-1, -1, -1, -1, -1]]])
+    assert match_anchors(anchors, boxes, best_match_iou=0).tolist() == [[0, BACKGROUND]]

@@ -191,3 +191,14 @@ def test_nms_leaves_no_pair_of_a_class_overlapping(filled_net):
     for label in range(3):
         boxes = found.boxes[found.labels == label]
         assert box_iou(boxes, boxes).fill_diagonal_(0).max() <= 0.3 + 1e-5
+
+
+def test_anchors_of_other_levels_are_refused():
+    with pytest.raises(ValueError, match=r"the pyramid has the levels .* strides are \[8, 16, 32\]"):
+        model.resnet18(2, anchors=Anchors(pyramid_levels=[3, 4, 5]))
+
+
+def test_synchronised_batchnorm_is_frozen_too():
+    net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.resnet18(2))
+    net.freeze_bn()
+    assert not net.train().bn1.training

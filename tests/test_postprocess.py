@@ -53,3 +53,16 @@ def test_extreme_thresholds(threshold, expected):
 def test_boxes_are_clipped():
     anchors = torch.tensor([[-10.0, -10.0, 200.0, 200.0]])
     assert select(logit([0.9]), anchors).boxes.tolist() == [[0, 0, 100, 100]]
+
+
+def test_what_lies_wholly_in_the_padding_is_no_detection():
+    anchors = torch.tensor([[10.0, 10, 30, 30], [50, 10, 70, 30], [35, 10, 60, 30]])
+    found = select_detections(torch.full((3, 1), 3.0), torch.zeros(3, 4), anchors, [3], (64, 40))
+    assert found.boxes.tolist() == [[10, 10, 30, 30], [35, 10, 40, 30]]
+
+
+@pytest.mark.parametrize(("threshold", "number"), [(-0.1, 1), (0, 1), (1, 0), (1.5, 0)])
+def test_thresholds_at_and_beyond_the_ends(threshold, number):
+    anchors = torch.tensor([[10.0, 10, 30, 30]])
+    found = select_detections(torch.zeros(1, 1), torch.zeros(1, 4), anchors, [1], (64, 64), threshold)
+    assert len(found.scores) == number

@@ -259,6 +259,17 @@ def test_a_new_run_puts_an_earlier_one_aside(tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == "" and not (tmp_path / "last.pt").exists()
 
 
+def test_a_run_that_goes_on_in_the_folder_of_another_puts_that_one_aside(tmp_path):
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        for name in ("last.pt", "log.jsonl"):
+            (folder / name).write_text(folder.name)
+    (tmp_path / "b/best.pt").write_text("b")
+    run.RunLog(tmp_path / "b", tmp_path / "a/last.pt", 1, False, 1)
+    assert (tmp_path / "b/log.jsonl").read_text() == "a" and not (tmp_path / "b/best.pt").exists()
+    assert (tmp_path / "b/best.old.pt").read_text() == (tmp_path / "b/log.old.jsonl").read_text() == "b"
+
+
 def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path):
     log = run.RunLog(tmp_path, None, 0, False, 10)
     log.write({"epoch": 0, "step": 1, "lr": 0.5})
@@ -380,6 +391,15 @@ def test_a_corrupt_picture_ends_the_training_with_its_name(tmp_path):
 
 
 # The rest
+
+
+@pytest.mark.parametrize(
+    "flags", [["csv", "--csv_train", "a", "--csv_classes", "b"], ["coco", "--coco_val_set", "none"]]
+)
+def test_early_stop_needs_a_validation_set(flags, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--dataset", *flags, "--coco_path", "x", "--early_stop", "3"])
+    assert "--early_stop needs a validation set" in capsys.readouterr().err
 
 
 def test_early_stop_and_ema(tmp_path):
