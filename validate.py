@@ -128,7 +128,8 @@ def write_files(
     )
     if analysis:
         charts.draw_bars(analysis.lost, "AP50 lost to each kind of error", folder / "errors.png")
-        charts.draw_matrix(analysis.confusion, [*dataset.classes, "background"], folder / "confusion.png")
+        title = f"detections with scores above {error_analysis.CONFUSION_SCORE}"
+        charts.draw_matrix(analysis.confusion, [*dataset.classes, "background"], title, folder / "confusion.png")
     log.info("\nwritten to %s: %s", folder, ", ".join(sorted(path.name for path in folder.iterdir())))
 
 

@@ -58,7 +58,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     cli.add_anchor_arguments(parser)
     group = parser.add_argument_group("assignment")
     group.add_argument(
-        "--best_match_iou", type=cli.fraction, help="IoU from which a box's best anchor is positive (recipe paper: 0.4)"
+        "--best_match_iou",
+        type=cli.fraction,
+        help="IoU from which a box's best anchor is positive (default: as the model was trained; recipe paper: 0.4)",
     )
     cli.add_detection_arguments(parser, score_threshold=0.5)
     cli.add_machine_arguments(parser)
@@ -184,7 +186,7 @@ def output_paths(files: Sequence[Path], folder: Path) -> list[Path]:
     """Where the drawn pictures go: below `folder` as the files lie below their common folder, each name once.
 
     Raises:
-        UserError: a picture would overwrite one of the files.
+        UserError: a picture would come to lie among the files.
     """
     common = Path(os.path.commonpath([file.absolute().parent for file in files]))
     taken, outputs = set(), []
@@ -197,9 +199,11 @@ def output_paths(files: Sequence[Path], folder: Path) -> list[Path]:
             number += 1
         taken.add(path)
         outputs.append(path)
-    overwritten = {path.resolve() for path in outputs} & {file.resolve() for file in files}
-    if overwritten:
-        raise UserError(f"--out_dir {folder}: would overwrite {min(overwritten)}; choose another folder")
+    mixed = {path.resolve().parent for path in outputs} & {file.resolve().parent for file in files}
+    if mixed:  # the next run over that folder would take drawn pictures for new ones
+        raise UserError(
+            f"--out_dir {folder}: drawn pictures would lie among the others, in {min(mixed)}; choose another"
+        )
     return outputs
 
 
@@ -264,6 +268,8 @@ def main(argv: list[str] | None = None) -> None:
     args.max_side = max(args.max_side or info["max_side"], args.min_side)
     if net:
         net.to(device, memory_format=torch.channels_last)
+        if args.best_match_iou is None:
+            args.best_match_iou = net.focalLoss.best_match_iou
         net.focalLoss.best_match_iou = args.best_match_iou
     if args.images:
         detect_files(args, net, info, device)

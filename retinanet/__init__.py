@@ -8,6 +8,10 @@ if TYPE_CHECKING:
 __version__ = "1.0.0"
 
 
+def __dir__() -> list[str]:
+    return [*globals(), "predict"]
+
+
 def __getattr__(name: str) -> Any:
     """`retinanet.predict`, imported at first use, so that `import retinanet` stays light."""
     if name == "predict":

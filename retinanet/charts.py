@@ -64,27 +64,29 @@ def draw_training_curves(entries: Sequence[Mapping[str, float]], steps_per_epoch
     scored = [entry for entry in epochs if "AP" in entry]
     times = [entry["epoch"] + entry["step"] / steps_per_epoch for entry in steps]
     ends = [entry["epoch"] + 1 for entry in epochs]
-    figure = new_figure(15, 4.5)
-    losses, rate, scores = figure.subplots(1, 3)
+    figure = new_figure(15 if scored else 10, 4.5)
+    losses, rate, *scores = figure.subplots(1, 3 if scored else 2)
     for name, colour in (("class_loss", "tab:blue"), ("box_loss", "tab:orange")):
         losses.plot(times, [entry[name] for entry in steps], color=colour, alpha=0.35, linewidth=1)
         label = name.replace("_", " ")
         losses.plot(ends, [entry[name] for entry in epochs], color=colour, marker=".", label=label)
-    rate.plot(times, [entry["lr"] for entry in steps], color="tab:green")
-    for name in ("AP", "AP50", "AP75"):
-        values = [entry[name] for entry in scored]
-        scores.plot([entry["epoch"] + 1 for entry in scored], values, marker=".", label=name)
-    losses.set(title="training loss", ylim=(0, None))
-    rate.set(title="learning rate", ylim=(0, None))
-    scores.set(title="validation", ylim=(0, 1))
-    for axes in (losses, rate, scores):
+    rate.plot(times, [entry["lr"] for entry in steps], color="tab:green", marker="." if len(steps) < 50 else None)
+    losses.set(title="training loss")
+    rate.set(title="learning rate")
+    for axes in (losses, rate):
+        axes.margins(y=0.1)
+        axes.set(ylim=(0, None))
+    for axes in scores:
+        for name in ("AP", "AP50", "AP75"):
+            values = [entry[name] for entry in scored]
+            axes.plot([entry["epoch"] + 1 for entry in scored], values, marker=".", label=name)
+        axes.set(title="validation", ylim=(0, 1))
+        axes.legend(loc="lower right")
+    for axes in (losses, rate, *scores):
         axes.set(xlabel="epochs", xlim=(0, None))
         axes.grid(alpha=0.3)
     losses.legend()
-    scores.legend(loc="lower right")
-    temporary = Path(path).with_suffix(".tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    figure.savefig(path)
 
 
 def draw_bars(values: Mapping[str, float], title: str, path: str | Path) -> None:
@@ -98,12 +100,13 @@ def draw_bars(values: Mapping[str, float], title: str, path: str | Path) -> None
     figure.savefig(path)
 
 
-def draw_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path) -> None:
+def draw_matrix(matrix: np.ndarray, names: Sequence[str], title: str, path: str | Path) -> None:
     """A confusion matrix, each row coloured by its shares, with counts where there is room.
 
     Args:
         matrix: [N, N] counts; rows are the truth, columns what was found.
         names: [N].
+        title: above it.
         path: of the PNG file.
     """
     side = min(24, 3.5 + 0.45 * len(names))
@@ -115,7 +118,7 @@ def draw_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path) -> N
     size = min(9, 260 / len(names))
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
     axes.set_yticks(range(len(names)), names, fontsize=size)
-    axes.set(xlabel="found", ylabel="truth")
+    axes.set(title=title, xlabel="found", ylabel="truth")
     if len(names) <= LEGEND_LIMIT + 1:
         for row, column in np.ndindex(matrix.shape):
             colour = "white" if shares[row, column] > 0.5 else "black"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from retinanet import torchvision_weights
 from retinanet.anchors import Anchors
 from retinanet.model import ARCHITECTURES, RetinaNet, resnet
+from retinanet.problems import shown
 from retinanet.resnet import Bottleneck
 from retinanet.utils import UserError, log
 
@@ -126,13 +127,14 @@ def load(path: str | Path) -> Any:
 
 
 def model_entries(net: RetinaNet, class_names: Sequence[str], min_side: int, max_side: int) -> dict[str, Any]:
-    """What rebuilds a model: its weights, depth, class names, anchors, and the size that pictures are given."""
+    """What rebuilds a model: weights, depth, class names, anchors, matching rule, and the size of its pictures."""
     state = net.state_dict()
     return {
         "model": state,
         "depth": infer_depth(state),
         "class_names": list(class_names),
         "anchors": net.anchors.settings(),
+        "best_match_iou": net.focalLoss.best_match_iou,
         "min_side": min_side,
         "max_side": max_side,
     }
@@ -188,22 +190,30 @@ def _read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise UserError(f"{path}: holds a pickled {type(content).__name__}, which is no whole RetinaNet") from error
     elif not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    elif content.keys() & MODEL_KEYS:
+    elif content.keys() & (MODEL_KEYS - {"model"}):
         if missing := MODEL_KEYS - content.keys():
             raise UserError(f"{path}: is not a checkpoint of this library, it lacks {', '.join(sorted(missing))}")
         state = content.pop("model")
         info = {"found": "a checkpoint of this library", **content}
-    else:
-        state = content.get("state_dict", content)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: holds other things than the weights of a model")
-    for prefix in ("module.", "_orig_mod."):  # of DataParallel and of torch.compile
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    else:  # of another program: the weights lie bare, or under some name beside other things
+        inside = [value for value in content.values() if _are_weights(value)]
+        state = inside[0] if len(inside) == 1 else content
+    if not _are_weights(state):
+        names = shown(", ".join(map(str, content)))
+        raise UserError(f"{path}: holds other things than the weights of a model: {names}")
+    while all("." in key for key in state) and len({key.split(".")[0] for key in state}) == 1:
+        state = {key.partition(".")[2]: value for key, value in state.items()}  # DataParallel's `module`, or the like
     if "backbone.body.conv1.weight" in state:
         state, known = torchvision_weights.convert(path, state)
         info |= known
     return state, info
+
+
+def _are_weights(value: Any) -> bool:
+    """Whether this is a state dict."""
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items())
 
 
 def _load_state(net: RetinaNet, state: Mapping[str, Tensor], path: str | Path) -> None:
@@ -244,6 +254,7 @@ def load_model(path: str | Path) -> tuple[RetinaNet, dict[str, Any]]:
     if info["class_names"] is None:
         info["class_names"] = placeholder_names(len(state[CLASS_OUTPUT]) // anchors.num_anchors)
     net = resnet(depth, len(info["class_names"]), anchors=anchors)
+    net.focalLoss.best_match_iou = info.get("best_match_iou")
     _load_state(net, state, path)
     level = logging.DEBUG if "depth" in info else logging.INFO  # our own checkpoint is no news
     log.log(level, "%s: %s, ResNet-%d, %d classes", path, found, depth, net.num_classes)

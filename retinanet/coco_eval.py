@@ -18,7 +18,7 @@ from retinanet.coco_files import load_json, quiet_coco
 from retinanet.datasets import DetectionDataset
 from retinanet.inference import detect_dataset
 from retinanet.postprocess import Detections
-from retinanet.utils import UserError, log
+from retinanet.utils import UserError, log, show_log
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -220,6 +220,7 @@ def evaluate_coco(dataset: DetectionDataset, model: nn.Module, threshold: float 
     Returns:
         The METRICS.
     """
+    show_log()
     found = detect_dataset(model, dataset, score_threshold=threshold)
     metrics = score(ground_truth(dataset), coco_results(dataset, found), dataset.image_ids).metrics
     log.info("%s", metrics_table(metrics))

@@ -16,7 +16,7 @@ from retinanet import charts
 from retinanet.datasets import DetectionDataset
 from retinanet.inference import detect_dataset
 from retinanet.postprocess import MAX_DETECTIONS, SCORE_THRESHOLD, Detections
-from retinanet.utils import log
+from retinanet.utils import log, show_log
 
 
 class ClassResult(NamedTuple):
@@ -196,6 +196,9 @@ def evaluate(
     Returns:
         Average precision and number of boxes of each label.
     """
+    show_log()
+    if save_path is not None:
+        Path(save_path).mkdir(parents=True, exist_ok=True)
     limits = {"score_threshold": score_threshold, "max_detections": max_detections}
     results = evaluate_detections(generator, detect_dataset(retinanet, generator, **limits), iou_threshold)
     log.info("%s", class_table(results, generator))

@@ -1,6 +1,8 @@
 """Arrays -> pictures: boxes with captions, and sheets of many pictures. Needs no display."""
 
+import contextlib
 import functools
+import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +11,11 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 LEGIBLE_SIDE = 320  # pixels; smaller pictures are enlarged before text is drawn on them
+LARGEST_SIDE = 4096  # pixels; nothing is enlarged beyond it
 SMALLEST_FONT = 11  # pixels
+GROUND = 150  # grey around the pictures of a sheet, whose own ground is often white
+# Pillow's own font has hardly more than ASCII's letters; these are looked for where others are written.
+WIDE_FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")
 CAPTION_SHARE = 1 / 6  # captions cover at most this share of a picture; it is enlarged until they do
 
 # Twenty colours, each as far as can be from those before it (CIEDE2000; Glasbey et al., "Colour displays for
@@ -31,17 +37,19 @@ def class_colour(label: int) -> tuple[int, int, int]:
     return tuple(round((1 - white) * channel + white * 255) for channel in ImageColor.getrgb(PALETTE[number]))
 
 
-def legible_zoom(image_size: tuple[int, int], captions: Sequence[str]) -> int:
+def legible_zoom(image_size: tuple[int, int], captions: Sequence[str], short_side: int = LEGIBLE_SIDE) -> int:
     """The whole factor that an image must be enlarged by, so that captions fit into it.
 
     Args:
         image_size: height and width, pixels.
         captions: texts.
+        short_side: what the short side needs at least, pixels.
     """
     height, width = image_size
     area, widest = _captions_extent(captions, SMALLEST_FONT)
     by_area = math.sqrt(area / CAPTION_SHARE / (height * width))
-    return max(1, math.ceil(max(LEGIBLE_SIDE / min(height, width), widest / width, by_area)))
+    wanted = math.ceil(max(short_side / min(height, width), widest / width, by_area))
+    return max(1, min(wanted, LARGEST_SIDE // max(height, width)))
 
 
 def draw_boxes(
@@ -125,8 +133,19 @@ def _dashes(start: int, end: int, line: int, style: str) -> Iterator[tuple[int, 
         yield first, max(first + 1, round(first + dash))
 
 
+def _font(size: float, texts: Sequence[str]) -> ImageFont.FreeTypeFont:
+    """A font that has the letters of these texts, as far as one can be found."""
+    return _load_font(size, all(text.isascii() for text in texts))
+
+
 @functools.cache
-def _font(size: float) -> ImageFont.FreeTypeFont:
+def _load_font(size: float, ascii_only: bool) -> ImageFont.FreeTypeFont:
+    names = [] if ascii_only else [*WIDE_FONTS]
+    if names and (matplotlib := importlib.util.find_spec("matplotlib")):
+        names.append(str(Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"))
+    for name in names:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
     return ImageFont.load_default(size=size)
 
 
@@ -139,7 +158,7 @@ def _plate_sizes(captions: Sequence[str], font: ImageFont.FreeTypeFont) -> list[
 
 def _captions_extent(captions: Sequence[str], font_size: float) -> tuple[float, float]:
     """The area of all captions, pixels^2, and the width of the widest, pixels, at a font size."""
-    sizes = _plate_sizes([text for text in captions if text], _font(font_size))
+    sizes = _plate_sizes([text for text in captions if text], _font(font_size, captions))
     return sum(width * height for width, height in sizes), max((width for width, _ in sizes), default=0)
 
 
@@ -155,7 +174,7 @@ def _draw_captions(
     size = max(SMALLEST_FONT, min(width, height) / 32)
     area, widest = _captions_extent(captions, size)
     shrink = min(1.0, math.sqrt(CAPTION_SHARE * width * height / max(area, 1)), width / max(widest, 1))
-    font = _font(max(SMALLEST_FONT, size * shrink))
+    font = _font(max(SMALLEST_FONT, size * shrink), captions)
     plates = np.zeros((len(captions), 4))
     chosen = [index for index, text in enumerate(captions) if text]
     for number, (index, plate_size) in enumerate(
@@ -218,9 +237,9 @@ def side_by_side(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> np.nd
     """Pictures of one size in a row, each under its title."""
     height, width = pictures[0].shape[:2]
     size = max(SMALLEST_FONT, min(height, width) / 24)
-    widest = max(_font(size).getlength(title) for title in titles)
+    widest = max(_font(size, titles).getlength(title) for title in titles)
     gap = max(2, width // 100)
-    font = _font(max(SMALLEST_FONT, size * min(1, (width - 2 * gap) / widest)))
+    font = _font(max(SMALLEST_FONT, size * min(1, (width - 2 * gap) / widest)), titles)
     widest = math.ceil(max(font.getlength(title) for title in titles))
     bar = round(1.6 * font.size)
     column_width = max(width, widest + 2 * gap) + gap
@@ -241,7 +260,7 @@ def contact_sheet(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
     gap = max(4, width // 60)
     rows = -(-len(pictures) // columns)
     columns = min(columns, len(pictures))
-    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, dtype=np.uint8)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), GROUND, dtype=np.uint8)
     for index, picture in enumerate(pictures):
         y, x = gap + index // columns * (height + gap), gap + index % columns * (width + gap)
         sheet[y : y + picture.shape[0], x : x + picture.shape[1]] = picture

@@ -16,6 +16,7 @@ from retinanet.datasets import DetectionDataset
 from retinanet.postprocess import Detections
 
 FOUND_IOU, SEEN_IOU = 0.5, 0.1
+CONFUSION_SCORE = 0.5  # detections above it enter the confusion matrix
 RECALLS = np.linspace(0, 1, 101)  # where COCO reads a precision-recall curve
 
 KINDS = {
@@ -164,7 +165,7 @@ def _missed(judged: _Judged, num_boxes: int) -> np.ndarray:
 def analyse(
     dataset: DetectionDataset,
     detections: Mapping[int, Detections],
-    confusion_score: float = 0.5,
+    confusion_score: float = CONFUSION_SCORE,
     max_detections: int = 100,
 ) -> ErrorAnalysis:
     """Take the errors of a detector apart.
@@ -224,5 +225,11 @@ def confusion_table(analysis: ErrorAnalysis, names: Sequence[str], most: int = 1
     np.fill_diagonal(off_diagonal, 0)
     order = np.argsort(-off_diagonal, axis=None, kind="stable")[:most]
     pairs = [(*np.unravel_index(place, off_diagonal.shape), off_diagonal.flat[place]) for place in order]
-    lines = [f"  {count:6d} x  {names[row]} found as {names[column]}" for row, column, count in pairs if count]
-    return "\n".join(["commonest confusions:", *lines])
+    background = len(names) - 1
+    lines = []
+    for row, column, count in pairs:
+        what = f"{names[row]} found as {names[column]}"
+        if background in (row, column):
+            what = f"{names[row]} missed" if column == background else f"{names[column]} found in the background"
+        lines += [f"  {count:6d} x  {what}"] if count else []
+    return "\n".join([f"commonest confusions, of scores above {CONFUSION_SCORE}:", *lines])

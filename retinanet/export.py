@@ -98,10 +98,10 @@ class Detector(nn.Module):
             candidates.append(level.flatten().topk(top_k).indices + offset)
             offset = offset + size * num_classes
         candidates = torch.cat(candidates)
-        scores = logits.flatten()[candidates].sigmoid()
-        above = scores > self.score_threshold
-        candidates, scores = candidates[above], scores[above]
-        labels, boxes = candidates % num_classes, boxes[candidates // num_classes]
+        scores, boxes = logits.flatten()[candidates].sigmoid(), boxes[candidates // num_classes]
+        good = (scores > self.score_threshold) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        candidates, scores, boxes = candidates[good], scores[good], boxes[good]
+        labels = candidates % num_classes
         # Classes are moved so far apart that they cannot overlap: one NMS then serves them all.
         apart = (labels * (torch.sym_max(height, width) + 1))[:, None]
         # torchvision tells torch.export that NMS keeps at least two boxes: two aside make it true, and go again.
@@ -254,8 +254,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", help="file to write (default: beside the checkpoint, with the format's ending)")
     parser.add_argument("--with_nms", action="store_true", help="give the detections of one picture")
     parser.add_argument("--dynamic", action="store_true", help="take pictures of any size above 128 pixels")
-    parser.add_argument("--height", type=positive_int, help="of the input, pixels (default: the model's short side)")
-    parser.add_argument("--width", type=positive_int, help="of the input, pixels (default: the model's long side)")
+    parser.add_argument(
+        "--height", type=positive_int, help="pixels, a multiple of 32 (default: the model's short side)"
+    )
+    parser.add_argument("--width", type=positive_int, help="pixels, a multiple of 32 (default: the model's long side)")
     parser.add_argument("--score_threshold", type=fraction, default=SCORE_THRESHOLD, help="scores must be above it")
     parser.add_argument("--nms_threshold", type=fraction, default=NMS_THRESHOLD, help="IoU, of --with_nms")
     parser.add_argument("--max_detections", type=positive_int, default=MAX_DETECTIONS, help="of --with_nms")
@@ -277,7 +279,16 @@ def main(argv: list[str] | None = None) -> None:
     if not args.dynamic:
         sides = args.height or info["min_side"], args.width or info["max_side"]
         sizes = [tuple(-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in sides)] * 2
+        if sides != sizes[0]:
+            log.info("the input has %d x %d pixels: sides are rounded up to multiples of %d", *sizes[0], SIZE_DIVISOR)
+    elif info["min_side"] < MIN_DYNAMIC_SIDE:
+        log.warning(
+            "warning: the model knows short sides of %d pixels; what --dynamic gives takes none below %d",
+            info["min_side"], MIN_DYNAMIC_SIDE,
+        )  # fmt: skip
     path = Path(args.output) if args.output else Path(args.model).with_suffix(SUFFIXES[args.format])
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: there is no folder {path.parent}")
     if not path.name.endswith(SUFFIXES[args.format]):
         raise UserError(f"--output {path}: must end in {SUFFIXES[args.format]}")
     photograph = read_image(args.image) if args.image else None

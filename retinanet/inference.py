@@ -18,7 +18,7 @@ from retinanet.model import RetinaNet
 from retinanet.pictures import read_image
 from retinanet.postprocess import MAX_DETECTIONS, Detections
 from retinanet.transforms import Resizer
-from retinanet.utils import choose_device
+from retinanet.utils import choose_device, choose_precision
 
 Picture = str | Path | np.ndarray | Image.Image | Tensor
 
@@ -49,7 +49,7 @@ def predict(
     max_side: int | None = None,
     class_names: Sequence[str] | None = None,
     device: str | None = None,
-    precision: torch.dtype = torch.float32,
+    precision: torch.dtype | str = torch.float32,
 ) -> list[Prediction]:
     """Find objects in pictures.
 
@@ -59,7 +59,7 @@ def predict(
 
     Args:
         model: the path of a checkpoint, or what `checkpoint.load_model` gave (which saves reading it again), or
-            a bare model.
+            a bare model, also within DataParallel.
         images: a picture, or several of any kinds and sizes.
         score_threshold: scores must be above it.
         max_detections: detections a picture; None for all.
@@ -68,25 +68,29 @@ def predict(
         max_side: limit of the resized long side, pixels; by default as in training.
         class_names: name of each label; by default the checkpoint's.
         device: as `--device`; by default where the model is, or `auto` for a path.
-        precision: of the network's arithmetic.
+        precision: of the network's arithmetic; also as `--precision`.
 
     Returns:
         One Prediction a picture, in order.
 
     Raises:
         UserError: a file cannot be read.
-        ValueError: an array or a tensor is no picture.
+        ValueError: an array or a tensor is no picture, or `class_names` are not as many as the classes.
     """
     if isinstance(model, str | Path):
         model, device = load_model(model), device or "auto"
-    net, info = model if isinstance(model, tuple) else (model, {})
+    net, info = model if isinstance(model, tuple) else (getattr(model, "module", model), {})
     if device is not None:
         net.to(choose_device(device), memory_format=torch.channels_last)
     if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4):
         images = [images]
     names = info.get("class_names") if class_names is None else class_names
     names = [str(label) for label in range(net.num_classes)] if names is None else names
+    if len(names) != net.num_classes:
+        raise ValueError(f"class_names has {len(names)} names, but the model {net.num_classes} classes")
     resizer = Resizer(min_side or info.get("min_side", 608), max_side or info.get("max_side", 1024))
+    if isinstance(precision, str):
+        precision = choose_precision(precision, next(net.parameters()).device)
     limits = {"score_threshold": score_threshold, "max_detections": max_detections}
     found = detect_pictures(net, map(as_array, images), resizer, batch_size, precision, **limits)
     return [Prediction(*detections, [names[label] for label in detections.labels.tolist()]) for _, detections in found]

@@ -1,11 +1,12 @@
 """A training run: what a checkpoint of it holds, how it goes on from one, and what it writes down on its way."""
 
 import argparse
+import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -31,10 +32,14 @@ FREE_FLAGS = {
 }
 
 
+BOARD_FILES = "events.out.tfevents.*"
+RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "args.json", "[cbld]*.png", BOARD_FILES)
+
+
 class RunLog:
     """The numbers of a run, one JSON object a line: of some steps, and of each epoch.
 
-    A new run in a folder of an earlier one puts its files aside, as `*.old.*`.
+    A new run in a folder of an earlier one puts its files aside, into `old_1`, `old_2`, ...
 
     Args:
         out_dir: folder of the run.
@@ -52,24 +57,31 @@ class RunLog:
         self.path = self.folder / "log.jsonl"
         self.steps_per_epoch = steps_per_epoch
         self.can_draw = True
+        make_board = _summary_writer() if tensorboard else None
         if resumed is None:
             self._put_aside()
         else:
             self._take_over(resumed.parent, size)
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115, it stays open for the whole run
-        self.board = _open_board(self.folder, read_log(self.path), steps_per_epoch) if tensorboard else None
+        mode = "w" if resumed is None else "a"
+        self.file = open(self.path, mode, buffering=1)  # noqa: SIM115, it stays open for the whole run
+        self.board = None
+        if make_board:
+            for old in self.folder.glob(BOARD_FILES):
+                old.unlink()
+            self.board = make_board(self.folder)
+            for entry in read_log(self.path):  # written anew, so that a resumed run shows nothing twice
+                _add_to_board(self.board, entry, steps_per_epoch)
 
     def _put_aside(self) -> None:
-        moved = []
-        for name in ("last.pt", "best.pt", "log.jsonl"):
-            path = self.folder / name
-            if path.exists():
-                moved.append(path.replace(path.with_stem(f"{path.stem}.old")).name)
-        if "last.old.pt" in moved:
-            log.warning(
-                "warning: %s holds an earlier run, now %s; --resume auto would have gone on with it",
-                self.folder, ", ".join(moved),
-            )  # fmt: skip
+        if not any((self.folder / name).exists() for name in ("last.pt", "best.pt")):
+            return
+        number = next(number for number in itertools.count(1) if not (self.folder / f"old_{number}").exists())
+        aside = self.folder / f"old_{number}"
+        aside.mkdir()
+        for pattern in RUN_FILES:
+            for path in self.folder.glob(pattern):
+                path.replace(aside / path.name)
+        log.warning("warning: %s held an earlier run, which is in %s now", self.folder, aside)
 
     def _take_over(self, folder: Path, size: int) -> None:
         best, before = folder / "best.pt", folder / "log.jsonl"
@@ -118,18 +130,12 @@ def read_log(path: str | Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def _open_board(folder: Path, entries: Sequence[Mapping[str, float]], steps_per_epoch: int) -> "SummaryWriter":
-    """TensorBoard's files, written anew from the log, so that a resumed run shows nothing twice."""
+def _summary_writer() -> type["SummaryWriter"]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("--tensorboard needs tensorboard: pip install tensorboard") from error
-    for old in folder.glob("events.out.tfevents.*"):
-        old.unlink()
-    board = SummaryWriter(folder)
-    for entry in entries:
-        _add_to_board(board, entry, steps_per_epoch)
-    return board
+    return SummaryWriter
 
 
 def _add_to_board(board: "SummaryWriter", entry: Mapping[str, float], steps_per_epoch: int) -> None:
@@ -242,6 +248,8 @@ class Run:
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """The checkpoint to go on from, if any; the same for all ranks."""
     path = Path(args.out_dir) / "last.pt" if args.resume == "auto" else Path(args.resume or "")
+    if args.resume == "auto" and not path.exists() and (old := sorted(path.parent.glob("old_*/last.pt"))):
+        log.warning("warning: --resume auto finds no %s, so a new run starts; is it %s?", path, old[-1])
     return from_main_process(path if args.resume and (args.resume != "auto" or path.exists()) else None)
 
 

@@ -73,6 +73,12 @@ def setup_logging() -> None:
     log.setLevel(logging.INFO if is_main_process() else logging.ERROR)
 
 
+def show_log() -> None:
+    """Plain messages on standard output, unless the program has set up logging: for functions that print a table."""
+    if not log.hasHandlers():
+        setup_logging()
+
+
 def progress(items: Iterable, description: str, total: int | None = None, initial: int = 0) -> tqdm:
     """A progress bar over `items`, on rank 0 and on a terminal only."""
     disable = None if is_main_process() else True  # None: where the output is no terminal

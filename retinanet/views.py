@@ -1,6 +1,5 @@
 """What the detector is given and what it makes of it, drawn: truth, detections, anchors, assignment, batches."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -232,7 +231,7 @@ def draw_matches(
     ]
     colours = [RED if none else class_colour(index) for index, none in enumerate(unreached)]
     styles = ["dotted" if none else "solid" for none in unreached]
-    zoom = max(legible_zoom(image.shape[:2], captions), math.ceil(CROWDED_SIDE / min(image.shape[:2])))
+    zoom = legible_zoom(image.shape[:2], captions, CROWDED_SIDE)
     positive, ignored = (matches >= 0).nonzero()[:, 0], (matches == IGNORE).nonzero()[:, 0]
     positives = _outline(image, anchors[positive], [colours[row] for row in matches[positive].tolist()], zoom)
     others = _outline(image, anchors[ignored], [BLUE] * len(ignored), zoom)
@@ -339,6 +338,7 @@ def draw_label_chart(dataset: DetectionDataset, path: str | Path) -> None:
     rest = f"\nthe {len(shown)} most frequent of {len(counts)} classes" if len(shown) < len(counts) else ""
     empty = int((np.diff(dataset.offsets) == 0).sum())
     classes.set(title=f"{len(rows)} boxes in {len(dataset)} images ({empty} without any){rest}", xlabel="boxes")
+    classes.xaxis.get_major_locator().set_params(integer=True)
     if len(rows):
         relative = 100 * rows[:, :4] / np.tile(np.asarray(dataset.image_sizes)[image_index, ::-1], 2)
         _draw_density(sizes, *(relative[:, 2:] - relative[:, :2]).T)
@@ -353,4 +353,5 @@ def _draw_density(axes: Any, x: np.ndarray, y: np.ndarray) -> None:
     """How many points fall into each field of a grid from 0 to 100 %."""
     counts, _, _ = np.histogram2d(y.clip(0, 100), x.clip(0, 100), bins=50, range=((0, 100), (0, 100)))
     picture = axes.imshow(np.ma.masked_equal(counts, 0), origin="lower", extent=(0, 100, 0, 100), cmap="viridis")
-    axes.figure.colorbar(picture, ax=axes, label="boxes", shrink=0.8)
+    bar = axes.figure.colorbar(picture, cax=axes.inset_axes([1.03, 0, 0.05, 1]), label="boxes")
+    bar.ax.yaxis.get_major_locator().set_params(integer=True)

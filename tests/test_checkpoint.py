@@ -191,6 +191,7 @@ def test_a_model_comes_back_with_all_that_describes_it(net, saved):
         "depth": 18,
         "class_names": ["cat", "dog"],
         "anchors": net.anchors.settings(),
+        "best_match_iou": None,
         "min_side": 64,
         "max_side": 96,
         "epoch": 7,
@@ -480,3 +481,31 @@ def test_another_depth_is_an_error_that_names_both(filled_net, tmp_path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "a.pt")
     with pytest.raises(UserError, match=r"a\.pt: holds no RetinaNet, but"):
         checkpoint.load_weights(net, tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"model_state_dict": state, "epoch": 3, "optimizer_state_dict": {"state": {}}},
+        lambda state: {"model": state, "epoch": 3},
+        lambda state: {"state_dict": {f"model.{key}": value for key, value in state.items()}},
+        lambda state: {"net": {f"module.net.{key}": value for key, value in state.items()}},
+    ],
+)
+def test_weights_of_other_training_programs_are_found(filled_net, tmp_path, wrap):
+    torch.save(wrap(filled_net.state_dict()), tmp_path / "a.pt")
+    again, _ = checkpoint.load_model(tmp_path / "a.pt")
+    assert torch.equal(again.fpn.P3_1.weight, filled_net.fpn.P3_1.weight)
+
+
+def test_two_sets_of_weights_are_an_error_that_names_them(filled_net, tmp_path):
+    torch.save({"model": filled_net.state_dict(), "ema": filled_net.state_dict()}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: holds other things than the weights of a model: 'model, ema'"):
+        checkpoint.load_model(tmp_path / "a.pt")
+
+
+def test_the_matching_rule_comes_back(net, tmp_path):
+    net.focalLoss.best_match_iou = 0.4
+    checkpoint.save(tmp_path / "a.pt", checkpoint.model_entries(net, ["cat", "dog"], 64, 96))
+    net.focalLoss.best_match_iou = None
+    assert checkpoint.load_model(tmp_path / "a.pt")[0].focalLoss.best_match_iou == 0.4

@@ -172,8 +172,8 @@ def test_the_originals_interface(caplog, tmp_path, monkeypatch):
     rows = np.array([[*BOX, 0], [*FAR, 1]], dtype=np.float32)
     data = Pictures(["0", "1"], rows, np.array([0, 1]), ["a", "b"], Resizer(64, 64))
     model = nn.DataParallel(FindsBox()).train()
-    results = csv_eval.evaluate(data, model, save_path=tmp_path)
+    results = csv_eval.evaluate(data, model, save_path=tmp_path / "new")
     assert results == {0: (1, 1), 1: (0, 1)}
     assert model.module.training
     assert "mAP 0.5000" in caplog.text
-    assert (tmp_path / "pr_curves.png").stat().st_size > 1000
+    assert (tmp_path / "new/pr_curves.png").stat().st_size > 1000

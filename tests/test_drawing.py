@@ -131,7 +131,7 @@ def test_a_contact_sheet_shows_every_picture_row_by_row():
     for index, value in enumerate((10, 20, 30, 40, 50)):
         y, x = 4 + index // 2 * 24, 4 + index % 2 * 34
         assert (sheet[y : y + 20, x : x + 30] == value).all()
-    assert (sheet == 255).all(axis=2).sum() == 76 * 72 - 5 * 20 * 30
+    assert (sheet == 150).all(axis=2).sum() == 76 * 72 - 5 * 20 * 30
 
 
 def test_a_contact_sheet_takes_pictures_of_different_sizes():
@@ -225,3 +225,15 @@ def test_a_title_is_never_cut_off():
     assert sheet.shape[1] >= 2 * width
     ink = (sheet[: sheet.shape[0] - 50].min(axis=2) < 100).any(axis=0)
     assert ink[: sheet.shape[1] // 2].sum() == pytest.approx(ink[sheet.shape[1] // 2 :].sum(), abs=3)
+
+
+def test_letters_beyond_ascii_have_shapes_of_their_own():
+    pytest.importorskip("matplotlib")  # brings a font that has them
+    ground = np.full((400, 400, 3), 90, dtype=np.uint8)
+    drawn = {text: draw_boxes(ground, [[50, 50, 350, 350]], [0], [text]).tobytes() for text in "äñØЖ"}
+    assert len(set(drawn.values())) == 4
+
+
+def test_very_long_pictures_are_not_enlarged_without_end():
+    assert legible_zoom((40, 4000), ["cat 0.90"]) == 1
+    assert legible_zoom((8, 2000), ["cat 0.90"]) == 2

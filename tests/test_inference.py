@@ -160,3 +160,13 @@ def test_what_is_no_picture_is_refused(image, message):
 def test_a_missing_file_is_named(filled_net):
     with pytest.raises(UserError, match=r"nowhere\.jpg"):
         predict(filled_net, "nowhere.jpg")
+
+
+def test_what_predict_takes_besides(filled_net):
+    picture = gradient(64, 96)
+    expected = predict(filled_net, picture, 0.02, min_side=64)[0]
+    found = predict(torch.nn.DataParallel(filled_net), picture, 0.02, min_side=64, precision="fp32")[0]
+    assert len(found.scores) > 3 and torch.equal(found.boxes, expected.boxes)
+    with pytest.raises(ValueError, match="class_names has 1 names, but the model 3 classes"):
+        predict(filled_net, picture, class_names=["cat"])
+    assert "predict" in dir(retinanet)

@@ -1,6 +1,7 @@
 """What scripts written for yhenon/pytorch-retinanet do with its package, done with this one."""
 
 import collections
+import logging
 
 import numpy as np
 import pytest
@@ -94,7 +95,14 @@ def test_the_training_loop(csv_files, tmp_path, without_download):
     assert isinstance(torch.load(tmp_path / "model_final.pt", weights_only=False).module, model.RetinaNet)
 
 
-def test_the_csv_validation(csv_files, filled_net, tmp_path, capsys):
+def forget_logging(monkeypatch):
+    """As in a script that has not set up any logging."""
+    monkeypatch.setattr(logging.getLogger("retinanet"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("retinanet"), "propagate", False)
+
+
+def test_the_csv_validation(csv_files, filled_net, tmp_path, capsys, monkeypatch):
+    forget_logging(monkeypatch)
     torch.save(filled_net, tmp_path / "model.pt")
     dataset_val = CSVDataset(*csv_files, transform=transforms.Compose([Normalizer(), SMALL]))
     retinanet = torch.load(tmp_path / "model.pt", weights_only=False)
@@ -103,7 +111,7 @@ def test_the_csv_validation(csv_files, filled_net, tmp_path, capsys):
     retinanet.eval()
     retinanet.module.freeze_bn()
     average_precisions = csv_eval.evaluate(dataset_val, retinanet, iou_threshold=float("0.5"))
-    assert sorted(average_precisions) == [0, 1, 2]
+    assert sorted(average_precisions) == [0, 1, 2] and "mAP 0." in capsys.readouterr().out
     for label in range(dataset_val.num_classes()):
         average_precision, num_annotations = average_precisions[label]
         assert 0 <= average_precision <= 1
@@ -111,7 +119,8 @@ def test_the_csv_validation(csv_files, filled_net, tmp_path, capsys):
         assert num_annotations == {"circle": 1, "rectangle": 0, "triangle": 2}[name]
 
 
-def test_the_coco_validation(filled_net, tmp_path, without_download):
+def test_the_coco_validation(filled_net, tmp_path, without_download, capsys, monkeypatch):
+    forget_logging(monkeypatch)
     torch.save(filled_net.state_dict(), tmp_path / "state_dict.pt")
     root = write_coco_data(tmp_path)
     dataset_val = CocoDataset(root, set_name="val2017", transform=transforms.Compose([Normalizer(), SMALL]))
@@ -124,6 +133,7 @@ def test_the_coco_validation(filled_net, tmp_path, without_download):
     dataset_val.coco_labels |= {2: 1000}  # the model knows a class more than these data
     metrics = coco_eval.evaluate_coco(dataset_val, retinanet)
     assert 0 <= metrics["AP"] <= 1 and not retinanet.training
+    assert f"AP {metrics['AP']:.3f}" in capsys.readouterr().out
 
 
 def test_the_visualisation(csv_files, filled_net):

@@ -21,6 +21,7 @@ from retinanet import checkpoint, engine, run
 from retinanet.model import resnet18
 from retinanet.resnet import BasicBlock
 from retinanet.shapes import ShapesDataset
+from retinanet.utils import UserError
 
 SLOW = pytest.mark.slow
 FORK = multiprocessing.get_context("fork")
@@ -252,11 +253,26 @@ def test_a_complete_run_is_left_as_it_is(capsys, reference):
 
 
 def test_a_new_run_puts_an_earlier_one_aside(tmp_path):
-    for name in ("last.pt", "log.jsonl"):
-        (tmp_path / name).write_text("earlier")
-    run.RunLog(tmp_path, None, 0, False, 1)
-    assert (tmp_path / "last.old.pt").read_text() == (tmp_path / "log.old.jsonl").read_text() == "earlier"
-    assert (tmp_path / "log.jsonl").read_text() == "" and not (tmp_path / "last.pt").exists()
+    for number in (1, 2):
+        for name in ("last.pt", "log.jsonl", "args.json", "curves.png"):
+            (tmp_path / name).write_text(f"run {number}")
+        (tmp_path / "data.csv").write_text("the user's")
+        run.RunLog(tmp_path, None, 0, False, 1)
+        assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"log.jsonl", "data.csv"}
+        assert (tmp_path / "log.jsonl").read_text() == ""
+    for number in (1, 2):
+        for name in ("last.pt", "log.jsonl", "args.json", "curves.png"):
+            assert (tmp_path / f"old_{number}" / name).read_text() == f"run {number}"
+    run.RunLog(tmp_path, None, 0, False, 1)  # of a run that saved nothing, nothing is kept
+    assert not (tmp_path / "old_3").exists()
+
+
+def test_a_run_that_cannot_start_leaves_the_earlier_one_where_it_is(tmp_path, monkeypatch):
+    (tmp_path / "last.pt").write_text("earlier")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="--tensorboard needs tensorboard"):
+        run.RunLog(tmp_path, None, 0, True, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_a_run_that_goes_on_in_the_folder_of_another_puts_that_one_aside(tmp_path):
@@ -267,7 +283,7 @@ def test_a_run_that_goes_on_in_the_folder_of_another_puts_that_one_aside(tmp_pat
     (tmp_path / "b/best.pt").write_text("b")
     run.RunLog(tmp_path / "b", tmp_path / "a/last.pt", 1, False, 1)
     assert (tmp_path / "b/log.jsonl").read_text() == "a" and not (tmp_path / "b/best.pt").exists()
-    assert (tmp_path / "b/best.old.pt").read_text() == (tmp_path / "b/log.old.jsonl").read_text() == "b"
+    assert (tmp_path / "b/old_1/best.pt").read_text() == (tmp_path / "b/old_1/log.jsonl").read_text() == "b"
 
 
 def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path):
