@@ -10,6 +10,7 @@ The exported network takes pictures as they are, uint8 RGB [B, 3, H, W]: the nor
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -300,7 +301,9 @@ def main(argv: list[str] | None = None) -> None:
         "min_side": str(info["min_side"]),
         "max_side": str(info["max_side"]),
     }
-    save(trace(detector, sizes[0], args.dynamic), path, args.format, metadata)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*create_unbacked_symint", FutureWarning)  # of torchvision's NMS
+        save(trace(detector, sizes[0], args.dynamic), path, args.format, metadata)
     exported, _ = load(path)
     for seed, size in enumerate(sizes):
         log.info("%s", compare(detector, exported, check_picture(size, photograph, seed)))
