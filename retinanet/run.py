@@ -33,7 +33,10 @@ FREE_FLAGS = {
 
 
 BOARD_FILES = "events.out.tfevents.*"
-RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "args.json", "[cbld]*.png", BOARD_FILES)
+RUN_FILES = (
+    *("last.pt", "best.pt", "log.jsonl", "args.json", "curves.png", "labels.png", "batch.png", "detections.png"),
+    BOARD_FILES,
+)
 
 
 class RunLog:
@@ -248,8 +251,9 @@ class Run:
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """The checkpoint to go on from, if any; the same for all ranks."""
     path = Path(args.out_dir) / "last.pt" if args.resume == "auto" else Path(args.resume or "")
-    if args.resume == "auto" and not path.exists() and (old := sorted(path.parent.glob("old_*/last.pt"))):
-        log.warning("warning: --resume auto finds no %s, so a new run starts; is it %s?", path, old[-1])
+    if args.resume == "auto" and not path.exists() and (old := list(path.parent.glob("old_*/last.pt"))):
+        newest = max(old, key=lambda path: path.stat().st_mtime)
+        log.warning("warning: --resume auto finds no %s, so a new run starts; is it %s?", path, newest)
     return from_main_process(path if args.resume and (args.resume != "auto" or path.exists()) else None)
 
 

@@ -256,9 +256,10 @@ def test_a_new_run_puts_an_earlier_one_aside(tmp_path):
     for number in (1, 2):
         for name in ("last.pt", "log.jsonl", "args.json", "curves.png"):
             (tmp_path / name).write_text(f"run {number}")
-        (tmp_path / "data.csv").write_text("the user's")
+        for name in ("data.csv", "cat.png"):
+            (tmp_path / name).write_text("the user's")
         run.RunLog(tmp_path, None, 0, False, 1)
-        assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"log.jsonl", "data.csv"}
+        assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"log.jsonl", "data.csv", "cat.png"}
         assert (tmp_path / "log.jsonl").read_text() == ""
     for number in (1, 2):
         for name in ("last.pt", "log.jsonl", "args.json", "curves.png"):
