@@ -206,7 +206,7 @@ def train(
         )  # fmt: skip
         is_last = epoch + 1 == args.epochs
         run.metrics = {}
-        if val_loader and ((epoch + 1) % args.val_every == 0 or is_last):
+        if val_loader is not None and ((epoch + 1) % args.val_every == 0 or is_last):
             run.metrics = validate(run, val_loader, val_set, device, stop)
         with utils.undisturbed():
             run.schedule.end_epoch(stats["loss"])

@@ -84,7 +84,7 @@ class Anchors(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> "Anchors":
         """What `to`, `half` and the like call: anchors move to the network's device, but keep their precision."""
-        cells = self.cells
+        cells = Anchors(**self.settings()).cells if self.cells.is_meta else self.cells
         super()._apply(*args, **kwargs)
         self.cells = cells.to(self.cells.device)
         return self

@@ -196,8 +196,10 @@ def _read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = content.pop("model")
         info = {"found": "a checkpoint of this library", **content}
     else:  # of another program: the weights lie bare, or under some name beside other things
-        inside = [value for value in content.values() if _are_weights(value)]
-        state = inside[0] if len(inside) == 1 else content
+        inside = {name: value for name, value in content.items() if _are_weights(value)}
+        usual = [name for name in ("state_dict", "model") if name in inside]
+        name = usual[0] if usual else next(iter(inside), None) if len(inside) == 1 else None
+        state = content if name is None else inside[name]
     if not _are_weights(state):
         names = shown(", ".join(map(str, content)))
         raise UserError(f"{path}: holds other things than the weights of a model: {names}")

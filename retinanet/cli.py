@@ -1,6 +1,7 @@
 """What the three scripts share: the flags that name the data, their checks, and the data sets that they mean."""
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,17 +28,17 @@ FOLDERS = {"coco": CocoDataset, "voc": VOCDataset, "yolo": YoloDataset}  # data 
 
 
 def _number(read: type, kind: str, is_right: Callable[[Any], bool], rule: str) -> Callable[[str], Any]:
-    """Argparse type: what `read` makes of a text, if that is right and fits 64 bits."""
+    """Argparse type: what `read` makes of a text, if that is right; whole numbers must fit 64 bits."""
 
     def convert(text: str) -> Any:
         try:
             value = read(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"must be a {kind}, not {shown(text)}") from error
-        if abs(value) >= 2**63:
-            raise argparse.ArgumentTypeError(f"must be below 2 to the 63rd, not {shown(text)}")
         if not is_right(value):
-            raise argparse.ArgumentTypeError(f"must be {rule}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be {rule}, not {text if len(text) < 30 else shown(text)}")
+        if read is int and value >= 2**63:
+            raise argparse.ArgumentTypeError(f"must be below 2 to the 63rd, not {shown(text)}")
         return value
 
     return convert
@@ -45,7 +46,7 @@ def _number(read: type, kind: str, is_right: Callable[[Any], bool], rule: str) -
 
 positive_int = _number(int, "whole number", lambda value: value >= 1, "at least 1")
 non_negative_int = _number(int, "whole number", lambda value: value >= 0, "at least 0")
-positive_float = _number(float, "number", lambda value: value > 0, "above 0")
+positive_float = _number(float, "number", lambda value: 0 < value < math.inf, "above 0 and finite")
 fraction = _number(float, "number", lambda value: 0 <= value <= 1, "from 0 to 1")
 
 
@@ -86,7 +87,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows every default, save that of a flag that is off, or whose help says what happens without it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def make_parser(description: str) -> Parser:

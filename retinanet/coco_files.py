@@ -236,7 +236,7 @@ def _annotation_columns(entries: list[Any]) -> tuple[np.ndarray, ...] | None:
         return None
     good = all(column.dtype == np.int64 and column.ndim == 1 for column in ids)
     good &= boxes.shape == (len(entries), 4) and boxes.dtype in (np.int64, np.float64)
-    good &= is_crowd.dtype in (np.int64, np.bool_)
+    good &= is_crowd.dtype.kind in "bif" and bool(np.isin(is_crowd, (0, 1)).all())
     return (*ids, boxes.astype(np.float64), is_crowd.astype(bool)) if good else None
 
 

@@ -19,23 +19,24 @@ from xml.etree import ElementTree
 
 from retinanet.cli import FOLDERS, make_parser
 from retinanet.datasets import CocoDataset, CSVDataset, DetectionDataset
-from retinanet.pictures import list_pictures
+from retinanet.pictures import PICTURE_SUFFIXES, list_pictures
 from retinanet.utils import UserError, log, progress, script, setup_logging
 
 PICTURE_FOLDERS = {"csv": "images/{}", "coco": "images/{}", "voc": "JPEGImages", "yolo": "images/{}"}
 
 
-def place_pictures(dataset: DetectionDataset, folder: Path, link: bool) -> list[str]:
-    """Copy or link the pictures into one folder.
+def plan_pictures(dataset: DetectionDataset, folder: Path) -> dict[str, Path]:
+    """Which pictures shall lie in a folder; nothing is copied yet.
 
     Returns:
-        Their names there: as before, with the names of their folders before them where two would be the same.
+        Name there -> picture: names as before, with those of their folders before them where two would be the same.
 
     Raises:
-        UserError: two names are the same, or the folder holds another picture of such a name.
+        UserError: a picture is missing, two names are the same, or the folder holds another picture of such a name.
     """
-    # Not resolved: a link has the picture's name, what it leads to perhaps a hash.
-    paths = [Path(os.path.abspath(dataset.image_path(index))) for index in range(len(dataset))]  # noqa: PTH100
+    paths = [Path(dataset.image_path(index)) for index in range(len(dataset))]
+    # Only their folders are resolved: a link has the picture's name, what it leads to perhaps a hash.
+    paths = [path.parent.resolve() / path.name for path in paths]
     names = [path.name for path in paths]
     if len({Path(name).stem for name in names}) < len(names):
         common = Path(os.path.commonpath([path.parent for path in paths]))
@@ -45,22 +46,27 @@ def place_pictures(dataset: DetectionDataset, folder: Path, link: bool) -> list[
         twice = next(name for name in names if stems.count(Path(name).stem) > 1)
         raise UserError(f"{twice}: two pictures of one folder differ in nothing but their ending, or stand there twice")
     folder.mkdir(parents=True, exist_ok=True)
-    there = {path.stem: path.name for path in folder.iterdir()}
-    for name in names:
-        if there.get(Path(name).stem, name) != name:
-            raise UserError(f"{folder}: holds {there[Path(name).stem]}, from which {name} differs in its ending alone")
-    for path, name in progress(zip(paths, names, strict=True), "pictures", len(paths)):
-        target = folder / name
+    there = {path.stem: path.name for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES}
+    for path, name in zip(paths, names, strict=True):
         if not path.is_file():
             raise UserError(f"{path}: there is no such picture")
+        if there.get(Path(name).stem, name) != name:
+            raise UserError(f"{folder}: holds {there[Path(name).stem]}, from which {name} differs in its ending alone")
+        if (folder / name).exists() and not filecmp.cmp(path, folder / name, shallow=False):
+            raise UserError(f"{folder / name}: is there already, and is not {path}")
+    return dict(zip(names, paths, strict=True))
+
+
+def place_pictures(pictures: dict[str, Path], folder: Path, link: bool) -> None:
+    """Copy or link what `plan_pictures` gave."""
+    for name, path in progress(pictures.items(), "pictures", len(pictures)):
+        target = folder / name
         if target.exists():
-            if not filecmp.cmp(path, target, shallow=False):
-                raise UserError(f"{target}: is there already, and is not {path}")
-        elif link:
+            continue
+        if link:
             target.symlink_to(path.resolve())
         else:
             shutil.copyfile(path, target)
-    return names
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -195,8 +201,10 @@ def main(argv: list[str] | None = None) -> None:
     set_name = args.out_set or args.set or Path(args.source).stem
     root = Path(args.out)
     try:
-        names = place_pictures(dataset, root / PICTURE_FOLDERS[args.to].format(set_name), args.link)
-        WRITERS[args.to](dataset, names, root, set_name)
+        folder = root / PICTURE_FOLDERS[args.to].format(set_name)
+        pictures = plan_pictures(dataset, folder)
+        WRITERS[args.to](dataset, list(pictures), root, set_name)  # first: it may refuse
+        place_pictures(pictures, folder, args.link)
     except OSError as error:
         raise UserError(f"--out {args.out}: {error}") from error
     if args.to == "csv":
@@ -204,9 +212,10 @@ def main(argv: list[str] | None = None) -> None:
     else:
         written = FOLDERS[args.to](root, set_name)
     difficult = len(dataset.difficult_rows) - len(written.difficult_rows)
-    if difficult:
+    if difficult and args.to in ("csv", "yolo"):
         log.warning("warning: %d difficult boxes (or crowds) are left out: %s has no mark for them", difficult, args.to)
-    lost = len(dataset.rows) - len(written.rows)
+        difficult = 0
+    lost = len(dataset.rows) - len(written.rows) + difficult
     if lost:
         log.warning("warning: %d boxes are left out: outside their pictures, or alike once they are rounded", lost)
     log.info(

@@ -238,7 +238,7 @@ def check_boxes(
         lambda row: f"a box needs x1 < x2 and y1 < y2, or a width and height above 0, found {show(row)}",
     )
     tiny = valid & (np.abs(boxes) <= 1).all(axis=1)
-    if tiny.sum() > valid.sum() / 2:
+    if tiny.any() and (tiny.sum() == valid.sum() or (tiny.sum() > valid.sum() / 2 and (boxes[tiny] % 1).any())):
         first = int(np.flatnonzero(tiny)[0])
         report.add(
             "looks normalised",

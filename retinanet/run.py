@@ -35,7 +35,7 @@ FREE_FLAGS = {
 BOARD_FILES = "events.out.tfevents.*"
 RUN_FILES = (
     *("last.pt", "best.pt", "log.jsonl", "args.json", "curves.png", "labels.png", "batch.png", "detections.png"),
-    BOARD_FILES,
+    *("not_finite_rank*.pt", BOARD_FILES),
 )
 
 
@@ -76,7 +76,8 @@ class RunLog:
                 _add_to_board(self.board, entry, steps_per_epoch)
 
     def _put_aside(self) -> None:
-        if not any((self.folder / name).exists() for name in ("last.pt", "best.pt")):
+        said_something = self.path.exists() and self.path.stat().st_size > 0
+        if not (said_something or any((self.folder / name).exists() for name in ("last.pt", "best.pt"))):
             return
         number = next(number for number in itertools.count(1) if not (self.folder / f"old_{number}").exists())
         aside = self.folder / f"old_{number}"

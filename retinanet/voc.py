@@ -1,6 +1,5 @@
 """Pascal VOC's folders: one XML file a picture."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -63,7 +62,9 @@ class VOCDataset(DetectionDataset):
         folder = self.root_dir / "JPEGImages"
         pictures = list_pictures(folder)
         # The lists of one class have a second column: whether it is in the picture.
-        image_names = [line if line in pictures else re.sub(r"\s+(-1|0|1)$", "", line) for line in lines]
+        image_names = [
+            line if line in pictures or line.split()[0] not in pictures else line.split()[0] for line in lines
+        ]
         report.add_rows(
             "missing image",
             [name for name in image_names if name not in pictures],
@@ -105,7 +106,7 @@ class VOCDataset(DetectionDataset):
 def _class_names(folder: Path) -> Sequence[str]:
     """VOC's classes if there are no others, else those of all annotations: the same for each set of a folder."""
     used = {
-        entry.findtext("name", "").strip() for path in folder.glob("*.xml") for entry in _find_objects(path, Report())
+        entry.findtext("name", "").strip() for path in folder.rglob("*.xml") for entry in _find_objects(path, Report())
     } - {""}
     return VOC_CLASSES if used <= set(VOC_CLASSES) else sorted(used)
 

@@ -47,7 +47,7 @@ class YoloDataset(DetectionDataset):
         files = [labels / f"{name}.txt" for name in pictures]
         strangers = sorted({*labels.rglob("*.txt")} - {*files, labels / "classes.txt"})
         report.add_rows("stray file", strangers, str, lambda path: f"no picture in {folder} has the name {path.stem}")
-        has_poses = _has_poses(self.root_dir / "data.yaml", report)
+        has_poses = _has_poses(self.root_dir / "data.yaml")
         table, sizes = [], []
         for index, path in enumerate(progress(pictures.values(), "reading YOLO files")):
             try:
@@ -115,9 +115,9 @@ def _read_yaml_names(path: Path, report: Report) -> list[str]:
     return names
 
 
-def _has_poses(path: Path, report: Report) -> bool:
+def _has_poses(path: Path) -> bool:
     """Whether `data.yaml` says that each box is followed by key points."""
-    return path.is_file() and re.search(r"^kpt_shape\s*:", read_text(path, report), re.MULTILINE) is not None
+    return path.is_file() and re.search(rb"^kpt_shape\s*:", path.read_bytes(), re.MULTILINE) is not None
 
 
 def _read_boxes(path: Path, num_classes: int, has_poses: bool, report: Report) -> Iterator[tuple[float, ...]]:

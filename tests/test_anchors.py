@@ -67,3 +67,9 @@ def test_anchors_keep_their_precision(change):
     expected = anchors(images)
     found = change(anchors)(images)
     assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+def test_a_network_built_without_memory_gets_its_anchors():
+    with torch.device("meta"):
+        anchors = Anchors()
+    assert torch.equal(anchors.to_empty(device="cpu").cells, Anchors().cells)

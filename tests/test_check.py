@@ -153,6 +153,7 @@ def test_an_unused_class_and_a_set_without_boxes_matter_for_training_only(tmp_pa
     [
         (lambda c: c["annotations"][2].update(bbox=[1, 2, "3", 4]), "bad entry", ": annotation 3"),
         (lambda c: c["annotations"][1].update(iscrowd="0"), "bad entry", ": annotation 2"),
+        (lambda c: c["annotations"][1].update(iscrowd=2), "bad entry", ": annotation 2"),
         (lambda c: c["annotations"][2].update(bbox=[1, 2, float("nan"), 4]), "not finite", ": annotation 3"),
         (lambda c: c["annotations"][2].update(bbox=[1, 2, -3, 4]), "inverted box", ": annotation 3"),
         (lambda c: c["annotations"][2].update(bbox=[1, 2, 0, 4]), "sub-pixel box", ": annotation 3"),

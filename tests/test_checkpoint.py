@@ -488,6 +488,7 @@ def test_another_depth_is_an_error_that_names_both(filled_net, tmp_path):
     [
         lambda state: {"model_state_dict": state, "epoch": 3, "optimizer_state_dict": {"state": {}}},
         lambda state: {"model": state, "epoch": 3},
+        lambda state: {"state_dict": state, "metrics": {"loss": torch.ones(1)}},
         lambda state: {"state_dict": {f"model.{key}": value for key, value in state.items()}},
         lambda state: {"net": {f"module.net.{key}": value for key, value in state.items()}},
     ],
@@ -499,8 +500,8 @@ def test_weights_of_other_training_programs_are_found(filled_net, tmp_path, wrap
 
 
 def test_two_sets_of_weights_are_an_error_that_names_them(filled_net, tmp_path):
-    torch.save({"model": filled_net.state_dict(), "ema": filled_net.state_dict()}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=r"a\.pt: holds other things than the weights of a model: 'model, ema'"):
+    torch.save({"net": filled_net.state_dict(), "ema": filled_net.state_dict()}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: holds other things than the weights of a model: 'net, ema'"):
         checkpoint.load_model(tmp_path / "a.pt")
 
 

@@ -217,6 +217,7 @@ def test_pictures_of_an_earlier_run_do_not_become_empty_ones(source, tmp_path, c
     assert run("csv", source, "yolo", tmp_path / "yolo") == 0
     assert convert.main([*flags, "--to", "yolo", "--out", str(tmp_path / "yolo")]) == 1
     assert "images/val: holds other pictures, such as a;" in capsys.readouterr().err
+    assert len(read("yolo", tmp_path / "yolo")) == 3  # nothing was copied
 
 
 @pytest.mark.parametrize("kind", ["csv", "coco", "voc", "yolo"])

@@ -139,7 +139,7 @@ def test_a_class_that_is_not_listed_is_an_error(tmp_path):
 
 
 def test_a_name_may_hold_spaces_and_end_in_a_number(tmp_path):
-    data = VOCDataset(write_voc(tmp_path, {"IMG 1": [], "b 2": []}, lines="IMG 1\nb 2 -1\n"))
+    data = VOCDataset(write_voc(tmp_path, {"IMG 1": [], "b 2": []}, lines="IMG 1\nb 2\n"))
     assert [data.image_path(index).rsplit("/", 1)[1] for index in (0, 1)] == ["IMG 1.png", "b 2.png"]
 
 
