@@ -197,9 +197,9 @@ def _read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         info = {"found": "a checkpoint of this library", **content}
     else:  # of another program: the weights lie bare, or under some name beside other things
         inside = {name: value for name, value in content.items() if _are_weights(value)}
-        usual = [name for name in ("state_dict", "model") if name in inside]
-        name = usual[0] if usual else next(iter(inside), None) if len(inside) == 1 else None
-        state = content if name is None else inside[name]
+        usual = [inside[name] for name in ("state_dict", "model") if name in inside]
+        guesses = usual[:1] or list(inside.values())
+        state = guesses[0] if len(guesses) == 1 else content
     if not _are_weights(state):
         names = shown(", ".join(map(str, content)))
         raise UserError(f"{path}: holds other things than the weights of a model: {names}")

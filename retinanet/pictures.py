@@ -7,7 +7,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,11 +153,15 @@ def read_image_size(path: str | Path) -> tuple[int, int]:
     return read_header(path)[:2]
 
 
-def list_pictures(folder: Path) -> dict[str, Path]:
+def list_pictures(folder: Path, wanted: Container[str] | None = None) -> dict[str, Path]:
     """The pictures of a folder, and of those in it, by their paths from there without ending, sorted.
 
+    Args:
+        folder: where they lie.
+        wanted: the names that must be of one picture alone; by default all.
+
     Raises:
-        UserError: the folder cannot be read, or the names of two pictures differ in their endings alone.
+        UserError: the folder cannot be read, or two pictures of a wanted name differ in their endings alone.
     """
     try:
         next(folder.iterdir(), None)
@@ -169,7 +173,7 @@ def list_pictures(folder: Path) -> dict[str, Path]:
         if path.suffix.lower() not in PICTURE_SUFFIXES or any(part.startswith(".") for part in relative.parts):
             continue
         name = relative.with_suffix("").as_posix()
-        if name in found:
+        if name in found and (wanted is None or name in wanted):
             raise UserError(f"{path}: differs from {found[name].name} in nothing but its ending; remove one of them")
         found[name] = path
     return found

@@ -60,11 +60,8 @@ class VOCDataset(DetectionDataset):
         if not lines:
             raise UserError(f"{list_file}: lists no images")
         folder = self.root_dir / "JPEGImages"
-        pictures = list_pictures(folder)
-        # The lists of one class have a second column: whether it is in the picture.
-        image_names = [
-            line if line in pictures or line.split()[0] not in pictures else line.split()[0] for line in lines
-        ]
+        pictures = list_pictures(folder, {name for line in lines for name in _readings(line)})
+        image_names = [next((name for name in _readings(line) if name in pictures), line) for line in lines]
         report.add_rows(
             "missing image",
             [name for name in image_names if name not in pictures],
@@ -101,6 +98,11 @@ class VOCDataset(DetectionDataset):
     def row_name(self, row: int) -> str:
         """The annotation file and the object's number there."""
         return f"{self.annotation_files[self.image_of(row)]}: object {self.row_ids[row]}"
+
+
+def _readings(line: str) -> tuple[str, str, str]:
+    """What the name in a line of a list may be: the lists of one class have a second column, and names have spaces."""
+    return line, line.rsplit(maxsplit=1)[0], line.split()[0]
 
 
 def _class_names(folder: Path) -> Sequence[str]:

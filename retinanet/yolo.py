@@ -47,7 +47,7 @@ class YoloDataset(DetectionDataset):
         files = [labels / f"{name}.txt" for name in pictures]
         strangers = sorted({*labels.rglob("*.txt")} - {*files, labels / "classes.txt"})
         report.add_rows("stray file", strangers, str, lambda path: f"no picture in {folder} has the name {path.stem}")
-        has_poses = _has_poses(self.root_dir / "data.yaml")
+        key_numbers = _key_numbers(self.root_dir / "data.yaml")
         table, sizes = [], []
         for index, path in enumerate(progress(pictures.values(), "reading YOLO files")):
             try:
@@ -55,7 +55,7 @@ class YoloDataset(DetectionDataset):
             except UserError as error:
                 report.add("unreadable image", *str(error).split(": ", 1))
                 sizes.append((1000, 1000))  # any, to look at the boxes' numbers all the same
-            table += [(index, *row) for row in _read_boxes(files[index], len(class_names), has_poses, report)]
+            table += [(index, *row) for row in _read_boxes(files[index], len(class_names), key_numbers, report)]
         table = np.array(table, dtype=np.float64).reshape(-1, 7)
         image_index, numbers = table[:, :2].T.astype(np.int64)
         boxes, classes = table[:, 2:6], table[:, 6]
@@ -115,12 +115,14 @@ def _read_yaml_names(path: Path, report: Report) -> list[str]:
     return names
 
 
-def _has_poses(path: Path) -> bool:
-    """Whether `data.yaml` says that each box is followed by key points."""
-    return path.is_file() and re.search(rb"^kpt_shape\s*:", path.read_bytes(), re.MULTILINE) is not None
+def _key_numbers(path: Path) -> int:
+    """How many numbers of key points follow each box, as `data.yaml` says; 0 without poses."""
+    text = path.read_bytes() if path.is_file() else b""
+    found = re.search(rb"^kpt_shape\s*:[\s\[-]*(\d+)[\s,-]*(\d+)", text, re.MULTILINE)
+    return int(found[1]) * int(found[2]) if found else 0
 
 
-def _read_boxes(path: Path, num_classes: int, has_poses: bool, report: Report) -> Iterator[tuple[float, ...]]:
+def _read_boxes(path: Path, num_classes: int, key_numbers: int, report: Report) -> Iterator[tuple[float, ...]]:
     """Number from 1, (x1, y1, x2, y2) in fractions of the picture's size, and label of each line."""
     try:
         lines = read_text(path, report).splitlines() if path.is_file() else []
@@ -136,11 +138,11 @@ def _read_boxes(path: Path, num_classes: int, has_poses: bool, report: Report) -
         except ValueError as error:
             report.add("not a number", where, f"expected numbers ({error})")
             continue
-        values = np.array(numbers[:4] if has_poses else numbers)
-        if len(values) == 4:
-            centre, half = values[:2], values[2:] / 2
+        values = np.array(numbers)
+        if len(values) == 4 or (key_numbers and len(values) == 4 + key_numbers):
+            centre, half = values[:2], values[2:4] / 2
             corners = np.concatenate([centre - half, centre + half])
-        elif len(values) >= 6 and len(values) % 2 == 0:
+        elif len(values) >= 6 and len(values) % 2 == 0 and not key_numbers:
             points = values.reshape(-1, 2)
             corners = np.concatenate([points.min(axis=0), points.max(axis=0)])
         else:

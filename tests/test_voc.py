@@ -139,8 +139,22 @@ def test_a_class_that_is_not_listed_is_an_error(tmp_path):
 
 
 def test_a_name_may_hold_spaces_and_end_in_a_number(tmp_path):
-    data = VOCDataset(write_voc(tmp_path, {"IMG 1": [], "b 2": []}, lines="IMG 1\nb 2\n"))
+    data = VOCDataset(write_voc(tmp_path, {"IMG 1": [], "b 2": []}, lines="IMG 1\nb 2 -1\n"))
     assert [data.image_path(index).rsplit("/", 1)[1] for index in (0, 1)] == ["IMG 1.png", "b 2.png"]
+
+
+@pytest.mark.parametrize("mark", ["+1", "2", "1.0", "cat", "# a note"])
+def test_the_second_column_may_hold_anything(tmp_path, mark):
+    assert VOCDataset(write_voc(tmp_path, {"a": []}, lines=f"a {mark}\n")).image_path(0).endswith("a.png")
+
+
+def test_two_pictures_of_one_name_matter_only_where_it_is_listed(tmp_path):
+    root = write_voc(tmp_path, {"a": []})
+    for ending in ("png", "bmp"):
+        save(gradient(40, 60), root / "JPEGImages" / f"z.{ending}")
+    assert len(VOCDataset(root)) == 1
+    with pytest.raises(UserError, match=r"z\.png: differs from z\.bmp in nothing but its ending"):
+        VOCDataset(write_voc(tmp_path, {}, lines="a\nz\n"))
 
 
 def test_a_row_is_named_by_its_file_and_object(tmp_path):

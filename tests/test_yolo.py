@@ -158,8 +158,12 @@ def test_text_files_without_a_picture_are_reported(tmp_path):
 
 def test_of_a_pose_its_box_is_taken(tmp_path):
     root = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.2 0.2 0.1 0.1 0.9 0.9\n"})
-    (root / "data.yaml").write_text("names: [cat, dog]\nkpt_shape: [2, 2]\n")
-    assert YoloDataset(root).load_annotations(0) == pytest.approx(np.array([[32, 16, 48, 24, 0]]))
+    for shape in ("[2, 2]", "\n- 2\n- 2"):
+        (root / "data.yaml").write_text(f"names: [cat, dog]\nkpt_shape: {shape}\n")
+        assert YoloDataset(root).load_annotations(0) == pytest.approx(np.array([[32, 16, 48, 24, 0]]))
+    (root / "data.yaml").write_text("names: [cat, dog]\nkpt_shape: [3, 2]\n")
+    with pytest.raises(UserError, match=r"a\.txt:1: expected `class x y width height`, found 9 numbers"):
+        YoloDataset(root)
 
 
 def test_pictures_may_lie_in_folders(tmp_path):
