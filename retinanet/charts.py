@@ -81,7 +81,7 @@ def draw_training_curves(entries: Sequence[Mapping[str, float]], steps_per_epoch
             values = [entry[name] for entry in scored]
             axes.plot([entry["epoch"] + 1 for entry in scored], values, marker=".", label=name)
         axes.set(title="validation", ylim=(0, 1))
-        axes.legend(loc="lower right")
+        axes.legend()
     for axes in (losses, rate, *scores):
         axes.set(xlabel="epochs", xlim=(0, None))
         axes.grid(alpha=0.3)

@@ -298,7 +298,7 @@ def complete_for_evaluation(content: dict[str, Any]) -> dict[str, Any]:
     renumber = len({annotation["id"] for annotation in annotations} | {0}) != len(annotations) + 1
     for number, annotation in enumerate(annotations, start=1):
         area = annotation.get("area")
-        if not (isinstance(area, int | float) and math.isfinite(area)):
+        if not (_is_id(area) or (isinstance(area, float) and math.isfinite(area))):
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         annotation["iscrowd"] = int(bool(annotation.get("iscrowd")))
         if renumber:

@@ -428,3 +428,10 @@ def test_declared_sizes_may_be_written_as_whole_floats(tmp_path):
         image["height"] = float(image["height"])
     data = CocoDataset(write_coco_data(tmp_path, content), "val2017")
     assert data.report.counts == {} and data.image_sizes.tolist() == [[48, 64], [64, 48], [48, 48]]
+
+
+def test_an_area_beyond_all_floats_is_replaced(tmp_path):
+    content = coco_content()
+    content["annotations"][0]["area"] = 10**400
+    data = CocoDataset(write_coco_data(tmp_path, content), "val2017")
+    assert data.coco.anns[1]["area"] == 600
