@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "retinanet/__init__.py").read_text())[1]
@@ -14,7 +14,7 @@ setup(
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["retinanet"],
+    packages=find_packages(include=["retinanet", "retinanet.*"]),
     package_data={"retinanet": ["py.typed"]},
     py_modules=["train", "validate", "visualize"],
     python_requires=">=3.10",
@@ -25,11 +25,5 @@ setup(
         "plots": ["matplotlib>=3.8"],
         "tensorboard": ["tensorboard>=2.16"],
     },
-    entry_points={
-        "console_scripts": [
-            "retinanet-train = train:main",
-            "retinanet-validate = validate:main",
-            "retinanet-visualize = visualize:main",
-        ]
-    },
+    entry_points={"console_scripts": ["retinanet = retinanet.commands:main"]},
 )

@@ -12,16 +12,23 @@ import torchvision
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from retinanet import __version__, anchor_fit, checkpoint, cli, coco_eval, engine, utils, views
-from retinanet.check import check_before_training
-from retinanet.dataloader import AspectRatioBasedSampler, Resizer, make_loader
-from retinanet.datasets import DetectionDataset
-from retinanet.engine import Progress
+from retinanet import __version__, inference, process
+from retinanet.commands import flags
+from retinanet.data.checks import check_before_training
+from retinanet.data.dataset import DetectionDataset, check_classes
+from retinanet.data.loader import WorkerDiedError, make_loader
+from retinanet.data.sampler import AspectRatioBasedSampler
+from retinanet.data.transforms import Resizer
+from retinanet.errors import UserError
+from retinanet.evaluation import coco as coco_eval
 from retinanet.losses import FocalLoss
 from retinanet.model import ARCHITECTURES, RetinaNet, resnet
-from retinanet.optim import EMA, RECIPES, Recipe, Schedule, make_optimizer
-from retinanet.run import Run, RunLog, check_resume, find_checkpoint
-from retinanet.utils import UserError, log, script
+from retinanet.process import log, script
+from retinanet.training import checkpoint, engine
+from retinanet.training.engine import Progress
+from retinanet.training.recipes import EMA, RECIPES, Recipe, Schedule, make_optimizer
+from retinanet.training.run import Run, RunLog, check_resume, find_checkpoint
+from retinanet.visual import anchor_fit, views
 
 # What --weights may name in place of a file.
 PRETRAINED = {"imagenet": "IMAGENET1K_V1", "imagenet_v2": "IMAGENET1K_V2", "none": False}
@@ -37,44 +44,50 @@ def interval(text: str) -> tuple[int, str]:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Flags -> values; a usage error lists all contradictions and exits with 2."""
-    parser = cli.make_parser(__doc__)
-    cli.add_data_arguments(parser, training=True)
+    parser = flags.make_parser(__doc__)
+    flags.add_data_arguments(parser, training=True)
     group = parser.add_argument_group("model")
     group.add_argument("--depth", type=int, choices=sorted(ARCHITECTURES), default=50, help="layers of the ResNet")
     group.add_argument(
         "--weights", default="imagenet", help="start from: imagenet, imagenet_v2, none (random), or a checkpoint's path"
     )
-    cli.add_anchor_arguments(parser)
+    flags.add_anchor_arguments(parser)
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", choices=sorted(RECIPES), default="original", help="optimizer and schedule")
-    group.add_argument("--epochs", type=cli.positive_int, default=100, help="passes over the training set")
-    group.add_argument("--batch_size", type=cli.positive_int, default=2, help="images a batch, of each process")
-    group.add_argument("--accumulate", type=cli.positive_int, default=1, help="batches averaged for one optimizer step")
-    group.add_argument("--lr", type=cli.positive_float, help="peak learning rate (default: the recipe's, scaled)")
+    group.add_argument("--epochs", type=flags.positive_int, default=100, help="passes over the training set")
+    group.add_argument("--batch_size", type=flags.positive_int, default=2, help="images a batch, of each process")
     group.add_argument(
-        "--clip_norm", type=cli.positive_float, help="limit of the gradient's norm (default: the recipe's)"
+        "--accumulate", type=flags.positive_int, default=1, help="batches averaged for one optimizer step"
+    )
+    group.add_argument("--lr", type=flags.positive_float, help="peak learning rate (default: the recipe's, scaled)")
+    group.add_argument(
+        "--clip_norm", type=flags.positive_float, help="limit of the gradient's norm (default: the recipe's)"
     )
     group.add_argument(
-        "--ema", type=cli.fraction, help="decay of averaged weights, such as 0.999; they are what is saved"
+        "--ema", type=flags.fraction, help="decay of averaged weights, such as 0.999; they are what is saved"
     )
-    group.add_argument("--early_stop", type=cli.positive_int, help="stop after so many validations without a better AP")
-    group.add_argument("--seed", type=cli.non_negative_int, default=0, help="decides weights, order and augmentation")
+    group.add_argument(
+        "--early_stop", type=flags.positive_int, help="stop after so many validations without a better AP"
+    )
+    group.add_argument("--seed", type=flags.non_negative_int, default=0, help="decides weights, order and augmentation")
     group = parser.add_argument_group("pictures")
-    group.add_argument("--min_side", type=cli.positive_int, default=608, help="pixels of the resized short side")
-    group.add_argument("--max_side", type=cli.positive_int, default=1024, help="limit of the resized long side, pixels")
-    cli.add_augmentation_arguments(parser)
-    cli.add_machine_arguments(parser)
+    group.add_argument("--min_side", type=flags.positive_int, default=608, help="pixels of the resized short side")
+    group.add_argument(
+        "--max_side", type=flags.positive_int, default=1024, help="limit of the resized long side, pixels"
+    )
+    flags.add_augmentation_arguments(parser)
+    flags.add_machine_arguments(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--out_dir", default="runs/train", help="folder for checkpoints and logs")
     group.add_argument("--resume", help="go on with a run: auto (last.pt of --out_dir, if it is there), or a last.pt")
     group.add_argument("--checkpoint_every", type=interval, default="10m", help="steps (500) or minutes (10m)")
-    group.add_argument("--val_every", type=cli.positive_int, default=1, help="validate after every so many epochs")
+    group.add_argument("--val_every", type=flags.positive_int, default=1, help="validate after every so many epochs")
     group.add_argument(
-        "--log_every", type=cli.positive_int, default=20, help="optimizer steps between lines of log.jsonl"
+        "--log_every", type=flags.positive_int, default=20, help="optimizer steps between lines of log.jsonl"
     )
     group.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard as well")
     args = parser.parse_args(argv)
-    errors = cli.check_data_arguments(args, ["csv_train"])
+    errors = flags.check_data_arguments(args, ["csv_train"])
     if args.max_side < args.min_side:
         errors.append(f"--max_side {args.max_side} is below --min_side {args.min_side}")
     if args.jitter and not args.jitter[0] <= args.jitter[1] <= args.max_side:
@@ -94,7 +107,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def make_model(args: argparse.Namespace, num_classes: int) -> RetinaNet:
     """The model that training starts from."""
     try:
-        net = resnet(args.depth, num_classes, PRETRAINED.get(args.weights, False), cli.anchors_from_arguments(args))
+        net = resnet(args.depth, num_classes, PRETRAINED.get(args.weights, False), flags.anchors_from_arguments(args))
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
     if args.weights not in PRETRAINED:
@@ -125,14 +138,14 @@ def make_run(args: argparse.Namespace, recipe: Recipe, device: torch.device, tra
     if state:
         run.restore(info)
         log.info("going on with %s in epoch %d, after step %d", path, *run.position)
-    if utils.is_main_process():
+    if process.is_main_process():
         run.log = RunLog(args.out_dir, path, state["log_size"] if state else 0, args.tensorboard, steps_per_epoch)
     return run
 
 
 def log_header(args: argparse.Namespace, recipe: Recipe, run: Run, device: torch.device, num_boxes: int) -> None:
     """Say in one line what is trained, on what, and how."""
-    precision = utils.choose_precision(args.precision, device)
+    precision = process.choose_precision(args.precision, device)
     log.info(
         "%s: %d images, %d boxes, %d classes | ResNet-%d, %.1f M parameters, weights: %s | %s, %s | recipe %s, "
         "learning rate %.3g (%.3g for %d images), global batch %d = %d images x %d batches x %d processes, %d epochs%s "
@@ -140,7 +153,7 @@ def log_header(args: argparse.Namespace, recipe: Recipe, run: Run, device: torch
         args.dataset, run.num_images, num_boxes, len(run.class_names),
         args.depth, sum(weight.numel() for weight in run.net.parameters()) / 1e6, args.weights,
         device, str(precision).removeprefix("torch."), args.recipe, args.lr, recipe.lr, recipe.reference_batch,
-        args.global_batch, args.batch_size, args.accumulate, utils.get_world_size(), args.epochs,
+        args.global_batch, args.batch_size, args.accumulate, process.get_world_size(), args.epochs,
         "" if args.ema is None else f", EMA {args.ema}", __version__, torch.__version__, torchvision.__version__,
     )  # fmt: skip
     if args.weights == "none" and args.recipe != "scratch":
@@ -148,23 +161,23 @@ def log_header(args: argparse.Namespace, recipe: Recipe, run: Run, device: torch
 
 
 def validate(
-    run: Run, loader: DataLoader, dataset: DetectionDataset, device: torch.device, stop: utils.StopSignals
+    run: Run, loader: DataLoader, dataset: DetectionDataset, device: torch.device, stop: process.StopSignals
 ) -> dict:
     """COCO's numbers of the detector, computed by all ranks together."""
-    utils.broadcast_buffers(run.detector)  # each rank has BatchNorm statistics of its own
-    precision = utils.choose_precision(run.args.precision, device)
-    with utils.seeded(run.args.seed):  # what a loader draws here must not change the training
-        found = engine.detect(run.detector, loader, device, precision, stop=lambda: bool(stop.signum))
-    signum = max(utils.gather_objects(stop.signum))
+    process.broadcast_buffers(run.detector)  # each rank has BatchNorm statistics of its own
+    precision = process.choose_precision(run.args.precision, device)
+    with process.seeded(run.args.seed):  # what a loader draws here must not change the training
+        found = inference.detect(run.detector, loader, device, precision, stop=lambda: bool(stop.signum))
+    signum = max(process.gather_objects(stop.signum))
     if signum:
         run.stop(signum)
     metrics = None
-    if utils.is_main_process():
+    if process.is_main_process():
         results = coco_eval.coco_results(dataset, found)
         metrics = coco_eval.score(coco_eval.ground_truth(dataset), results, dataset.image_ids).metrics
         log.info("%s", coco_eval.metrics_table(metrics))
         views.save_detections(dataset, found, Path(run.args.out_dir) / "detections.png")
-    return utils.from_main_process(metrics)
+    return process.from_main_process(metrics)
 
 
 def train(
@@ -174,12 +187,12 @@ def train(
     val_loader: DataLoader | None,
     val_set: DetectionDataset | None,
     device: torch.device,
-    stop: utils.StopSignals,
+    stop: process.StopSignals,
 ) -> None:
     """Train and validate, epoch by epoch, until the run is over or a signal comes."""
     args, recipe = run.args, RECIPES[run.args.recipe]
     model = run.net
-    if utils.get_world_size() > 1:
+    if process.get_world_size() > 1:
         devices = [device] if device.type == "cuda" else None
         model = DistributedDataParallel(run.net, device_ids=devices, gradient_as_bucket_view=True)
     number, unit = args.checkpoint_every
@@ -196,7 +209,7 @@ def train(
         epoch = run.progress.epoch
         sampler.set_epoch(*run.position)
         stats = engine.train_one_epoch(
-            model, train_loader, run.optimizer, run.schedule, device, utils.choose_precision(args.precision, device),
+            model, train_loader, run.optimizer, run.schedule, device, process.choose_precision(args.precision, device),
             run.progress, args.clip_norm or recipe.clip_norm, args.accumulate, wish=lambda: stop.signum,
             after_step=after_step, log_step=run.log.write if run.log else None, log_every=args.log_every,
         )  # fmt: skip
@@ -208,7 +221,7 @@ def train(
         run.metrics = {}
         if val_loader is not None and ((epoch + 1) % args.val_every == 0 or is_last):
             run.metrics = validate(run, val_loader, val_set, device, stop)
-        with utils.undisturbed():
+        with process.undisturbed():
             run.schedule.end_epoch(stats["loss"])
             run.progress = Progress(epoch + 1)
             if run.log:
@@ -229,42 +242,42 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the flags say."""
     args = parse_arguments(argv)
     recipe = RECIPES[args.recipe]
-    device = utils.choose_device(args.device)
-    utils.init_distributed(device)
-    utils.setup_logging()
-    args.precision = {torch.bfloat16: "bf16", torch.float32: "fp32"}[utils.choose_precision(args.precision, device)]
-    args.global_batch = args.batch_size * args.accumulate * utils.get_world_size()
+    device = process.choose_device(args.device)
+    process.init_distributed(device)
+    process.setup_logging()
+    args.precision = {torch.bfloat16: "bf16", torch.float32: "fp32"}[process.choose_precision(args.precision, device)]
+    args.global_batch = args.batch_size * args.accumulate * process.get_world_size()
     args.lr = args.lr or recipe.lr * args.global_batch / recipe.reference_batch
-    utils.seed_everything(args.seed)
+    process.seed_everything(args.seed)
 
-    train_set = cli.make_dataset(args, "train", cli.training_transform(args))
-    val_set = cli.make_dataset(args, "val", Resizer(args.min_side, args.max_side))
+    train_set = flags.make_dataset(args, "train", flags.training_transform(args))
+    val_set = flags.make_dataset(args, "val", Resizer(args.min_side, args.max_side))
     if val_set:
-        cli.check_classes(train_set.source, list(train_set.labels.values()), val_set)
+        check_classes(train_set.source, list(train_set.labels.values()), val_set)
     check_before_training(train_set, val_set, args.strict)
     sampler = AspectRatioBasedSampler(
-        train_set, args.batch_size, False, args.seed, utils.get_rank(), utils.get_world_size(), args.accumulate
+        train_set, args.batch_size, False, args.seed, process.get_rank(), process.get_world_size(), args.accumulate
     )
     train_loader = make_loader(train_set, args.batch_size, args.workers, sampler, device=device)
     val_loader = make_loader(val_set, args.batch_size, args.workers, device=device) if val_set else None
 
-    out_dir = cli.make_out_dir(args.out_dir)
+    out_dir = flags.make_out_dir(args.out_dir)
     run = make_run(args, recipe, device, train_set)
     log_header(args, recipe, run, device, len(train_set.rows))
-    if utils.is_main_process():
+    if process.is_main_process():
         (out_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
         anchor_fit.log_summary(train_set, run.net.anchors, args.min_side, args.max_side, recipe.best_match_iou)
         views.save_data_pictures(train_set, sampler, out_dir)
-    with utils.StopSignals() as stop:
+    with process.StopSignals() as stop:
         try:
             train(run, train_loader, sampler, val_loader, val_set, device, stop)
         except engine.NotFiniteError as error:
             if not error.batches:
                 raise
-            path = out_dir / f"not_finite_rank{utils.get_rank()}.pt"
+            path = out_dir / f"not_finite_rank{process.get_rank()}.pt"
             checkpoint.save(path, {"batches": error.batches, "epoch": run.progress.epoch, "step": run.progress.step})
             raise UserError(f"{error}. The batch is saved in {path}") from error
-        except (RuntimeError, engine.WorkerDiedError) as error:
+        except (RuntimeError, WorkerDiedError) as error:
             if not stop.signum:
                 raise
             # The signal went to workers and peers as well. What the last step left is whole, save for BatchNorm's

@@ -7,33 +7,39 @@ from pathlib import Path
 
 import torch
 
-from retinanet import charts, cli, coco_eval, csv_eval, engine, error_analysis, utils
-from retinanet.checkpoint import load_model
-from retinanet.dataloader import Resizer, make_loader
-from retinanet.datasets import DetectionDataset
+from retinanet import inference, process
+from retinanet.commands import flags
+from retinanet.data.dataset import DetectionDataset, check_classes
+from retinanet.data.loader import make_loader
+from retinanet.data.transforms import Resizer
+from retinanet.evaluation import coco as coco_eval
+from retinanet.evaluation import errors as error_analysis
+from retinanet.evaluation import voc as csv_eval
 from retinanet.postprocess import Detections
-from retinanet.utils import log, script
+from retinanet.process import log, script
+from retinanet.training.checkpoint import load_model
+from retinanet.visual import charts
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Flags -> values; a usage error exits with 2."""
-    parser = cli.make_parser(__doc__)
+    parser = flags.make_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="checkpoint, such as best.pt")
     source.add_argument("--detections", help="COCO results file of any detector, in place of a model")
-    cli.add_data_arguments(parser, training=False)
-    cli.add_detection_arguments(parser, score_threshold=0.05)
-    cli.add_machine_arguments(parser)
+    flags.add_data_arguments(parser, training=False)
+    flags.add_detection_arguments(parser, score_threshold=0.05)
+    flags.add_machine_arguments(parser)
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--limit", type=cli.positive_int, help="only the first so many images")
+    group.add_argument("--limit", type=flags.positive_int, help="only the first so many images")
     group.add_argument(
-        "--iou_threshold", type=cli.fraction, default=0.5, help="IoU from which a box counts as found, for VOC's mAP"
+        "--iou_threshold", type=flags.fraction, default=0.5, help="IoU from which a box counts as found, for VOC's mAP"
     )
     group.add_argument("--voc07", action="store_true", help="VOC's mAP by 11 points, in place of the whole area")
     group.add_argument("--analyse", action="store_true", help="what kinds of errors cost how much AP (TIDE)")
     group.add_argument("--out", help="folder for detections.json, metrics.json and pictures")
     args = parser.parse_args(argv)
-    errors = cli.check_data_arguments(args, ["csv_val"])
+    errors = flags.check_data_arguments(args, ["csv_val"])
     changed = [
         flag for flag in ("score_threshold", "max_detections") if getattr(args, flag) != parser.get_default(flag)
     ]
@@ -46,22 +52,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run_model(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Detections]]:
     """The data set, and the detections of its images by the model; under torchrun, by all processes together."""
-    device = utils.choose_device(args.device)
-    utils.init_distributed(device)
+    device = process.choose_device(args.device)
+    process.init_distributed(device)
     net, info = load_model(args.model)
-    dataset = cli.make_dataset(args, "val", Resizer(info["min_side"], info["max_side"]))
-    cli.check_classes(args.model, info["class_names"], dataset)
+    dataset = flags.make_dataset(args, "val", Resizer(info["min_side"], info["max_side"]))
+    check_classes(args.model, info["class_names"], dataset)
     indices = None if args.limit is None else range(len(dataset))[: args.limit]
     loader = make_loader(dataset, args.batch_size, args.workers, indices=indices, device=device)
     net.to(device, memory_format=torch.channels_last)
-    precision = utils.choose_precision(args.precision, device)
+    precision = process.choose_precision(args.precision, device)
     limits = {"score_threshold": args.score_threshold, "max_detections": args.max_detections}
-    return dataset, engine.detect(net, loader, device, precision, **limits)
+    return dataset, inference.detect(net, loader, device, precision, **limits)
 
 
 def read_detections(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Detections]]:
     """The data set, and the detections of its images from a results file; no picture is opened."""
-    dataset = cli.make_dataset(args, "val", None)
+    dataset = flags.make_dataset(args, "val", None)
     results = coco_eval.read_results(args.detections, coco_eval.ground_truth(dataset))
     found = coco_eval.detections_of(dataset, results)
     return dataset, {index: found[index] for index in range(len(dataset))[: args.limit]}
@@ -76,9 +82,9 @@ def write_json(content: object, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Evaluate as the flags say."""
     args = parse_arguments(argv)
-    utils.setup_logging()
+    process.setup_logging()
     dataset, found = run_model(args) if args.model else read_detections(args)
-    if not utils.is_main_process():
+    if not process.is_main_process():
         return
     results = coco_eval.coco_results(dataset, found)
     scores = coco_eval.score(
@@ -99,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
             error_analysis.confusion_table(analysis, list(dataset.classes)),
         )
     if args.out:
-        write_files(cli.make_out_dir(args.out), dataset, results, scores, voc, analysis)
+        write_files(flags.make_out_dir(args.out), dataset, results, scores, voc, analysis)
 
 
 def write_files(

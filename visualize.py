@@ -12,17 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retinanet import anchor_fit, cli, engine, utils, views
+from retinanet import inference, process
 from retinanet.anchors import Anchors
-from retinanet.checkpoint import load_model
-from retinanet.dataloader import Resizer, make_loader
-from retinanet.datasets import DetectionDataset
-from retinanet.drawing import draw_boxes, save_picture, side_by_side
+from retinanet.commands import flags
+from retinanet.data.dataset import DetectionDataset, check_classes
+from retinanet.data.images import find_pictures, read_image
+from retinanet.data.loader import make_loader
+from retinanet.data.transforms import Resizer, normalize
+from retinanet.errors import UserError
 from retinanet.inference import detect_pictures
 from retinanet.model import RetinaNet
-from retinanet.pictures import find_pictures, read_image
-from retinanet.transforms import normalize
-from retinanet.utils import UserError, log, progress, script
+from retinanet.process import log, progress, script
+from retinanet.training.checkpoint import load_model
+from retinanet.visual import anchor_fit, views
+from retinanet.visual.drawing import draw_boxes, save_picture, side_by_side
 
 SHOWS = {
     "truth": "boxes as training sees them, with --augment after augmentation",
@@ -38,34 +41,34 @@ NEED_MODEL = ("detections", "pyramid", "loss")
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Flags -> values; a usage error lists all contradictions and exits with 2."""
-    parser = cli.make_parser(__doc__)
+    parser = flags.make_parser(__doc__)
     shows = "; ".join(f"{name}: {text}" for name, text in SHOWS.items())
     parser.add_argument("--show", choices=SHOWS, default="detections", help=f"what to draw. {shows}")
     parser.add_argument("--model", help=f"checkpoint, such as best.pt; --show {', '.join(NEED_MODEL)} need it")
     parser.add_argument(
         "--images", nargs="+", metavar="PATH", help="in place of a data set: pictures, folders of pictures, or patterns"
     )
-    cli.add_data_arguments(parser, training=True, required=False)
+    flags.add_data_arguments(parser, training=True, required=False)
     group = parser.add_argument_group("choice of images")
     group.add_argument("--split", choices=["train", "val"], help="which set (default: val; anchor_fit: train)")
-    group.add_argument("--indices", type=cli.non_negative_int, nargs="+", help="images of the set by number, from 0")
-    group.add_argument("--limit", type=cli.positive_int, default=12, help="images of the set, without --indices")
+    group.add_argument("--indices", type=flags.non_negative_int, nargs="+", help="images of the set by number, from 0")
+    group.add_argument("--limit", type=flags.positive_int, default=12, help="images of the set, without --indices")
     group.add_argument("--augment", action="store_true", help="augment as in the first epoch of training with --seed")
-    group.add_argument("--seed", type=cli.non_negative_int, default=0, help="of augmentation, shapes and search")
-    group.add_argument("--min_side", type=cli.positive_int, help="short side, pixels (default: the model's, or 608)")
-    group.add_argument("--max_side", type=cli.positive_int, help="long side's limit (default: the model's, or 1024)")
-    cli.add_augmentation_arguments(parser)
-    cli.add_anchor_arguments(parser)
+    group.add_argument("--seed", type=flags.non_negative_int, default=0, help="of augmentation, shapes and search")
+    group.add_argument("--min_side", type=flags.positive_int, help="short side, pixels (default: the model's, or 608)")
+    group.add_argument("--max_side", type=flags.positive_int, help="long side's limit (default: the model's, or 1024)")
+    flags.add_augmentation_arguments(parser)
+    flags.add_anchor_arguments(parser)
     group = parser.add_argument_group("assignment")
     group.add_argument(
         "--best_match_iou",
-        type=cli.fraction,
+        type=flags.fraction,
         help="IoU from which a box's best anchor is positive (default: as the model was trained; recipe paper: 0.4)",
     )
-    cli.add_detection_arguments(parser, score_threshold=0.5)
-    cli.add_machine_arguments(parser)
+    flags.add_detection_arguments(parser, score_threshold=0.5)
+    flags.add_machine_arguments(parser)
     group = parser.add_argument_group("output")
-    group.add_argument("--columns", type=cli.positive_int, default=3, help="pictures in a row of detections.png")
+    group.add_argument("--columns", type=flags.positive_int, default=3, help="pictures in a row of detections.png")
     group.add_argument("--out_dir", default="runs/pictures", help="folder for the pictures")
     args = parser.parse_args(argv)
     args.split = args.split or ("train" if args.show == "anchor_fit" else "val")
@@ -73,7 +76,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if (args.dataset is None) == (args.images is None):
         errors.append("give either --dataset or --images")
     if args.dataset:
-        errors += cli.check_data_arguments(args, ["csv_train" if args.split == "train" else "csv_val"])
+        errors += flags.check_data_arguments(args, ["csv_train" if args.split == "train" else "csv_val"])
         if args.show in NEED_MODEL and not args.model:
             errors.append(f"--show {args.show} needs --model")
     if args.images and (args.show != "detections" or not args.model):
@@ -113,7 +116,7 @@ class Input:
     """
 
     def __init__(self, dataset: DetectionDataset, index: int, seed: int, device: torch.device):
-        with utils.seeded(seed, 0, index):
+        with process.seeded(seed, 0, index):
             sample = dataset[index]
         self.picture: np.ndarray = views.to_picture(sample["img"])  # [H, W, 3] uint8
         self.truth: Tensor = torch.as_tensor(sample["annot"])  # [G, 5]
@@ -124,7 +127,7 @@ def show_inputs(
     args: argparse.Namespace, dataset: DetectionDataset, net: RetinaNet | None, anchors: Anchors, device: torch.device
 ) -> int:
     """Draw truth, anchors, matches, pyramid or loss of each chosen image; returns their number."""
-    folder, names = cli.make_out_dir(args.out_dir), list(dataset.labels.values())
+    folder, names = flags.make_out_dir(args.out_dir), list(dataset.labels.values())
     indices = choose_indices(args, dataset)
     outputs = []
     for index in progress(indices, args.show):
@@ -140,7 +143,7 @@ def show_inputs(
             tiles = anchors(torch.empty(1, 3, *item.picture.shape[:2]))[0]
             save_picture(views.draw_matches(item.picture, truth, tiles, names, args.best_match_iou), path)
         else:
-            from retinanet import heatmaps  # needs matplotlib
+            from retinanet.visual import heatmaps
 
             if args.show == "pyramid":
                 heatmaps.draw_pyramid(net, item.images, item.picture, path)
@@ -154,12 +157,12 @@ def show_inputs(
 
 def show_detections(args: argparse.Namespace, dataset: DetectionDataset, net: RetinaNet, device: torch.device) -> int:
     """Draw detections beside the truth: a file an image, and all on one sheet; returns the number of images."""
-    folder, names = cli.make_out_dir(args.out_dir), list(dataset.labels.values())
+    folder, names = flags.make_out_dir(args.out_dir), list(dataset.labels.values())
     indices = choose_indices(args, dataset)
     loader = make_loader(dataset, args.batch_size, args.workers, indices=indices, device=device)
-    precision = utils.choose_precision(args.precision, device)
+    precision = process.choose_precision(args.precision, device)
     limits = {"score_threshold": args.score_threshold, "max_detections": args.max_detections}
-    found = engine.detect(net, loader, device, precision, **limits)
+    found = inference.detect(net, loader, device, precision, **limits)
     for index in progress(indices, "drawing"):
         image, truth = dataset.load_image(index), dataset.load_annotations(index)
         picture = views.draw_detections(image, truth, found[index], names)
@@ -171,7 +174,7 @@ def show_detections(args: argparse.Namespace, dataset: DetectionDataset, net: Re
 
 def show_anchor_fit(args: argparse.Namespace, dataset: DetectionDataset, anchors: Anchors) -> None:
     """Hold the data set's boxes against the anchors, and look for better ones."""
-    folder = cli.make_out_dir(args.out_dir)
+    folder = flags.make_out_dir(args.out_dir)
     fit = anchor_fit.measure(dataset, anchors, args.min_side, args.max_side, args.best_match_iou)
     if not len(fit.iou):
         raise UserError("the data set has no boxes")
@@ -213,7 +216,7 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
     Raises:
         UserError: at the end, if some could not be read; the message lists them.
     """
-    files, folder = find_pictures(args.images), cli.make_out_dir(args.out_dir)
+    files, folder = find_pictures(args.images), flags.make_out_dir(args.out_dir)
     targets = dict(zip(files, output_paths(files, folder), strict=True))
     names, failures, read = info["class_names"], [], []
 
@@ -233,7 +236,7 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
         load(progress(files, "detecting")),
         Resizer(args.min_side, args.max_side),
         args.batch_size,
-        utils.choose_precision(args.precision, device),
+        process.choose_precision(args.precision, device),
         **limits,
     )
     entries = []
@@ -260,9 +263,9 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
 def main(argv: list[str] | None = None) -> None:
     """Draw as the flags say."""
     args = parse_arguments(argv)
-    utils.setup_logging()
-    device = utils.choose_device(args.device)
-    utils.seed_everything(args.seed)
+    process.setup_logging()
+    device = process.choose_device(args.device)
+    process.seed_everything(args.seed)
     net, info = load_model(args.model) if args.model else (None, {"min_side": 608, "max_side": 1024})
     args.min_side = args.min_side or info["min_side"]
     args.max_side = max(args.max_side or info["max_side"], args.min_side)
@@ -275,11 +278,11 @@ def main(argv: list[str] | None = None) -> None:
         detect_files(args, net, info, device)
         return
     anchors = net.anchors.cpu() if net and args.show in ("anchors", "matches", "anchor_fit") else None
-    anchors = anchors or cli.anchors_from_arguments(args)
-    transform = cli.training_transform(args) if args.augment else Resizer(args.min_side, args.max_side)
-    dataset = cli.make_dataset(args, args.split, transform)
+    anchors = anchors or flags.anchors_from_arguments(args)
+    transform = flags.training_transform(args) if args.augment else Resizer(args.min_side, args.max_side)
+    dataset = flags.make_dataset(args, args.split, transform)
     if net:
-        cli.check_classes(args.model, info["class_names"], dataset)
+        check_classes(args.model, info["class_names"], dataset)
     if args.show == "anchor_fit":
         show_anchor_fit(args, dataset, anchors)
         return

@@ -14,7 +14,8 @@ from pycocotools.coco import COCO
 from side_by_side import make_parser, measure, report
 from torch.utils.data import DataLoader
 
-from retinanet.datasets import CocoDataset, CSVDataset
+from retinanet.data.coco import CocoDataset
+from retinanet.data.csv import CSVDataset
 
 
 def write_files(folder: Path, images: int, boxes: int, classes: int = 80) -> None:

@@ -6,10 +6,11 @@ import torch
 from networks import make_networks
 from side_by_side import make_parser, measure, report
 
-from retinanet import coco_eval, engine
-from retinanet.dataloader import make_loader
-from retinanet.shapes import ShapesDataset
-from retinanet.transforms import Resizer, normalize
+from retinanet import inference
+from retinanet.data.loader import make_loader
+from retinanet.data.shapes import ShapesDataset
+from retinanet.data.transforms import Resizer, normalize
+from retinanet.evaluation import coco as coco_eval
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
         net.classificationModel.output.weight.mul_(3 / spread)
         net.classificationModel.output.bias.fill_(-6)
     truth = coco_eval.ground_truth(dataset)
-    results = coco_eval.coco_results(dataset, engine.detect(net, loader, device))
+    results = coco_eval.coco_results(dataset, inference.detect(net, loader, device))
 
     @torch.no_grad()
     def network() -> None:
@@ -51,7 +52,7 @@ def main() -> None:
         coco_eval.score(truth, results, dataset.image_ids)
 
     def ours() -> None:
-        found = engine.detect(net, loader, device)
+        found = inference.detect(net, loader, device)
         coco_eval.score(truth, coco_eval.coco_results(dataset, found), dataset.image_ids)
 
     programs = {"ours, all": ours, "bare network": network, "network and detection": detection, "pycocotools": scoring}

@@ -11,8 +11,8 @@ from skimage.data import astronaut
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms.v2.functional import resize
 
-from retinanet.datasets import DetectionDataset
-from retinanet.transforms import Augmenter, Resizer
+from retinanet.data.dataset import DetectionDataset
+from retinanet.data.transforms import Augmenter, Resizer
 
 
 def main() -> None:

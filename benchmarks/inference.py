@@ -4,7 +4,7 @@ import torch
 from networks import add_arguments, make_batch, make_networks
 from side_by_side import make_parser, measure, report
 
-from retinanet.utils import choose_precision
+from retinanet.process import choose_precision
 
 
 def main() -> None:

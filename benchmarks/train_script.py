@@ -15,12 +15,13 @@ from side_by_side import make_parser, report
 from skimage.data import astronaut
 
 import train
-from retinanet.dataloader import AspectRatioBasedSampler, make_loader
-from retinanet.datasets import CSVDataset
+from retinanet.data.csv import CSVDataset
+from retinanet.data.loader import make_loader
+from retinanet.data.sampler import AspectRatioBasedSampler
+from retinanet.data.transforms import Resizer, normalize
 from retinanet.model import resnet
-from retinanet.optim import RECIPES, make_optimizer
-from retinanet.transforms import Resizer, normalize
-from retinanet.utils import choose_precision
+from retinanet.process import choose_precision
+from retinanet.training.recipes import RECIPES, make_optimizer
 
 
 def write_data(folder: Path, num_images: int) -> list[str]:

@@ -8,7 +8,7 @@ from networks import add_arguments, make_batch, make_networks, torchvision_targe
 from side_by_side import make_parser, measure, peak_memory, report
 from torch.utils.flop_counter import FlopCounterMode
 
-from retinanet.utils import choose_precision
+from retinanet.process import choose_precision
 
 
 def main() -> None:

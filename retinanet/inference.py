@@ -1,6 +1,6 @@
 """Detections on any pictures: files, arrays, Pillow images, tensors, data sets."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,16 +9,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from retinanet import engine
 from retinanet.boxes import clip_boxes
-from retinanet.checkpoint import load_model
-from retinanet.dataloader import collater, make_loader
-from retinanet.datasets import DetectionDataset
+from retinanet.data.dataset import DetectionDataset
+from retinanet.data.images import read_image
+from retinanet.data.loader import collater, explained, make_loader
+from retinanet.data.transforms import Resizer, normalize
 from retinanet.model import RetinaNet
-from retinanet.pictures import read_image
 from retinanet.postprocess import MAX_DETECTIONS, Detections
-from retinanet.transforms import Resizer
-from retinanet.utils import choose_device, choose_precision
+from retinanet.process import choose_device, choose_precision, gather_objects, progress
+from retinanet.training.checkpoint import load_model
 
 Picture = str | Path | np.ndarray | Image.Image | Tensor
 
@@ -125,6 +124,57 @@ def as_array(image: Picture) -> np.ndarray:
     return np.broadcast_to(image[:, :, :3], (*image.shape[:2], 3)).copy()
 
 
+def detect(
+    model: nn.Module,
+    loader: Iterable[dict[str, Any]],
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
+    stop: Callable[[], bool] | None = None,
+    **limits: float | None,
+) -> dict[int, Detections]:
+    """Run a detector over a data set.
+
+    Args:
+        model: has `detect`; it is in the mode that it was in afterwards.
+        loader: batches from `collater`, of samples from Resizer; under torchrun, this rank's share of them.
+        device: where the model is.
+        precision: of the network's arithmetic.
+        stop: asked before every batch whether to leave off, with what was found so far.
+        **limits: arguments of `RetinaNet.detect`: `score_threshold`, `nms_threshold`, `top_k`, `max_detections`.
+
+    Returns:
+        For the index of each sample of all ranks its Detections, on the CPU, boxes in pixels of the original image;
+        the same on every rank.
+    """
+    was_training = model.training
+    model.eval()
+    found = {}
+    try:
+        with explained(loader, precision) as seen:
+            for batch in progress(loader, "detecting"):
+                if stop is not None and stop():
+                    break
+                seen["shape"] = tuple(batch["img"].shape)
+                found |= zip(batch["index"], detect_batch(model, batch, device, precision, **limits), strict=True)
+                seen.clear()
+    finally:
+        model.train(was_training)
+    return {index: one for share in gather_objects(found) for index, one in share.items()}
+
+
+def detect_batch(
+    model: nn.Module, batch: dict[str, Any], device: torch.device, precision: torch.dtype, **limits: float | None
+) -> list[Detections]:
+    """The Detections of each image of a batch from `collater`, as `detect` gives them; its arguments are `detect`'s."""
+    images = normalize(batch["img"].to(device, non_blocking=True))
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        found = model.detect(images, image_sizes=batch["size"], **limits)
+    return [
+        Detections(scores.cpu(), labels.cpu(), boxes.cpu() / scale)
+        for (scores, labels, boxes), scale in zip(found, batch["scale"], strict=True)
+    ]
+
+
 @torch.no_grad()
 def detect_pictures(
     net: RetinaNet,
@@ -158,7 +208,7 @@ def detect_pictures(
         was_training = net.training
         net.eval()
         try:
-            found = engine.detect_batch(net, batch, device, precision, **limits)
+            found = detect_batch(net, batch, device, precision, **limits)
         finally:
             net.train(was_training)
         for picture, (scores, labels, boxes) in zip(waiting, found, strict=True):
@@ -183,4 +233,4 @@ def detect_dataset(model: nn.Module, dataset: DetectionDataset, **limits: float 
     """
     net = getattr(model, "module", model)
     device = next(net.parameters()).device
-    return engine.detect(net, make_loader(dataset, batch_size=1, device=device), device, **limits)
+    return detect(net, make_loader(dataset, batch_size=1, device=device), device, **limits)

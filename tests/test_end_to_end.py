@@ -16,8 +16,8 @@ from PIL import Image
 import train
 import validate
 import visualize
-from retinanet import checkpoint
-from retinanet.coco_eval import METRICS
+from retinanet.evaluation.coco import METRICS
+from retinanet.training import checkpoint
 
 SMALL = ["--device", "cpu", "--precision", "fp32", "--workers", "0"]
 TRAIN = [*SMALL, "--depth", "18", "--weights", "none", "--recipe", "scratch", "--batch_size", "2", "--min_side", "64"]

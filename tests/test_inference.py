@@ -8,11 +8,11 @@ from helpers import gradient, save
 from PIL import Image
 
 import retinanet
-from retinanet import checkpoint
-from retinanet.datasets import read_image
+from retinanet.data.dataset import read_image
+from retinanet.data.transforms import Resizer, normalize
+from retinanet.errors import UserError
 from retinanet.inference import as_array, detect_pictures, predict
-from retinanet.transforms import Resizer, normalize
-from retinanet.utils import UserError
+from retinanet.training import checkpoint
 
 LIMITS = {"score_threshold": 0.05, "max_detections": 20, "min_side": 96, "max_side": 160}
 

@@ -10,18 +10,15 @@ from helpers import gradient, save, write_coco_data, write_csv_data
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from retinanet import coco_eval, csv_eval, losses, model
+from retinanet import losses, model
 from retinanet.anchors import Anchors
-from retinanet.dataloader import (
-    AspectRatioBasedSampler,
-    Augmenter,
-    CocoDataset,
-    CSVDataset,
-    Normalizer,
-    Resizer,
-    UnNormalizer,
-    collater,
-)
+from retinanet.data.coco import CocoDataset
+from retinanet.data.csv import CSVDataset
+from retinanet.data.loader import collater
+from retinanet.data.sampler import AspectRatioBasedSampler
+from retinanet.data.transforms import Augmenter, Normalizer, Resizer, UnNormalizer
+from retinanet.evaluation import coco as coco_eval
+from retinanet.evaluation import voc as csv_eval
 
 SMALL = Resizer(min_side=64, max_side=96)  # the original always takes 608 and 1024
 

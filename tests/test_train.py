@@ -17,11 +17,11 @@ from helpers import truncate, write_csv_data
 from torch import distributed
 
 import train
-from retinanet import checkpoint, engine, run
+from retinanet.data.shapes import ShapesDataset
+from retinanet.errors import UserError
 from retinanet.model import resnet18
 from retinanet.resnet import BasicBlock
-from retinanet.shapes import ShapesDataset
-from retinanet.utils import UserError
+from retinanet.training import checkpoint, engine, run
 
 SLOW = pytest.mark.slow
 FORK = multiprocessing.get_context("fork")

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 import validate
-from retinanet import checkpoint, coco_eval
-from retinanet.shapes import CLASS_NAMES, ShapesDataset
-from retinanet.transforms import Resizer
+from retinanet.data.shapes import CLASS_NAMES, ShapesDataset
+from retinanet.data.transforms import Resizer
+from retinanet.evaluation import coco as coco_eval
+from retinanet.training import checkpoint
 
 SHAPES = ["--dataset", "shapes", "--shapes_val", "6"]
 

@@ -9,10 +9,10 @@ from helpers import gradient, save, truncate, write_coco_data
 from PIL import Image
 
 import visualize
-from retinanet import checkpoint
-from retinanet.drawing import class_colour
-from retinanet.pictures import find_pictures
-from retinanet.utils import UserError
+from retinanet.data.images import find_pictures
+from retinanet.errors import UserError
+from retinanet.training import checkpoint
+from retinanet.visual.drawing import class_colour
 
 SHAPES = ["--device", "cpu", "--workers", "0", "--dataset", "shapes", "--shapes_val", "3", "--shapes_train", "6"]
 
@@ -53,7 +53,7 @@ def test_truth_shows_the_boxes_in_the_colours_of_their_classes(tmp_path):
     status, _, err = run(*SHAPES, "--show", "truth", "--indices", 2, 0, "--min_side", 96, "--out_dir", tmp_path)
     assert (status, err) == (0, "")
     assert names(tmp_path) == {"truth_00000.png", "truth_00002.png"}
-    dataset = visualize.cli.make_dataset(visualize.parse_arguments([*SHAPES, "--show", "truth"]), "val", None)
+    dataset = visualize.flags.make_dataset(visualize.parse_arguments([*SHAPES, "--show", "truth"]), "val", None)
     picture = read(tmp_path / "truth_00002.png")
     bar = picture.shape[0] - 4 * 96  # enlarged four times, under a title
     for x1, _, x2, y2, label in dataset.load_annotations(2):
@@ -98,7 +98,7 @@ def test_pyramid_and_loss(model_path, tmp_path):
 
 def test_the_loss_is_that_of_the_matching_rule_of_the_flags(model_path, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    from retinanet import heatmaps
+    from retinanet.visual import heatmaps
 
     seen = []
     monkeypatch.setattr(heatmaps, "draw_cumulative_loss", lambda _, labels, *__: seen.append(torch.cat(labels)))
@@ -126,8 +126,8 @@ def test_anchor_fit_reports_and_advises(tmp_path):
     assert len(content["unreachable"]) == content["coverage"]["all"]["all"]["boxes"] > 0
     assert "boxes can never be learned" in out and f"use {content['advised']['flags']}" in out
     args = visualize.parse_arguments([*SHAPES, "--show", "anchor_fit", *content["advised"]["flags"].split()])
-    anchors = visualize.cli.anchors_from_arguments(args)
-    fit = visualize.anchor_fit.measure(visualize.cli.make_dataset(args, "train", None), anchors, 32, 1024)
+    anchors = visualize.flags.anchors_from_arguments(args)
+    fit = visualize.anchor_fit.measure(visualize.flags.make_dataset(args, "train", None), anchors, 32, 1024)
     assert fit.coverage(0.5) == pytest.approx(content["coverage"]["all"]["all"]["iou_0.5_advised"])
     assert fit.coverage(0.5) > 0.2
 

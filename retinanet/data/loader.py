@@ -1,0 +1,177 @@
+"""Samples -> batches. The data sets and transforms are here too, where the original's users import them from."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from retinanet.data.dataset import DetectionDataset
+from retinanet.data.sampler import AspectRatioBasedSampler
+from retinanet.data.transforms import pad_images
+from retinanet.errors import UserError
+from retinanet.process import get_rank, get_world_size, leave_process_group, seeded
+
+
+def collater(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Stack samples to a batch; pictures and annotations are padded to the largest.
+
+    Args:
+        samples: dicts with `img` [H, W, 3] and `annot` [G, 5], usually from Resizer.
+
+    Returns:
+        `img` [B, 3, H, W] in the samples' dtype; `annot` [B, G, 5] float32 with rows of -1 as
+        padding (G is at least 1); and the samples' other entries as lists: `scale`, `size`, `index`.
+    """
+    images = [torch.as_tensor(sample["img"]).permute(2, 0, 1) for sample in samples]  # [3, H, W] each
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    annotations = [torch.as_tensor(sample["annot"], dtype=torch.float32) for sample in samples]
+    padded = torch.full((len(samples), max([1, *map(len, annotations)]), 5), -1.0)
+    for row, boxes in zip(padded, annotations, strict=True):
+        row[: len(boxes)] = boxes
+    others = {key: [sample[key] for sample in samples] for key in samples[0] if key not in ("img", "annot")}
+    return {"img": pad_images(images, height, width), "annot": padded, **others}
+
+
+class _KeySampler(Sampler[list[tuple[int, int]]]):
+    """The batches of an AspectRatioBasedSampler, each index with its epoch, for `_Reader`."""
+
+    def __init__(self, sampler: AspectRatioBasedSampler):
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.sampler.epoch
+        for batch in self.sampler:
+            yield [(epoch, index) for index in batch]
+
+
+class _Reader(Dataset):
+    """A data set as a loader's workers read it.
+
+    A key is an index, or (epoch, index): then all that is random in the sample follows from the seed, the epoch
+    and the index alone, whichever process reads it, and in whatever order.
+
+    Args:
+        dataset: gives samples.
+        seed: of the augmentations.
+        workers: processes that read.
+    """
+
+    def __init__(self, dataset: DetectionDataset, seed: int, workers: int):
+        self.dataset = dataset
+        self.seed = seed
+        # What each worker reads: its process id and an index. The main process can see it after a worker's death.
+        self.reading = torch.full((max(1, workers), 2), -1).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (None, key)
+        worker = get_worker_info()
+        if worker is not None:
+            self.reading[worker.id] = torch.tensor([os.getpid(), index])
+        if epoch is None:
+            return self.dataset[index]
+        with seeded(self.seed, epoch, index):
+            return self.dataset[index]
+
+    def image_path(self, index: int) -> str:
+        """Where the picture of a sample is, or its number where the data set does not say."""
+        return self.dataset.image_path(index) if hasattr(self.dataset, "image_path") else f"sample {index}"
+
+    def explain_death(self, message: str) -> str | None:
+        """What a dead worker was reading, from DataLoader's error message; None if it is about something else."""
+        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", message)
+        if found is None:
+            return None
+        dead = {int(pid) for pid in found[1].split(",")}
+        paths = [self.image_path(index) for pid, index in self.reading.tolist() if pid in dead]
+        return (
+            f"a data-loading worker {found[2].strip().rstrip('.')} while it read {', '.join(paths) or 'nothing yet'}: "
+            "look at that picture; if memory ran out, lower --workers"
+        )
+
+
+def make_loader(
+    dataset: DetectionDataset,
+    batch_size: int,
+    workers: int = 0,
+    batch_sampler: Sampler[list[int]] | Sequence[Sequence[int]] | None = None,
+    indices: Sequence[int] | None = None,
+    device: torch.device | None = None,
+) -> DataLoader:
+    """A loader of batches: those of `batch_sampler` for training, else all samples, or `indices` in order.
+
+    All samples come sorted by their shapes, so that the pictures of a batch need little padding.
+
+    Under an AspectRatioBasedSampler, augmentations follow from its seed, the epoch and the image alone. Without a
+    `batch_sampler`, each process of a torchrun job gets its share of the batches; `engine.detect` gathers them.
+
+    Args:
+        dataset: gives samples.
+        batch_size: images a batch, where there is no `batch_sampler`.
+        workers: processes that read pictures; 0 reads them in this one.
+        batch_sampler: yields lists of indices.
+        indices: which samples, where there is no `batch_sampler`.
+        device: where the batches will go; a GPU takes them from pinned memory.
+    """
+    seed, generator = 0, None
+    if isinstance(batch_sampler, AspectRatioBasedSampler):
+        seed = batch_sampler.seed
+        # The loader would draw its workers' seeds from the global generator, at other times in a resumed run.
+        generator = torch.Generator()
+        batch_sampler = _KeySampler(batch_sampler)
+    elif batch_sampler is None:
+        chosen = indices
+        if chosen is None:
+            chosen = (
+                range(len(dataset)) if batch_size == 1 else sorted(range(len(dataset)), key=dataset.image_aspect_ratio)
+            )
+        batch_sampler = [list(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
+        batch_sampler = batch_sampler[get_rank() :: get_world_size()]
+    return DataLoader(
+        _Reader(dataset, seed, workers),
+        batch_sampler=batch_sampler,
+        num_workers=workers,
+        collate_fn=collater,
+        pin_memory=device is not None and device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=leave_process_group,
+        generator=generator,
+    )
+
+
+class WorkerDiedError(UserError):
+    """A data-loading worker ended before its time."""
+
+
+@contextlib.contextmanager
+def explained(loader: Iterable, precision: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Turn what the machine says when it fails into what the user can do.
+
+    The body puts a batch's `shape` in, and takes it out before it waits for the next batch.
+    """
+    seen: dict[str, Any] = {}
+    try:
+        yield seen
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            if "shape" not in seen:
+                raise UserError("out of memory while pictures were read: lower --workers, or shrink them") from error
+            batch, _, height, width = seen["shape"]
+            raise UserError(
+                f"out of memory with {batch} images of {height} x {width} pixels a batch in {precision}: lower "
+                "--batch_size (in training, raise --accumulate as much) or the images' size, or use --precision bf16"
+            ) from error
+        explain = getattr(getattr(loader, "dataset", None), "explain_death", None)
+        message = explain(str(error)) if explain else None
+        if message:
+            raise WorkerDiedError(message) from error
+        raise

@@ -1,0 +1,73 @@
+"""The embedded data set: pictures of flat shapes, drawn by scikit-image, the same for the same seed.
+
+It exists so that everything can be tried, and tested, without downloading anything.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from skimage.draw import random_shapes
+
+from retinanet.data.dataset import DetectionDataset
+
+CLASS_NAMES = ("circle", "rectangle", "triangle")
+WHITE = 255
+
+
+def draw_shapes(size: int, seed: int | list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Draw one picture of one to four shapes that do not overlap.
+
+    Args:
+        size: height and width, pixels.
+        seed: decides everything in the picture.
+
+    Returns:
+        The picture [size, size, 3] uint8, and its boxes [G, 5] float32 (x1, y1, x2, y2, label), exact to the pixel.
+    """
+    rng = np.random.default_rng(seed)
+    picture = np.full((size, size, 3), WHITE, dtype=np.uint8)
+    rows = []
+    for _ in range(rng.integers(1, 5)):
+        label = int(rng.integers(len(CLASS_NAMES)))
+        layer, _ = random_shapes(
+            (size, size),
+            shape=CLASS_NAMES[label],
+            max_shapes=1,
+            min_size=size // 4,
+            max_size=size // 2,
+            intensity_range=((0, 200),),
+            rng=rng,
+        )
+        inked = (layer != WHITE).any(axis=2)  # [size, size]
+        ys, xs = inked.nonzero()
+        box = slice(ys.min(), ys.max() + 1), slice(xs.min(), xs.max() + 1)
+        height, width = layer[box].shape[:2]
+        if min(height, width) < size // 5 or (picture[box] != WHITE).any():  # a sliver, or no room left for it
+            continue
+        picture[inked] = layer[inked]
+        rows.append((box[1].start, box[0].start, box[1].stop, box[0].stop, label))
+    return picture, np.array(rows, dtype=np.float32).reshape(-1, 5)
+
+
+class ShapesDataset(DetectionDataset):
+    """Pictures of shapes, kept in memory.
+
+    Args:
+        num_images: number of pictures.
+        seed: sets of different seeds share no picture.
+        size: height and width of a picture, pixels.
+        transform: sample -> sample.
+    """
+
+    def __init__(self, num_images: int, seed: int = 0, size: int = 96, transform: Callable[[dict], dict] | None = None):
+        drawn = [draw_shapes(size, [seed, index]) for index in range(num_images)]
+        self.pictures = [picture for picture, _ in drawn]
+        rows = np.concatenate([rows for _, rows in drawn])
+        image_index = np.repeat(np.arange(num_images), [len(rows) for _, rows in drawn])
+        names = [f"shapes-{seed}-{index}" for index in range(num_images)]
+        super().__init__(names, rows, image_index, CLASS_NAMES, transform)
+        self.image_sizes = np.full((num_images, 2), size)
+
+    def load_image(self, index: int) -> np.ndarray:
+        """[size, size, 3] uint8 RGB."""
+        return self.pictures[index].copy()

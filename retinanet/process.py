@@ -1,0 +1,277 @@
+"""Process plumbing: errors for users, progress bars, seeds, devices, and the ranks of a torchrun job."""
+
+import contextlib
+import functools
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed
+from tqdm import tqdm
+
+from retinanet.errors import UserError
+
+log = logging.getLogger("retinanet")
+
+
+def script(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Decorate a script's `main`: it returns the exit status, and a user's mistake becomes one clear message."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        try:
+            status = main(argv) or 0
+        except UserError as error:
+            # A data-loading worker sends its traceback as the message; what the user needs is its last line.
+            message = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else str(error)
+            _say_error(message.removeprefix("retinanet.process.UserError: "))
+            return 1
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _say_error(f"{error.filename}: {error.strerror}")
+            return 1
+        except RuntimeError as error:
+            if get_world_size() == 1 or not any(sign in str(error) for sign in LOST_PEER):
+                raise
+            _say_error("another process of this job ended; its own message says why")
+            return 1
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        return status
+
+    return run
+
+
+# What gloo says where a peer is gone.
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+def _say_error(message: str) -> None:
+    rank = f"rank {get_rank()}: " if get_world_size() > 1 else ""
+    sys.stderr.write(f"error: {rank}{message}\n")
+    sys.stderr.flush()
+
+
+def setup_logging() -> None:
+    """Plain messages on standard output, from rank 0 alone."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers = [handler]
+    log.propagate = False
+    log.setLevel(logging.INFO if is_main_process() else logging.ERROR)
+
+
+def show_log() -> None:
+    """Plain messages on standard output, unless the program has set up logging: for functions that print a table."""
+    if not log.hasHandlers():
+        setup_logging()
+
+
+def progress(items: Iterable, description: str, total: int | None = None, initial: int = 0) -> tqdm:
+    """A progress bar over `items`, on rank 0 and on a terminal only."""
+    disable = None if is_main_process() else True  # None: where the output is no terminal
+    return tqdm(items, desc=description, total=total, initial=initial, disable=disable, leave=False, dynamic_ncols=True)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all random generators of this process, as tensors and plain types."""
+    name, keys, *rest = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Go on from what `random_states` gave."""
+    name, keys, *rest = states["numpy"]
+    random.setstate(states["python"])
+    np.random.set_state((name, keys.numpy(), *rest))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+@contextlib.contextmanager
+def seeded(*seed: int) -> Iterator[None]:
+    """Inside, all random numbers follow from `seed`; afterwards they go on as if nothing had been."""
+    states = random_states()
+    seed_everything(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    try:
+        yield
+    finally:
+        set_random_states(states)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU of this process if there is one, else the CPU; any other name is torch's.
+
+    Under torchrun, `cuda` too is the GPU of this process.
+
+    Raises:
+        UserError: the device does not exist here.
+    """
+    chosen = name
+    if name == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    if chosen == "cuda":
+        chosen = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(chosen)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: {error}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: only cpu and cuda are supported")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch sees no CUDA device; try --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: there is no GPU {device.index}, as this machine has {torch.cuda.device_count()}: choose "
+            "another, or lower --nproc_per_node"
+        )
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the device computes it natively, else fp32."""
+    if name == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        name = "bf16" if native else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return get_rank() == 0
+
+
+def get_rank() -> int:
+    """This process's number in a torchrun job; 0 outside one."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """Number of processes of a torchrun job; 1 outside one."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def init_distributed(device: torch.device) -> None:
+    """Join the other processes of a torchrun job, if this is one; a GPU becomes this process's own.
+
+    Args:
+        device: that this process computes on; gradients of a CPU travel by gloo, those of a GPU by NCCL.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks, on every rank, in the ranks' order."""
+    if get_world_size() == 1:
+        return [value]
+    values = [None] * get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def gather_tensors(values: torch.Tensor) -> torch.Tensor:
+    """[N] of each rank -> [ranks, N], on every rank, on the same device."""
+    if get_world_size() == 1:
+        return values[None]
+    parts = [torch.empty_like(values) for _ in range(get_world_size())]
+    distributed.all_gather(parts, values)
+    return torch.stack(parts)
+
+
+def from_main_process(value: Any) -> Any:
+    """The value of rank 0, on every rank."""
+    if get_world_size() == 1:
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def broadcast_buffers(module: torch.nn.Module) -> None:
+    """Give all ranks the buffers of rank 0's module."""
+    if get_world_size() > 1:
+        for buffer in module.buffers():
+            distributed.broadcast(buffer, src=0)
+
+
+class StopSignals:
+    """SIGTERM, SIGINT and SIGUSR1 as a wish to stop soon; a second one stops at once.
+
+    Attributes:
+        signum: of the signal that came; 0 while none has.
+    """
+
+    HANDLED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+    # Ctrl-C reaches a torchrun job twice, from the terminal and from torchrun: that is one wish.
+    SAME_WISH_SECONDS = 2.0
+
+    def __init__(self):
+        self.signum = 0
+        self.since = 0.0
+
+    def __enter__(self) -> "StopSignals":
+        self.before = {signum: signal.signal(signum, self._handle) for signum in self.HANDLED}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, _: FrameType | None) -> None:
+        if not self.signum:
+            self.signum, self.since = signum, time.monotonic()
+            # A handler must not touch buffered files.
+            os.write(2, f"{signal.Signals(signum).name}: stopping after this step; once more stops at once\n".encode())
+        elif time.monotonic() - self.since > self.SAME_WISH_SECONDS:
+            os._exit(128 + signum)
+
+
+def leave_process_group(_: int = 0) -> None:
+    """For data-loading workers: Ctrl-C, and torchrun's SIGTERM, are for the main process to decide about."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside, the death of a data-loading worker raises no error, as it would between any two lines; it waits."""
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)

@@ -1,0 +1,265 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import gradient, save
+from pycocotools.coco import COCO
+
+from retinanet.commands import convert
+from retinanet.data.coco import CocoDataset
+from retinanet.data.csv import CSVDataset
+from retinanet.data.voc import VOCDataset
+from retinanet.data.yolo import YoloDataset
+
+NAMES = ["wolf", "bear", "fox"]  # not sorted, and no picture has a fox
+BOXES = {
+    "a.png": [[3.25, 4.5, 40.75, 30.125, "bear"], [0, 0, 64, 48, "wolf"]],
+    "b.png": [],
+    "sub, folder/c.png": [[10, 12, 11.5, 40, "wolf"], [63, 47, 64, 48, "bear"], [5.5, 5.5, 6.75, 7, "bear"]],
+}
+
+
+@pytest.fixture
+def source(tmp_path):
+    """CSV data: boxes with fractions, at the border, of one pixel; a picture without any; names to quote."""
+    folder = tmp_path / "source"
+    (folder / "sub, folder").mkdir(parents=True)
+    lines = []
+    for name, boxes in BOXES.items():
+        save(gradient(48, 64), folder / name)
+        lines += [f'"{name}",{x1},{y1},{x2},{y2},{label}' for x1, y1, x2, y2, label in boxes] or [f"{name},,,,,"]
+    (folder / "val.csv").write_text("\n".join(lines))
+    (folder / "classes.csv").write_text("".join(f"{name},{label}\n" for label, name in enumerate(NAMES)))
+    return folder
+
+
+def read(kind, root):
+    if kind == "csv":
+        return CSVDataset(root / "val.csv", root / "classes.csv")
+    return {"coco": CocoDataset, "voc": VOCDataset, "yolo": YoloDataset}[kind](root, "val")
+
+
+def run(kind, source, to, out, *flags):
+    where = ["--source", str(source), "--set", "val"]
+    if kind == "csv":
+        where = ["--source", str(source / "val.csv"), "--csv_classes", str(source / "classes.csv")]
+    return convert.main(["--from", kind, *where, "--to", to, "--out", str(out), *flags])
+
+
+def content(dataset):
+    """Boxes by the picture's name and class name, in the order of the boxes; and the difficult ones."""
+    boxes = {}
+    for index in range(len(dataset)):
+        for rows, difficult in ((dataset.load_annotations(index), ""), (dataset.load_difficult(index), " (difficult)")):
+            for *box, label in rows.tolist():
+                key = Path(dataset.image_path(index)).name, dataset.label_to_name(int(label)) + difficult
+                boxes.setdefault(key, []).append(box)
+    return {key: np.array(sorted(value)) for key, value in boxes.items()}
+
+
+def assert_same(dataset, expected, tolerance):
+    found, expected = content(dataset), content(expected)
+    assert found.keys() == expected.keys()
+    for key, boxes in expected.items():
+        assert found[key].shape == boxes.shape, key
+        assert np.abs(found[key] - boxes).max() <= tolerance, key
+
+
+@pytest.mark.parametrize("kind", ["csv", "coco", "voc", "yolo"])
+def test_there_and_back(source, tmp_path, kind):
+    assert run("csv", source, kind, tmp_path / "there") == 0
+    there, original = read(kind, tmp_path / "there"), read("csv", source)
+    tolerance = 0.5 if kind == "voc" else 1e-4  # VOC has whole pixels
+    assert_same(there, original, tolerance)
+    assert list(there.labels.values()) == NAMES and len(there) == 3
+    assert np.array_equal(there.load_image(0), original.load_image(0))
+    assert run(kind, tmp_path / "there", "csv", tmp_path / "back") == 0
+    assert_same(read("csv", tmp_path / "back"), original, tolerance)
+
+
+@pytest.mark.parametrize("chain", [["voc", "yolo", "coco"], ["coco", "voc", "yolo"], ["yolo", "coco", "voc"]])
+def test_errors_do_not_add_up(source, tmp_path, chain):
+    kind, root = "csv", source
+    for number, to in enumerate(chain):
+        assert run(kind, root, to, tmp_path / str(number), "--link") == 0
+        kind, root = to, tmp_path / str(number)
+    assert_same(read(kind, root), read("csv", source), 0.5 + 1e-4)
+    assert (tmp_path / "0").exists() and any(path.is_symlink() for path in root.rglob("*.png"))
+
+
+def test_difficult_boxes_travel_where_there_is_a_mark_for_them(source, tmp_path, capsys):
+    run("csv", source, "voc", tmp_path / "voc")
+    path = tmp_path / "voc" / "Annotations" / "a.xml"
+    path.write_text(path.read_text().replace("<difficult>0", "<difficult>1", 1))
+    voc = read("voc", tmp_path / "voc")
+    assert len(voc.difficult_rows) == 1
+
+    assert run("voc", tmp_path / "voc", "voc", tmp_path / "again") == 0
+    assert_same(read("voc", tmp_path / "again"), voc, 0)
+    assert run("voc", tmp_path / "voc", "coco", tmp_path / "coco") == 0
+    annotations = json.loads((tmp_path / "coco/annotations/instances_val.json").read_text())["annotations"]
+    assert sorted(annotation["iscrowd"] for annotation in annotations) == [0, 0, 0, 0, 1]
+    capsys.readouterr()
+    assert run("voc", tmp_path / "voc", "yolo", tmp_path / "yolo") == 0
+    assert "warning: 1 difficult boxes (or crowds) are left out" in capsys.readouterr().out
+    assert len(read("yolo", tmp_path / "yolo").rows) == 4
+
+
+def test_pycocotools_reads_what_is_written(source, tmp_path):
+    run("csv", source, "coco", tmp_path / "coco")
+    coco = COCO(str(tmp_path / "coco/annotations/instances_val.json"))
+    assert len(coco.getAnnIds()) == 5 and coco.loadCats(1)[0]["name"] == "wolf"
+    annotation = coco.loadAnns(1)[0]
+    assert annotation["bbox"] == [3.25, 4.5, 37.5, 25.625] and annotation["area"] == 37.5 * 25.625
+    assert coco.loadImgs(2)[0] == {"id": 2, "file_name": "b.png", "width": 64, "height": 48}
+
+
+def test_coco_keeps_its_ids(tmp_path):
+    from helpers import write_coco_data
+
+    write_coco_data(tmp_path / "coco", set_name="val")
+    assert run("coco", tmp_path / "coco", "coco", tmp_path / "again") == 0
+    before, after = read("coco", tmp_path / "coco"), read("coco", tmp_path / "again")
+    assert after.image_ids == before.image_ids and after.coco_labels == before.coco_labels
+    assert len(after.difficult_rows) == 1  # a crowd
+    assert_same(after, before, 0)
+
+
+def test_yolo_lists_its_sets_and_classes(source, tmp_path):
+    for set_name in ("train", "val"):
+        flags = ["--from", "csv", "--source", str(source / "val.csv"), "--csv_classes", str(source / "classes.csv")]
+        assert convert.main([*flags, "--set", set_name, "--to", "yolo", "--out", str(tmp_path / "yolo")]) == 0
+    expected = 'train: images/train\nval: images/val\nnames: ["wolf", "bear", "fox"]\n'
+    assert (tmp_path / "yolo/data.yaml").read_text() == expected
+    assert (tmp_path / "yolo/labels/val/b.txt").read_text() == ""
+
+
+def test_names_that_clash_get_their_folders(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        save(gradient(20, 30 if folder == "x" else 40), tmp_path / folder / "a.png")
+    (tmp_path / "val.csv").write_text("x/a.png,1,2,3,4,cat\ny/a.png,,,,,\n")
+    (tmp_path / "classes.csv").write_text("cat,0\n")
+    assert run("csv", tmp_path, "voc", tmp_path / "voc") == 0
+    voc = read("voc", tmp_path / "voc")
+    assert [Path(voc.image_path(index)).name for index in (0, 1)] == ["x__a.png", "y__a.png"]
+    assert [voc.load_image(index).shape[1] for index in (0, 1)] == [30, 40]
+
+
+def test_two_pictures_that_differ_only_in_their_ending_are_an_error(tmp_path, capsys):
+    for name in ("a.png", "a.bmp"):
+        save(gradient(20, 30), tmp_path / name)
+    (tmp_path / "val.csv").write_text("a.png,1,2,3,4,cat\na.bmp,,,,,\n")
+    (tmp_path / "classes.csv").write_text("cat,0\n")
+    assert run("csv", tmp_path, "voc", tmp_path / "voc") == 1
+    assert "a.png: two pictures of one folder differ in nothing but their ending" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten_by_something_else(source, tmp_path, capsys):
+    assert run("csv", source, "voc", tmp_path / "out") == 0
+    assert run("csv", source, "voc", tmp_path / "out") == 0  # the same again is fine
+    save(gradient(48, 64)[::-1], source / "a.png")
+    assert run("csv", source, "voc", tmp_path / "out") == 1
+    assert "a.png: is there already, and is not" in capsys.readouterr().err
+    save(gradient(48, 64), source / "a.png")
+    (source / "classes.csv").write_text("bear,0\nwolf,1\n")
+    assert run("csv", source, "voc", tmp_path / "out") == 1
+    assert "classes.txt: is there already, with other content" in capsys.readouterr().err
+
+
+def test_missing_pictures_are_an_error(source, tmp_path, capsys):
+    (source / "b.png").unlink()
+    assert run("csv", source, "coco", tmp_path / "out") == 1
+    assert "b.png" in capsys.readouterr().err
+
+
+def test_usage_errors(tmp_path, capsys):
+    for kind, message in (("csv", "--from csv needs --csv_classes"), ("voc", "--from voc needs --set")):
+        with pytest.raises(SystemExit) as error:
+            convert.main(["--from", kind, "--source", "x", "--to", "coco", "--out", str(tmp_path)])
+        assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def one_picture(folder, name, *rows, size=(48, 64), classes="cat,0\n"):
+    """CSV data of one picture; returns the flags that convert it."""
+    folder.mkdir()
+    save(gradient(*size), folder / name)
+    (folder / "val.csv").write_text("".join(f"{name},{row}\n" for row in rows))
+    (folder / "classes.csv").write_text(classes)
+    return ["--from", "csv", "--source", str(folder / "val.csv"), "--csv_classes", str(folder / "classes.csv")]
+
+
+@pytest.mark.parametrize(
+    ("ending", "message"), [("png", "a.xml: is there already"), ("bmp", "holds a.png, from which a.bmp differs")]
+)
+def test_a_second_set_does_not_overwrite_the_first(tmp_path, capsys, ending, message):
+    first = one_picture(tmp_path / "x", "a.png", "1,2,30,40,cat")
+    second = one_picture(tmp_path / "y", f"a.{ending}", "5,6,7,8,cat")
+    out = ["--to", "voc", "--out", str(tmp_path / "voc")]
+    assert convert.main([*first, *out, "--out_set", "train"]) == 0
+    assert convert.main([*second, *out]) == 1
+    assert message in capsys.readouterr().err
+    assert VOCDataset(tmp_path / "voc", "train").load_annotations(0).tolist() == [[1, 2, 30, 40, 0]]
+
+
+def test_the_source_is_not_overwritten(tmp_path, capsys):
+    from helpers import write_coco_data
+
+    root = write_coco_data(tmp_path / "coco", set_name="val")
+    before = (tmp_path / "coco/annotations/instances_val.json").read_text()
+    assert run("coco", root, "coco", root) == 1
+    assert "instances_val.json: is there already" in capsys.readouterr().err
+    assert (tmp_path / "coco/annotations/instances_val.json").read_text() == before
+
+
+def test_pictures_of_an_earlier_run_do_not_become_empty_ones(source, tmp_path, capsys):
+    flags = one_picture(tmp_path / "x", "other.png", "1,2,30,40,wolf", classes="wolf,0\nbear,1\nfox,2\n")
+    assert run("csv", source, "yolo", tmp_path / "yolo") == 0
+    assert convert.main([*flags, "--to", "yolo", "--out", str(tmp_path / "yolo")]) == 1
+    assert "images/val: holds other pictures, such as a;" in capsys.readouterr().err
+    assert len(read("yolo", tmp_path / "yolo")) == 3  # nothing was copied
+
+
+@pytest.mark.parametrize("kind", ["csv", "coco", "voc", "yolo"])
+def test_names_of_pictures_and_classes_may_hold_spaces_commas_and_quotes(tmp_path, kind):
+    flags = one_picture(tmp_path / "x", "IMG 1 1.png", '1,2,30,40,"tench, ""Tinca"" 🐟"')
+    (tmp_path / "x/classes.csv").write_text('"tench, ""Tinca"" 🐟",0\n')
+    assert convert.main([*flags, "--to", kind, "--out", str(tmp_path / "out")]) == 0
+    data = read(kind, tmp_path / "out")
+    assert Path(data.image_path(0)).name == "IMG 1 1.png" and list(data.labels.values()) == ['tench, "Tinca" 🐟']
+
+
+@pytest.mark.parametrize("link", [[], ["--link"]])
+def test_a_linked_picture_keeps_its_name(tmp_path, link):
+    flags = one_picture(tmp_path / "x", "a.png", "1,2,30,40,cat")
+    (tmp_path / "x/a.png").rename(tmp_path / "0123abcd")
+    (tmp_path / "x/a.png").symlink_to("../0123abcd")
+    assert convert.main([*flags, "--to", "yolo", "--out", str(tmp_path / "out"), *link]) == 0
+    assert Path(read("yolo", tmp_path / "out").image_path(0)).name == "a.png"
+
+
+def test_the_pictures_sizes_count_not_the_declared_ones(tmp_path):
+    from helpers import coco_content, write_coco_data
+
+    content = coco_content()
+    for image in content["images"]:
+        image["height"], image["width"] = image["width"], image["height"]
+    write_coco_data(tmp_path / "coco", content, set_name="val")
+    assert run("coco", tmp_path / "coco", "yolo", tmp_path / "yolo") == 0
+    assert_same(read("yolo", tmp_path / "yolo"), CSVDataset(*as_csv(tmp_path)), 1e-4)
+
+
+def as_csv(tmp_path):
+    lines = ["a.png,1,2,31,42,car", "a.png,10,10,18,19.5,cat", "b.png,5,6,25,36,cat", "empty.png,,,,,"]
+    folder = tmp_path / "coco/images/val"
+    (folder / "val.csv").write_text("".join(f"{line}\n" for line in lines))
+    (folder / "classes.csv").write_text("car,0\ncat,1\n")
+    return folder / "val.csv", folder / "classes.csv"
+
+
+def test_boxes_that_get_lost_are_counted(tmp_path, capsys):
+    flags = one_picture(tmp_path / "x", "a.png", "1,2,30,40,cat", "10.1,10,20,20,cat", "10.3,10,20,20,cat")
+    assert convert.main([*flags, "--to", "voc", "--out", str(tmp_path / "voc")]) == 0
+    printed = capsys.readouterr().out
+    assert "1 boxes are left out" in printed and "1 pictures, 2 boxes (and 0 difficult), 1 classes" in printed

@@ -1,0 +1,289 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from helpers import gradient
+from PIL import Image
+from torchvision.transforms import Compose
+from torchvision.transforms import functional as tv
+
+from retinanet.data.transforms import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    Augmenter,
+    ColourJitter,
+    Normalizer,
+    RandomCrop,
+    Resizer,
+    ScaleJitter,
+    UnNormalizer,
+    normalize,
+    pad_value,
+)
+
+BOXES = [[4, 8, 24, 40, 1], [30, 10, 60, 40, 0]]
+
+
+def sample_of(height=48, width=64, boxes=BOXES, dtype=np.uint8):
+    return {
+        "img": gradient(height, width).astype(dtype),
+        "annot": np.array(boxes, dtype=np.float32).reshape(-1, 5),
+        "index": 3,
+    }
+
+
+# Normalising
+
+
+def test_normalize_equals_torchvision():
+    images = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
+    expected = tv.normalize(images / 255, PIXEL_MEAN, PIXEL_STD)
+    torch.testing.assert_close(normalize(images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_normalize_makes_channels_last():
+    images = torch.zeros(2, 3, 5, 7, dtype=torch.uint8)
+    assert normalize(images).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_normalize_takes_floats_as_normalised():
+    images = torch.randn(1, 3, 4, 4)
+    assert normalize(images) is images
+
+
+def test_normalizer_by_hand_and_on_both_scales():
+    grey = np.full((2, 3, 3), 51, dtype=np.uint8)  # 0.2
+    expected = [(0.2 - mean) / std for mean, std in zip(PIXEL_MEAN, PIXEL_STD, strict=True)]
+    for image in (grey, grey / 255, (grey / 255).astype(np.float32)):
+        out = Normalizer()({"img": image, "annot": None})["img"]
+        assert out.dtype == np.float32 and out.shape == (2, 3, 3)
+        assert out[1, 2].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_normalizer_on_the_host_equals_normalize_on_the_device():
+    image = gradient(6, 8)
+    host = torch.from_numpy(Normalizer()({"img": image})["img"]).permute(2, 0, 1)
+    torch.testing.assert_close(host, normalize(torch.from_numpy(image).permute(2, 0, 1)[None])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_unnormalizer_inverts_and_leaves_its_input():
+    pixels = torch.rand(2, 3, 4, 5)
+    normalised = tv.normalize(pixels, PIXEL_MEAN, PIXEL_STD)
+    before = normalised.clone()
+    torch.testing.assert_close(UnNormalizer()(normalised), pixels)
+    torch.testing.assert_close(UnNormalizer()(normalised[0]), pixels[0])
+    assert torch.equal(normalised, before)  # the original changed it in place
+
+
+def test_unnormalizer_takes_other_constants():
+    assert UnNormalizer(mean=[1, 2, 3], std=[2, 2, 2])(torch.ones(3, 1, 1)).flatten().tolist() == [3, 4, 5]
+
+
+def test_padding_is_zero_once_normalised():
+    pixels = pad_value(torch.uint8)[:, None, None]
+    assert normalize(pixels[None]).abs().max() < 0.5 / 255 / min(PIXEL_STD) + 1e-6
+    assert pad_value(torch.float64).tolist() == [0, 0, 0] and pad_value(torch.float64).dtype == torch.float64
+
+
+# Mirroring
+
+
+def test_mirror_by_hand():
+    image = np.arange(12, dtype=np.uint8).reshape(1, 4, 3)
+    out = Augmenter()({"img": image, "annot": np.array([[0.0, 0, 1, 1, 7]])}, flip_x=1)
+    assert out["img"][0].tolist() == [[9, 10, 11], [6, 7, 8], [3, 4, 5], [0, 1, 2]]
+    assert out["annot"].tolist() == [[3, 0, 4, 1, 7]]
+
+
+def test_mirroring_twice_is_nothing():
+    sample = sample_of()
+    out = Augmenter()(Augmenter()(sample, flip_x=1), flip_x=1)
+    np.testing.assert_array_equal(out["img"], sample["img"])
+    np.testing.assert_array_equal(out["annot"], sample["annot"])
+
+
+def test_half_of_all_samples_are_mirrored():
+    sample = sample_of()
+    flips = sum(not np.array_equal(Augmenter()(sample)["annot"], sample["annot"]) for _ in range(400))
+    assert 150 < flips < 250  # 5 standard deviations
+    assert all(np.array_equal(Augmenter()(sample, flip_x=0)["annot"], sample["annot"]) for _ in range(20))
+
+
+# Resizing
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "padded"),
+    [
+        (48, 64, (60, 80), (64, 96)),  # by the short side
+        (64, 48, (80, 60), (96, 64)),
+        (30, 120, (40, 160), (64, 160)),  # by the long side
+        (60, 160, (60, 160), (64, 160)),
+        (7, 1000, (1, 160), (32, 160)),
+    ],
+)
+def test_sizes_by_hand(height, width, size, padded):
+    out = Resizer(min_side=60, max_side=160)(sample_of(height, width))
+    assert out["size"] == size
+    assert tuple(out["img"].shape) == (*padded, 3)
+    assert out["scale"] == pytest.approx(min(60 / min(height, width), 160 / max(height, width)))
+
+
+@pytest.mark.parametrize("side", [32, 64, 96])
+def test_nothing_is_added_to_a_size_that_32_divides(side):
+    out = Resizer(min_side=side, max_side=2 * side)(sample_of(40, 80))  # the original: 32 px more
+    assert tuple(out["img"].shape) == (side, 2 * side, 3) and out["size"] == (side, 2 * side)
+
+
+def test_defaults_are_608_and_1024():
+    assert Resizer()(sample_of(40, 40))["size"] == (608, 608)
+    assert Resizer()(sample_of(20, 80))["size"] == (256, 1024)
+
+
+def test_sides_can_be_given_with_the_call():
+    assert Resizer()(sample_of(40, 40), min_side=32, max_side=64)["size"] == (32, 32)
+
+
+def test_a_picture_of_the_right_size_is_unchanged():
+    sample = sample_of(64, 96)
+    out = Resizer(min_side=64, max_side=96)(sample)
+    np.testing.assert_array_equal(out["img"], sample["img"])
+    np.testing.assert_array_equal(out["annot"], sample["annot"])
+    assert out["scale"] == 1
+
+
+@pytest.mark.parametrize("min_side", [37, 150])
+def test_resizing_equals_pillow(min_side):
+    image = np.random.default_rng(0).integers(0, 256, (75, 111, 3), dtype=np.uint8)
+    out = Resizer(min_side, 1000)({"img": image, "annot": np.zeros((0, 5))})
+    height, width = out["size"]
+    expected = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(out["img"][:height, :width].numpy() - expected).max() <= 1
+
+
+def test_the_rest_is_padded_with_the_mean_colour():
+    out = Resizer(min_side=60, max_side=160)(sample_of(48, 64))  # 60 x 80 in 64 x 96
+    mean = pad_value(torch.uint8)
+    assert (out["img"][60:] == mean).all() and (out["img"][:, 80:] == mean).all()
+    assert not (out["img"][:60, :80] == mean).all(dim=2).all()
+
+
+def test_boxes_move_with_the_picture():
+    image = np.zeros((50, 80, 3), dtype=np.uint8)
+    image[10:30, 20:60] = 255
+    annotation = np.array([[20, 10, 60, 30, 4]], dtype=np.float32)
+    out = Resizer(min_side=100, max_side=1000)({"img": image, "annot": annotation})
+    assert out["annot"].tolist() == [[40, 20, 120, 60, 4]]
+    white = (out["img"][:100, :160] > 127).all(dim=2).nonzero()
+    assert white.min(dim=0).values.tolist() == [20, 40] and (white.max(dim=0).values + 1).tolist() == [60, 120]
+
+
+def test_the_originals_order_of_transforms_works():
+    out = Compose([Normalizer(), Augmenter(), Resizer(64, 96)])(sample_of())
+    assert out["img"].dtype == torch.float32 and tuple(out["img"].shape) == (64, 96, 3)
+    assert (out["img"][:, 86:] == 0).all()  # 64 * 64 / 48 = 85.3
+    torch.testing.assert_close(out["annot"][:, 4], torch.tensor([1.0, 0.0]))
+
+
+# Every transform
+
+
+def mirror(sample):
+    return Augmenter()(sample, flip_x=1)
+
+
+TRANSFORMS = [Normalizer(), mirror, Resizer(60, 160), Resizer(48, 64)]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_the_input_stays_as_it_was(transform):
+    sample = sample_of()
+    before = copy.deepcopy(sample)
+    out = transform(sample)
+    for array in (out["img"], out["annot"]):
+        if array is not sample["annot"]:  # Normalizer hands the boxes on
+            array[:] = 0
+    assert sample.keys() == before.keys()
+    np.testing.assert_array_equal(sample["img"], before["img"])
+    np.testing.assert_array_equal(sample["annot"], before["annot"])
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS[1:])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+def test_the_dtype_is_kept(transform, dtype):
+    image = np.asarray(transform(sample_of(dtype=dtype))["img"])
+    assert image.dtype == dtype
+    assert image.max() > 100  # and the range of values with it
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_picture_without_boxes_passes(transform):
+    assert tuple(transform(sample_of(boxes=[]))["annot"].shape) == (0, 5)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_other_entries_are_handed_on(transform):
+    assert transform(sample_of())["index"] == 3
+
+
+# Opt-in augmentations
+
+
+def test_a_crop_by_hand(monkeypatch):
+    monkeypatch.setattr(np.random, "uniform", lambda low, high, size: np.array([0.5, 0.75]))  # 32 wide, 36 high
+    starts = iter([20, 4])  # x, y
+    monkeypatch.setattr(np.random, "randint", lambda low, high: next(starts))
+    sample = sample_of(boxes=[[10, 8, 40, 44, 1], [4, 8, 24, 40, 2], [50, 10, 56, 20, 0]])
+    cropped = RandomCrop(0.5)(sample)
+    assert cropped["img"].shape == (36, 32, 3)
+    np.testing.assert_array_equal(cropped["img"], sample["img"][4:40, 20:52])
+    # Centres: (25, 26) inside, clipped on three sides; (14, 24) and (53, 15) outside.
+    assert cropped["annot"].tolist() == [[0, 4, 20, 36, 1]] and cropped["annot"].dtype == np.float32
+    assert cropped["index"] == 3 and len(sample["annot"]) == 3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_crop_keeps_its_share_and_the_boxes_inside(seed):
+    np.random.seed(seed)
+    cropped = RandomCrop(0.4)(sample_of())
+    height, width = cropped["img"].shape[:2]
+    assert 0.4 * 48 - 0.5 <= height <= 48 and 0.4 * 64 - 0.5 <= width <= 64
+    boxes = cropped["annot"][:, :4]
+    assert len(boxes) >= 1 and (boxes >= 0).all() and (boxes <= [width, height, width, height]).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_a_crop_never_loses_all_boxes_and_takes_pictures_without_any():
+    corner = sample_of(boxes=[[0, 0, 2, 2, 1]])
+    assert all(len(RandomCrop(0.05)(corner)["annot"]) == 1 for _ in range(50))
+    empty = RandomCrop(0.5)(sample_of(boxes=[]))
+    assert empty["annot"].shape == (0, 5)
+
+
+def test_colour_jitter_changes_colours_alone():
+    sample = sample_of()
+    before = copy.deepcopy(sample)
+    seen = {ColourJitter(0.4)(sample)["img"].tobytes() for _ in range(5)}
+    assert len(seen) == 5
+    changed = ColourJitter(0.4)(sample)
+    assert changed["img"].dtype == np.uint8 and changed["img"].shape == sample["img"].shape
+    np.testing.assert_array_equal(changed["annot"], sample["annot"])
+    np.testing.assert_array_equal(sample["img"], before["img"])
+    assert np.abs(ColourJitter(0.0)(sample)["img"].astype(int) - sample["img"]).max() <= 2  # by rounding
+
+
+def test_scale_jitter_draws_short_sides_from_its_range():
+    sides = {min(ScaleJitter(40, 43, 128)(sample_of())["size"]) for _ in range(60)}
+    assert sides == {40, 41, 42, 43}
+    assert max(ScaleJitter(100, 100, 80)(sample_of())["size"]) == 80
+
+
+@pytest.mark.parametrize("transform", [Resizer(32, 64), lambda sample: Augmenter()(sample, flip_x=1)])
+def test_views_with_negative_strides_are_taken(transform):  # such as a user's own flip leaves
+    image = np.random.randint(0, 256, (40, 50, 3), dtype=np.uint8)
+    boxes = np.zeros((0, 5), dtype=np.float32)
+    view, copy_of_it = (
+        transform({"img": img, "annot": boxes})["img"] for img in (image[:, ::-1], image[:, ::-1].copy())
+    )
+    assert np.array_equal(np.asarray(view), np.asarray(copy_of_it))

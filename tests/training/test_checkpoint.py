@@ -1,0 +1,512 @@
+import copy
+import functools
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+import types
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.utils.collect_env
+from torch import nn
+
+from retinanet.anchors import Anchors
+from retinanet.errors import UserError
+from retinanet.model import ARCHITECTURES, resnet, resnet18
+from retinanet.training import checkpoint
+
+CONTENT = {"weights": torch.arange(6.0).reshape(2, 3), "names": ["a", "b"], "nested": {"lr": 0.5, "none": None}}
+
+
+@pytest.fixture(scope="module")
+def net():
+    return resnet18(2, anchors=Anchors(ratios=[1.0, 3.0], scales=[1.0]))
+
+
+@pytest.fixture(scope="module")
+def saved(net, tmp_path_factory):
+    """A checkpoint of `net`, and what is in it."""
+    path = tmp_path_factory.mktemp("checkpoint") / "net.pt"
+    content = checkpoint.model_entries(net, ["cat", "dog"], 64, 96) | {"epoch": 7}
+    checkpoint.save(path, content)
+    return path, content
+
+
+def names(folder):
+    return [path.name for path in folder.iterdir()]
+
+
+# Files
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    checkpoint.save(tmp_path / "a.pt", CONTENT)
+    content = checkpoint.load(tmp_path / "a.pt")
+    assert torch.equal(content.pop("weights"), CONTENT["weights"])
+    assert content == {"names": ["a", "b"], "nested": {"lr": 0.5, "none": None}}
+    assert names(tmp_path) == ["a.pt"]
+
+
+def test_saving_again_replaces(tmp_path):
+    for epoch in (1, 2):
+        checkpoint.save(tmp_path / "a.pt", {"epoch": epoch})
+    assert checkpoint.load(tmp_path / "a.pt") == {"epoch": 2}
+
+
+def write_half(content, file):
+    file.write(b"half a checkpoint")
+    raise OSError(28, "No space left on device")
+
+
+def fail(*args):
+    raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize(("module", "name", "failure"), [(torch, "save", write_half), (os, "fsync", fail)])
+def test_a_failing_write_leaves_the_old_file_intact(tmp_path, monkeypatch, module, name, failure):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, {"epoch": 1})
+    before = path.read_bytes()
+    monkeypatch.setattr(module, name, failure)
+    with pytest.raises(UserError, match=r"a\.pt: cannot be saved \(\[Errno .*the file before it, if any, is intact"):
+        checkpoint.save(path, {"epoch": 2})
+    assert path.read_bytes() == before
+    assert names(tmp_path) == ["a.pt"]  # no rubbish left
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TypeError])
+def test_an_interrupted_write_leaves_the_old_file_intact(tmp_path, monkeypatch, error):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, {"epoch": 1})
+
+    def interrupted(content, file):
+        file.write(b"half a checkpoint")
+        raise error
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(error):
+        checkpoint.save(path, {"epoch": 2})
+    monkeypatch.undo()
+    assert checkpoint.load(path) == {"epoch": 1}
+    assert names(tmp_path) == ["a.pt"]
+
+
+def test_the_file_is_flushed_to_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(os, "fsync", lambda _: events.append(names(tmp_path)))
+    checkpoint.save(tmp_path / "a.pt", {"epoch": 1})
+    assert events == [["a.pt.tmp"]]
+
+
+@pytest.mark.parametrize("folder", ["missing", "file"])
+def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path, folder):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"a\.pt: cannot be saved"):
+        checkpoint.save(tmp_path / folder / "a.pt", CONTENT)
+
+
+class Hostile:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
+    target, path = tmp_path / "was-run", tmp_path / "hostile.pt"
+    torch.save({"model": Hostile(target)}, path)
+    with pytest.raises(UserError, match=r"hostile\.pt: .* more than tensors and plain types") as error:
+        checkpoint.load(path)
+    assert "weights_only" not in str(error.value)  # torch's own message advises to run it
+    bare = tmp_path / "bare.pt"
+    bare.write_bytes(pickle.dumps({"model": Hostile(target)}, protocol=2))
+    with pytest.raises(UserError, match=r"bare\.pt: .* more than tensors and plain types"):
+        checkpoint.load(bare)
+    assert not target.exists()
+    torch.load(path, weights_only=False)
+    assert target.exists()  # the trap does work
+
+
+def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "a.pt"
+    for new_format in (True, False):
+        torch.save(CONTENT, path, _use_new_zipfile_serialization=new_format)
+        whole = path.read_bytes()
+        for length in range(0, len(whole) - 1, len(whole) // 40):
+            path.write_bytes(whole[:length])
+            with pytest.raises(UserError, match=r"a\.pt: "):
+                checkpoint.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b".", b"a few words", b"hello", b"q\n1,2,3\n", bytes(range(256))])
+def test_what_is_no_checkpoint_is_an_error_that_names_it(tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.pt: is (no checkpoint|damaged)"):
+        checkpoint.load(tmp_path / "a.pt")
+
+
+def test_a_missing_checkpoint_or_a_folder_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"none\.pt: there is no such checkpoint"):
+        checkpoint.load(tmp_path / "none.pt")
+    with pytest.raises(UserError, match="is no checkpoint"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_list_is_no_checkpoint(tmp_path):
+    torch.save([1, 2], tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: holds a list"):
+        checkpoint.load_model(tmp_path / "a.pt")
+
+
+# Models
+
+
+@pytest.mark.parametrize("depth", ARCHITECTURES)
+def test_the_depth_follows_from_the_weights(depth):
+    with torch.device("meta"):
+        state = resnet(depth, 3).state_dict()
+    assert checkpoint.infer_depth(state) == depth
+
+
+def test_other_weights_have_no_depth(net):
+    assert checkpoint.infer_depth({}) is None
+    assert checkpoint.infer_depth({f"backbone.{key}": value for key, value in net.state_dict().items()}) is None
+    assert checkpoint.infer_depth({key: 0 for key in net.state_dict() if not key.startswith("layer3.1.")}) is None
+
+
+def test_all_five_depths_are_there():
+    assert sorted(ARCHITECTURES) == [18, 34, 50, 101, 152]
+
+
+def test_a_model_comes_back_with_all_that_describes_it(net, saved):
+    path, _ = saved
+    again, info = checkpoint.load_model(path)
+    assert not again.training
+    assert info == {
+        "depth": 18,
+        "class_names": ["cat", "dog"],
+        "anchors": net.anchors.settings(),
+        "best_match_iou": None,
+        "min_side": 64,
+        "max_side": 96,
+        "epoch": 7,
+    }
+    assert again.num_classes == 2 and again.anchors.settings() == net.anchors.settings()
+    assert again.state_dict().keys() == net.state_dict().keys()
+    for key, value in net.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("key", ["model", "class_names", "anchors", "min_side", "max_side"])
+def test_a_checkpoint_that_lacks_something_is_an_error(saved, tmp_path, key):
+    content = {**saved[1], "model": {}}
+    del content[key]
+    checkpoint.save(tmp_path / "a.pt", content)
+    with pytest.raises(UserError, match=rf"a\.pt: .* lacks {key}$"):
+        checkpoint.load_model(tmp_path / "a.pt")
+
+
+def test_weights_of_another_network_are_an_error(saved, tmp_path):
+    checkpoint.save(tmp_path / "a.pt", {**saved[1], "model": {"fc.weight": torch.zeros(2)}})
+    with pytest.raises(UserError, match=r"a\.pt: holds no RetinaNet of depth 18, 34, 50, 101, 152"):
+        checkpoint.load_model(tmp_path / "a.pt")
+
+
+def test_weights_that_do_not_fit_the_classes_are_an_error(saved, tmp_path):
+    checkpoint.save(tmp_path / "a.pt", {**saved[1], "class_names": ["cat", "dog", "bird"]})
+    with pytest.raises(UserError, match=r"(?s)a\.pt: .*classificationModel\.output\.weight"):
+        checkpoint.load_model(tmp_path / "a.pt")
+
+
+# Checkpoints from elsewhere
+
+
+class Original(nn.Module):
+    """A module of the original's shape, whose class this library does not have."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.inplanes = 512
+        for name, child in net.named_children():
+            self.add_module(name, child)
+        self.anchors = nn.Module()
+        self.anchors.ratios = np.array([0.5, 1, 2])
+        self.anchors.sizes = [32, 64]
+        self.scale = np.float64(2.0)
+
+
+def rename(module, name):
+    """Let a module's class pickle under another name, as files of the original have it."""
+    kind = type(name.rpartition(".")[2], (nn.Module,), {"__module__": name.rpartition(".")[0]})
+    module.__class__ = kind
+    sys.modules.setdefault(kind.__module__, types.ModuleType(kind.__module__))
+    setattr(sys.modules[kind.__module__], kind.__name__, kind)
+
+
+@pytest.fixture
+def originals_model(filled_net, monkeypatch):
+    """`filled_net` as a model of the original's old code, whose modules were no package (`import model`)."""
+    for name in ("model", "anchors", "losses"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    whole = Original(copy.deepcopy(filled_net))
+    rename(whole, "model.ResNet")
+    rename(whole.fpn, "model.PyramidFeatures")
+    rename(whole.regressionModel, "model.RegressionModel")
+    rename(whole.classificationModel, "model.ClassificationModel")
+    rename(whole.anchors, "anchors.Anchors")
+    rename(whole.focalLoss, "losses.FocalLoss")
+    return whole
+
+
+def assert_is(net, original):
+    assert net.state_dict().keys() == original.state_dict().keys()
+    for key, value in original.state_dict().items():
+        assert torch.equal(net.state_dict()[key], value), key
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        for output, expected in zip(net.heads(image), original.heads(image), strict=True):
+            assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize(("prefix", "new_format"), [("", True), ("module.", False), ("module._orig_mod.", True)])
+def test_a_state_dict_of_the_original_is_a_model(filled_net, tmp_path, prefix, new_format):
+    state = {prefix + key: value for key, value in filled_net.state_dict().items()}
+    torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=new_format)
+    net, info = checkpoint.load_model(tmp_path / "a.pt")
+    assert_is(net, filled_net)
+    assert info["class_names"] == checkpoint.placeholder_names(3) == ["class 0", "class 1", "class 2"]
+    assert (info["min_side"], info["max_side"]) == (608, 1024)
+
+
+def test_a_state_dict_without_batch_counters_or_in_a_wrapper_is_a_model(filled_net, tmp_path):
+    state = {key: value for key, value in filled_net.state_dict().items() if "num_batches" not in key}
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "a.pt")
+    assert_is(checkpoint.load_model(tmp_path / "a.pt")[0], filled_net)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_whole_pickled_model_of_the_original_is_read_without_its_code(
+    filled_net, originals_model, tmp_path, monkeypatch, caplog, parallel
+):
+    torch.save(nn.DataParallel(originals_model) if parallel else originals_model, tmp_path / "a.pt")
+    for name in ("model", "anchors", "losses"):
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ModuleNotFoundError):
+        torch.load(tmp_path / "a.pt", weights_only=False)  # what the original's users meet
+    with caplog.at_level("INFO", logger="retinanet"):
+        net, _ = checkpoint.load_model(tmp_path / "a.pt")
+    assert_is(net, filled_net)
+    assert "a whole pickled model, of which only the weights were read, ResNet-18, 3 classes" in caplog.text
+
+
+def test_a_whole_pickled_model_of_this_library_keeps_its_anchors(net, tmp_path):
+    torch.save(net, tmp_path / "a.pt")
+    again, _ = checkpoint.load_model(tmp_path / "a.pt")
+    assert again.num_classes == 2 and again.anchors.settings() == net.anchors.settings()
+    assert_is(again, copy.deepcopy(net).eval())
+
+
+def test_a_whole_model_of_old_torch_is_refused(filled_net, tmp_path):
+    torch.save(filled_net, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"a\.pt: .* was not run\. .* save model\.state_dict\(\) instead"):
+        checkpoint.load_model(tmp_path / "a.pt")
+
+
+def test_another_pickled_module_is_no_retinanet(tmp_path):
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: holds a pickled Sequential, which is no whole RetinaNet"):
+        checkpoint.load_model(tmp_path / "a.pt")
+
+
+def test_a_torchscript_archive_is_refused(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        torch.jit.script(nn.ReLU()).save(str(tmp_path / "a.pt"))
+    with pytest.raises(UserError, match=r"a\.pt: is no checkpoint"):
+        checkpoint.load_model(tmp_path / "a.pt")
+
+
+class Call:
+    """Pickles as the call of a function."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __call__(self):
+        """Only so that pickle takes one call as the function of another."""
+
+    def __reduce__(self):
+        return self.call
+
+
+def write_hub(folder, target):
+    """A folder that torch.hub.load takes code from."""
+    folder.mkdir(exist_ok=True)
+    (folder / "hubconf.py").write_text(f"def run():\n    open({str(target)!r}, 'w').close()\n")
+    return str(folder)
+
+
+ATTACKS = {
+    "os.system": lambda target: Call(os.system, f"touch {target}"),
+    "subprocess": lambda target: Call(subprocess.check_call, ["touch", str(target)]),
+    "eval": lambda target: Call(eval, f"open({str(target)!r}, 'w').close()"),
+    "exec": lambda target: Call(exec, f"open({str(target)!r}, 'w').close()"),
+    "getattr": lambda target: Call(Call(getattr, Call(__import__, "os"), "system"), f"touch {target}"),
+    "torch's shell": lambda target: Call(torch.utils.collect_env.run, f"touch {target}"),
+    "torch.hub": lambda target: Call(
+        functools.partial(torch.hub.load, write_hub(target.parent / "hub", target), "run", source="local")
+    ),
+}
+ENTRIES = {"model": {}, "class_names": ["cat"], "anchors": {}, "min_side": 64, "max_side": 96}
+PLACES = {
+    "bare": lambda attack: attack,
+    "as the weights": lambda attack: {**ENTRIES, "model": attack},
+    "beside the weights": lambda attack: {**ENTRIES, "optimizer": [attack]},
+    "deep": lambda attack: {"state_dict": {"a": ({"b": [[attack]]},)}},
+    "in a module": lambda attack: hide(nn.Sequential(nn.ReLU()), attack),
+}
+WRITERS = {
+    "zip": torch.save,
+    "legacy": functools.partial(torch.save, _use_new_zipfile_serialization=False),
+    "pickle": lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2)),
+}
+
+
+def hide(module, attack):
+    module.extra = attack
+    return module
+
+
+def assert_refused(path, target, net):
+    for read in (checkpoint.load, checkpoint.load_model, functools.partial(checkpoint.load_weights, net)):
+        with pytest.raises(UserError, match=r"hostile\.pt: "):
+            read(path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_loading_path_runs_code(net, tmp_path, attack):
+    target, path = tmp_path / "was-run", tmp_path / "hostile.pt"
+    torch.save({"state_dict": ATTACKS[attack](target)}, path)
+    assert_refused(path, target, net)
+    torch.load(path, weights_only=False)
+    assert target.exists()  # the trap does work
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_code_is_found_wherever_it_hides(net, tmp_path, place, writer):
+    target, path = tmp_path / "was-run", tmp_path / "hostile.pt"
+    WRITERS[writer](PLACES[place](ATTACKS["os.system"](target)), path)
+    assert_refused(path, target, net)
+
+
+def test_the_message_names_what_was_not_run(tmp_path):
+    torch.save(ATTACKS["eval"](tmp_path / "was-run"), tmp_path / "hostile.pt")
+    with pytest.raises(UserError, match=r"hostile\.pt: .* more than tensors and plain types \(eval\), and was not run"):
+        checkpoint.load_model(tmp_path / "hostile.pt")
+
+
+@pytest.mark.parametrize("script", ["train", "validate", "visualize"])
+def test_the_scripts_run_no_code(tmp_path, script, capsys):
+    target, path = tmp_path / "was-run", tmp_path / "hostile.pt"
+    torch.save({"state_dict": ATTACKS["os.system"](target)}, path)
+    flags = ["--dataset", "shapes", "--shapes_val", "1", "--device", "cpu", "--workers", "0"]
+    if script == "train":
+        flags += ["--weights", str(path), "--depth", "18", "--shapes_train", "2", "--out_dir", str(tmp_path / "out")]
+    else:
+        flags += ["--model", str(path)]
+    assert importlib.import_module(script).main(flags) == 1
+    assert "hostile.pt: is damaged, or holds more than tensors" in capsys.readouterr().err
+    assert not target.exists()
+
+
+def test_a_stand_in_can_do_nothing(filled_net, tmp_path):
+    torch.save(filled_net, tmp_path / "a.pt")
+    content = checkpoint.load(tmp_path / "a.pt")
+    assert isinstance(content, checkpoint._Inert) and not isinstance(content, nn.Module)
+    assert not set(checkpoint._STAND_INS) & set(torch.serialization.get_safe_globals())  # nothing stays admitted
+
+
+# Starting from other weights
+
+
+def test_weights_of_as_many_classes_are_taken_whole(filled_net, tmp_path):
+    torch.save(filled_net.state_dict(), tmp_path / "a.pt")
+    net = resnet18(3)
+    assert checkpoint.load_weights(net, tmp_path / "a.pt").endswith("a.pt: a state dict, ResNet-18, 3 classes")
+    assert_is(net.eval(), filled_net)
+
+
+def test_other_classes_start_only_the_last_layer_anew(filled_net, tmp_path):
+    torch.save(filled_net.state_dict(), tmp_path / "a.pt")
+    net = resnet18(5)
+    before = copy.deepcopy(net.state_dict())
+    message = checkpoint.load_weights(net, tmp_path / "a.pt")
+    assert "3 classes; this model has 5, so the last layer of its class head starts anew" in message
+    for key, value in net.state_dict().items():
+        fresh = key in ("classificationModel.output.weight", "classificationModel.output.bias")
+        assert torch.equal(value, before[key] if fresh else filled_net.state_dict()[key]), key
+
+
+def test_weights_bring_their_anchors(net, saved):
+    path, _ = saved
+    other = resnet18(2, anchors=Anchors(ratios=[1.0, 2.0], scales=[1.0]))
+    assert "its anchors are others, so the box head has to learn anew" in checkpoint.load_weights(other, path)
+    assert other.anchors.settings()["ratios"] == [1.0, 2.0]
+    with pytest.raises(UserError, match=r"regressionModel\.output"):  # nine anchors there, two here
+        checkpoint.load_weights(resnet18(2), path)
+
+
+def test_default_anchors_give_way(filled_net, tmp_path):
+    anchors = Anchors(sizes=[16, 32, 64, 128, 256])
+    source = resnet18(3, anchors=anchors)
+    checkpoint.save(tmp_path / "a.pt", checkpoint.model_entries(source, ["a", "b", "c"], 64, 96))
+    net = resnet18(3)
+    assert "its anchors are taken over" in checkpoint.load_weights(net, tmp_path / "a.pt")
+    assert net.anchors.settings() == anchors.settings()
+
+
+def test_another_depth_is_an_error_that_names_both(filled_net, tmp_path):
+    torch.save(filled_net.state_dict(), tmp_path / "a.pt")
+    with torch.device("meta"):
+        net = resnet(34, 3)
+    with pytest.raises(UserError, match=r"a\.pt: holds a ResNet-18, but the model is a ResNet-34 \(--depth\)"):
+        checkpoint.load_weights(net, tmp_path / "a.pt")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: holds no RetinaNet, but"):
+        checkpoint.load_weights(net, tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"model_state_dict": state, "epoch": 3, "optimizer_state_dict": {"state": {}}},
+        lambda state: {"model": state, "epoch": 3},
+        lambda state: {"state_dict": state, "metrics": {"loss": torch.ones(1)}},
+        lambda state: {"state_dict": {f"model.{key}": value for key, value in state.items()}},
+        lambda state: {"net": {f"module.net.{key}": value for key, value in state.items()}},
+    ],
+)
+def test_weights_of_other_training_programs_are_found(filled_net, tmp_path, wrap):
+    torch.save(wrap(filled_net.state_dict()), tmp_path / "a.pt")
+    again, _ = checkpoint.load_model(tmp_path / "a.pt")
+    assert torch.equal(again.fpn.P3_1.weight, filled_net.fpn.P3_1.weight)
+
+
+def test_two_sets_of_weights_are_an_error_that_names_them(filled_net, tmp_path):
+    torch.save({"net": filled_net.state_dict(), "ema": filled_net.state_dict()}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: holds other things than the weights of a model: 'net, ema'"):
+        checkpoint.load_model(tmp_path / "a.pt")
+
+
+def test_the_matching_rule_comes_back(net, tmp_path):
+    net.focalLoss.best_match_iou = 0.4
+    checkpoint.save(tmp_path / "a.pt", checkpoint.model_entries(net, ["cat", "dog"], 64, 96))
+    net.focalLoss.best_match_iou = None
+    assert checkpoint.load_model(tmp_path / "a.pt")[0].focalLoss.best_match_iou == 0.4

@@ -1,0 +1,191 @@
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18
+from torchvision.models.detection import (
+    RetinaNet,
+    RetinaNet_ResNet50_FPN_Weights,
+    retinanet_resnet50_fpn,
+    retinanet_resnet50_fpn_v2,
+)
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from retinanet.boxes import DELTA_STD
+from retinanet.errors import UserError
+from retinanet.training import checkpoint
+
+
+@torch.no_grad()
+def enliven(net):
+    """Random weights under which all levels and classes say something."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in net.state_dict().items():
+        if tensor.dim() == 4:
+            tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=generator)
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        elif tensor.dim() == 1:
+            tensor.normal_(1.0 if name.endswith(("bn1.weight", "bn2.weight")) else 0.0, 0.1, generator=generator)
+    net.eval()
+    outputs = net.head(list(net.backbone(torch.randn(1, 3, 64, 96, generator=generator)).values()))
+    net.head.classification_head.cls_logits.weight.div_(outputs["cls_logits"].std())
+    net.head.classification_head.cls_logits.bias.sub_(4.0)
+    net.head.regression_head.bbox_reg.weight.mul_(0.2 / outputs["bbox_regression"].std())
+    return net
+
+
+def anchor_generator():
+    sizes = [(size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))) for size in (32, 64, 128, 256, 512)]
+    return AnchorGenerator(tuple(sizes), ((0.5, 1.0, 2.0),) * 5)
+
+
+def resnet18_fpn(p6_channels):
+    """A RetinaNet of four classes as users of torchvision build their own."""
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet18",
+        weights=None,
+        norm_layer=nn.BatchNorm2d,
+        trainable_layers=5,
+        returned_layers=[2, 3, 4],
+        extra_blocks=LastLevelP6P7(p6_channels, 256),
+    )
+    return enliven(RetinaNet(backbone, 4, anchor_generator=anchor_generator()))
+
+
+@pytest.fixture(scope="module")
+def with_p6_on_c5():
+    return resnet18_fpn(512)
+
+
+@pytest.fixture(scope="module")
+def with_p6_on_p5():
+    return resnet18_fpn(256)
+
+
+@torch.no_grad()
+def assert_equal_heads(source, net, labels):
+    """Logits of the `labels` that were kept, and deltas, on a picture with odd sides."""
+    image = torch.randn(1, 3, 70, 100)
+    expected = source.head(list(source.backbone(image).values()))
+    logits, deltas, _ = net.heads(image)
+    expected_logits = expected["cls_logits"][..., labels]
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5 * float(expected_logits.abs().max()))
+    expected_deltas = expected["bbox_regression"]
+    scale = float(expected_deltas.abs().max())
+    torch.testing.assert_close(deltas * torch.tensor(DELTA_STD), expected_deltas, rtol=1e-5, atol=1e-5 * scale)
+    assert expected_logits.std() > 0.1 and expected_deltas.std() > 0.01  # there is something to compare
+
+
+def save(state, path):
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("fixture", ["with_p6_on_c5", "with_p6_on_p5"])
+def test_a_torchvision_model_has_equal_outputs(tmp_path, request, fixture):
+    source = request.getfixturevalue(fixture)
+    net, info = checkpoint.load_model(save(source.state_dict(), tmp_path / "tv.pth"))
+    assert net.fpn.P6.in_channels == (512 if fixture == "with_p6_on_c5" else 256)
+    assert info["class_names"] == ["class 0", "class 1", "class 2", "class 3"]
+    assert (info["min_side"], info["max_side"]) == (800, 1333)
+    assert_equal_heads(source, net, slice(None))
+
+
+@torch.no_grad()
+def test_a_torchvision_model_finds_the_same(tmp_path, with_p6_on_p5):
+    source = with_p6_on_p5
+    source.transform.min_size, source.transform.max_size = (128,), 256
+    source.detections_per_img = 10**6
+    net, _ = checkpoint.load_model(save(source.state_dict(), tmp_path / "tv.pth"))
+    picture = torch.rand(3, 128, 256)  # torchvision's strides are the paper's where 128 divides the sides
+    expected = source([picture])[0]
+    inside = (expected["boxes"][:, 2:] > expected["boxes"][:, :2]).all(dim=1)  # it keeps what clipping made a line
+    expected = {key: values[inside] for key, values in expected.items()}
+    mean, std = (
+        torch.tensor(values)[:, None, None] for values in (source.transform.image_mean, source.transform.image_std)
+    )
+    found = net.detect(((picture - mean) / std)[None], max_detections=None)[0]
+    assert len(found.scores) == len(expected["scores"]) > 20
+    torch.testing.assert_close(found.scores, expected["scores"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.labels, expected["labels"])
+    torch.testing.assert_close(found.boxes, expected["boxes"], rtol=0, atol=0.02)
+
+
+def test_the_anchors_are_torchvisions(tmp_path, with_p6_on_c5):
+    net, _ = checkpoint.load_model(save(with_p6_on_c5.state_dict(), tmp_path / "tv.pth"))
+    shapes = [torch.zeros(1, 1, 256 // stride, 384 // stride) for stride in (8, 16, 32, 64, 128)]
+    strides = [[torch.tensor(stride)] * 2 for stride in (8, 16, 32, 64, 128)]
+    expected = torch.cat(anchor_generator().grid_anchors([shape.shape[-2:] for shape in shapes], strides))
+    torch.testing.assert_close(net.anchors(torch.zeros(1, 3, 256, 384))[0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_coco_weights_keep_the_classes_that_exist(tmp_path):
+    source = retinanet_resnet50_fpn(weights=None, weights_backbone=None)
+    for name, module in list(source.named_modules()):  # as in the COCO weights: frozen, without epsilon
+        if isinstance(module, nn.BatchNorm2d):
+            source.set_submodule(name, FrozenBatchNorm2d(module.num_features, eps=0.0))
+    enliven(source)
+    net, info = checkpoint.load_model(save(source.state_dict(), tmp_path / "coco.pth"))
+    names = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    assert net.num_classes == len(info["class_names"]) == 80
+    assert info["class_names"][:2] + info["class_names"][-1:] == ["person", "bicycle", "toothbrush"]
+    assert_equal_heads(source, net, [names.index(name) for name in info["class_names"]])
+
+
+def test_weights_of_old_torchvision_have_other_names(tmp_path, with_p6_on_c5):
+    source = with_p6_on_c5
+    old = {}
+    for name, value in source.state_dict().items():
+        name = (
+            name.replace("blocks.0.0.", "blocks.0.")
+            .replace("blocks.1.0.", "blocks.1.")
+            .replace("blocks.2.0.", "blocks.2.")
+        )
+        for layer in (3, 2, 1, 0):
+            name = name.replace(f"head.conv.{layer}.0.", f"head.conv.{2 * layer}.")
+        old[name] = value
+    assert "head.regression_head.conv.6.bias" in old and "backbone.fpn.inner_blocks.2.bias" in old
+    net, _ = checkpoint.load_model(save(old, tmp_path / "old.pth"))
+    assert_equal_heads(source, net, slice(None))
+
+
+def test_a_converted_model_survives_saving(tmp_path, with_p6_on_p5):
+    net, info = checkpoint.load_model(save(with_p6_on_p5.state_dict(), tmp_path / "tv.pth"))
+    checkpoint.save(tmp_path / "ours.pt", checkpoint.model_entries(net, info["class_names"], 800, 1333))
+    again, _ = checkpoint.load_model(tmp_path / "ours.pt")
+    image = torch.randn(1, 3, 64, 96)
+    for before, after in zip(net.heads(image), again.heads(image), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_normalised_heads_are_refused_with_a_reason(tmp_path):
+    with torch.device("meta"):
+        state = retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None).state_dict()
+    state = {name: torch.zeros(1) for name in state}
+    with pytest.raises(UserError, match=r"v2\.pth: .*normalised heads.*have no GroupNorm"):
+        checkpoint.load_model(save(state, tmp_path / "v2.pth"))
+
+
+def test_unknown_layers_are_refused_by_name(tmp_path, with_p6_on_c5):
+    state = with_p6_on_c5.state_dict() | {"head.mask.weight": torch.zeros(1)}
+    with pytest.raises(UserError, match=r"m\.pth: .*it has head\.mask\.weight"):
+        checkpoint.load_model(save(state, tmp_path / "m.pth"))
+
+
+def test_a_classifier_gives_its_trunk(tmp_path):
+    from retinanet import model
+
+    source = resnet18(weights=None)
+    path = save(source.state_dict(), tmp_path / "resnet18.pth")
+    net = model.resnet18(2)
+    head = net.classificationModel.conv1.weight.clone()
+    assert "a trunk alone" in checkpoint.load_weights(net, path)
+    assert torch.equal(net.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+    assert torch.equal(net.classificationModel.conv1.weight, head)
+    with pytest.raises(UserError, match="trunk of a ResNet-18"):
+        checkpoint.load_model(path)

@@ -1,0 +1,112 @@
+import pytest
+import torch
+from torch import nn
+
+from retinanet.training.recipes import EMA, RECIPES, Schedule, make_optimizer
+
+
+def rates(name, total_steps, lr=1.0):
+    model = nn.Linear(2, 2)
+    optimizer = make_optimizer(model, RECIPES[name], lr)
+    schedule = Schedule(optimizer, RECIPES[name], total_steps)
+    found = []
+    for _ in range(total_steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_paper_steps_down_at_two_thirds_and_eight_ninths_after_a_warm_up():
+    found = rates("paper", 9000)
+    assert found[0] == pytest.approx(1 / 3) and found[250] == pytest.approx(2 / 3) and found[500] == 1
+    assert found[5999] == 1 and found[6000] == pytest.approx(0.1)
+    assert found[7999] == pytest.approx(0.1) and found[8000] == pytest.approx(0.01)
+
+
+def test_one_cycle_rises_to_the_peak_and_ends_near_zero():
+    found = rates("scratch", 100)
+    assert max(found) == pytest.approx(1, rel=1e-2) and found[0] < 0.1 and found[-1] < 1e-2
+
+
+def test_plateau_falls_when_the_training_loss_does_not():
+    optimizer = make_optimizer(nn.Linear(2, 2), RECIPES["original"], 1.0)
+    schedule = Schedule(optimizer, RECIPES["original"], 10)
+    for _ in range(5):
+        schedule.end_epoch(1.0)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def test_paper_trains_biases_at_twice_the_rate_without_decay():
+    weights, biases = make_optimizer(nn.Linear(2, 2), RECIPES["paper"], 0.01).param_groups
+    assert (weights["lr"], weights["weight_decay"]) == (0.01, 1e-4)
+    assert (biases["lr"], biases["weight_decay"]) == (0.02, 0.0)
+
+
+def test_frozen_weights_are_left_out():
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    (group,) = make_optimizer(model, RECIPES["original"], 1.0).param_groups
+    assert [weight is model.weight for weight in group["params"]] == [True]
+
+
+def test_schedule_goes_on_from_a_saved_state():
+    first = make_optimizer(nn.Linear(2, 2), RECIPES["scratch"], 1.0)
+    schedule = Schedule(first, RECIPES["scratch"], 20)
+    for _ in range(7):
+        first.step()
+        schedule.step()
+    second = make_optimizer(nn.Linear(2, 2), RECIPES["scratch"], 1.0)
+    again = Schedule(second, RECIPES["scratch"], 20)
+    again.scheduler.load_state_dict(schedule.scheduler.state_dict())
+    second.load_state_dict(first.state_dict())
+    for optimizer, chosen in ((first, schedule), (second, again)):
+        optimizer.step()
+        chosen.step()
+    assert first.param_groups[0]["lr"] == second.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_recipes_take_a_step(name):
+    model = nn.Linear(2, 2)
+    before = model.weight.clone()
+    model(torch.ones(1, 2)).sum().backward()
+    make_optimizer(model, RECIPES[name], RECIPES[name].lr).step()
+    assert not torch.equal(model.weight, before)
+
+
+def test_ema_by_hand():
+    model = nn.BatchNorm1d(1)
+    ema = EMA(model, 0.5)
+    for value in (1.0, 3.0):
+        nn.init.constant_(model.weight, value)
+        model.running_mean.fill_(value)
+        ema.update(model)
+    # The weight starts at 1; the decay is 2/11, then 3/12, and would stay at 0.5 in the end.
+    assert ema.model.weight.item() == pytest.approx(0.25 * 1 + 0.75 * 3)
+    assert ema.model.running_mean.item() == 3 and not ema.model.training
+    assert not any(weight.requires_grad for weight in ema.model.parameters()) and ema.steps == 2
+
+
+def test_ema_comes_to_keep_what_its_decay_says():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema = EMA(model, 0.9)
+    for _ in range(1000):
+        ema.update(model)
+    nn.init.ones_(model.weight)
+    ema.update(model)
+    assert ema.model.weight.item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_states_are_plain_types(name, tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = make_optimizer(model, RECIPES[name], 1.0)
+    schedule = Schedule(optimizer, RECIPES[name], 20)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    schedule.step()
+    schedule.end_epoch(1.0)
+    torch.save([optimizer.state_dict(), schedule.scheduler.state_dict()], tmp_path / "state.pt")
+    torch.load(tmp_path / "state.pt", weights_only=True)
