@@ -263,11 +263,11 @@ def main(argv: list[str] | None = None) -> int:
 
     out_dir = flags.make_out_dir(args.out_dir)
     run = make_run(args, recipe, device, train_set)
-    log_header(args, recipe, run, device, len(train_set.rows))
+    log_header(args, recipe, run, device, len(train_set.annotations))
     if process.is_main_process():
         (out_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
         anchor_fit.log_summary(train_set, run.net.anchors, args.min_side, args.max_side, recipe.best_match_iou)
-        views.save_data_pictures(train_set, sampler, out_dir)
+        views.save_data_images(train_set, sampler, out_dir)
     with process.StopSignals() as stop:
         try:
             train(run, train_loader, sampler, val_loader, val_set, device, stop)

@@ -16,16 +16,16 @@ from retinanet import inference, process
 from retinanet.anchors import Anchors
 from retinanet.commands import flags
 from retinanet.data.dataset import DetectionDataset, check_classes
-from retinanet.data.images import find_pictures, read_image
+from retinanet.data.images import find_images, read_image
 from retinanet.data.loader import make_loader
 from retinanet.data.transforms import Resizer, normalize
 from retinanet.errors import UserError
-from retinanet.inference import detect_pictures
+from retinanet.inference import detect_images
 from retinanet.model import RetinaNet
 from retinanet.process import log, progress, script
 from retinanet.training.checkpoint import load_model
 from retinanet.visual import anchor_fit, views
-from retinanet.visual.drawing import draw_boxes, save_picture, side_by_side
+from retinanet.visual.drawing import draw_boxes, save_image, side_by_side
 
 SHOWS = {
     "truth": "boxes as training sees them, with --augment after augmentation",
@@ -118,7 +118,7 @@ class Input:
     def __init__(self, dataset: DetectionDataset, index: int, seed: int, device: torch.device):
         with process.seeded(seed, 0, index):
             sample = dataset[index]
-        self.picture: np.ndarray = views.to_picture(sample["img"])  # [H, W, 3] uint8
+        self.picture: np.ndarray = views.to_image(sample["img"])  # [H, W, 3] uint8
         self.truth: Tensor = torch.as_tensor(sample["annot"])  # [G, 5]
         self.images: Tensor = normalize(torch.as_tensor(sample["img"]).permute(2, 0, 1)[None].to(device))
 
@@ -136,12 +136,12 @@ def show_inputs(
         truth = item.truth.numpy()
         if args.show == "truth":
             title = f"{index}: {Path(dataset.image_path(index)).name}, {len(truth)} boxes"
-            save_picture(side_by_side([views.draw_truth(item.picture, truth, names)], [title]), path)
+            save_image(side_by_side([views.draw_truth(item.picture, truth, names)], [title]), path)
         elif args.show == "anchors":
-            save_picture(views.draw_anchors(item.picture, truth, anchors), path)
+            save_image(views.draw_anchors(item.picture, truth, anchors), path)
         elif args.show == "matches":
             tiles = anchors(torch.empty(1, 3, *item.picture.shape[:2]))[0]
-            save_picture(views.draw_matches(item.picture, truth, tiles, names, args.best_match_iou), path)
+            save_image(views.draw_matches(item.picture, truth, tiles, names, args.best_match_iou), path)
         else:
             from retinanet.visual import heatmaps
 
@@ -166,9 +166,9 @@ def show_detections(args: argparse.Namespace, dataset: DetectionDataset, net: Re
     for index in progress(indices, "drawing"):
         image, truth = dataset.load_image(index), dataset.load_annotations(index)
         picture = views.draw_detections(image, truth, found[index], names)
-        save_picture(picture, folder / f"detections_{index:05d}.png")
+        save_image(picture, folder / f"detections_{index:05d}.png")
     sheet = views.draw_detections_sheet(dataset, found, indices, args.score_threshold, args.columns)
-    save_picture(sheet, folder / "detections.png")
+    save_image(sheet, folder / "detections.png")
     return len(indices)
 
 
@@ -216,7 +216,7 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
     Raises:
         UserError: at the end, if some could not be read; the message lists them.
     """
-    files, folder = find_pictures(args.images), flags.make_out_dir(args.out_dir)
+    files, folder = find_images(args.images), flags.make_out_dir(args.out_dir)
     targets = dict(zip(files, output_paths(files, folder), strict=True))
     names, failures, read = info["class_names"], [], []
 
@@ -231,7 +231,7 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
             yield image
 
     limits = {"score_threshold": args.score_threshold, "max_detections": args.max_detections}
-    found = detect_pictures(
+    found = detect_images(
         net,
         load(progress(files, "detecting")),
         Resizer(args.min_side, args.max_side),
@@ -248,7 +248,7 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
         ]
         captions = [f"{entry['class']} {entry['score']:.2f}" for entry in detections]
         targets[path].parent.mkdir(parents=True, exist_ok=True)
-        save_picture(draw_boxes(image, boxes.numpy(), labels.tolist(), captions), targets[path])
+        save_image(draw_boxes(image, boxes.numpy(), labels.tolist(), captions), targets[path])
         entry = {"file": str(path), "picture": str(targets[path]), "height": image.shape[0], "width": image.shape[1]}
         entries.append(entry | {"detections": detections})
     content = {"model": args.model, "class_names": names, **limits, "images": entries, "unreadable": failures}

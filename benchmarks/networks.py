@@ -14,8 +14,8 @@ class Floor(nn.Module):
 
     def __init__(self, classes: int):
         super().__init__()
-        self.trunk = torchvision_resnet50()
-        self.trunk.fc = nn.Identity()
+        self.backbone = torchvision_resnet50()
+        self.backbone.fc = nn.Identity()
         self.lateral = nn.ModuleList(nn.Conv2d(channels, 256, 1) for channels in (512, 1024, 2048))
         self.smooth = nn.ModuleList(nn.Conv2d(256, 256, 3, padding=1) for _ in range(3))
         self.p6, self.p7 = nn.Conv2d(2048, 256, 3, 2, 1), nn.Conv2d(256, 256, 3, 2, 1)
@@ -30,16 +30,16 @@ class Floor(nn.Module):
     def train(self, mode: bool = True) -> "Floor":
         """BatchNorm stays in eval mode."""
         super().train(mode)
-        self.trunk.eval()
+        self.backbone.eval()
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """All outputs of both heads, level by level."""
-        trunk = self.trunk
-        x = trunk.layer1(trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(images)))))
-        c3 = trunk.layer2(x)
-        c4 = trunk.layer3(c3)
-        c5 = trunk.layer4(c4)
+        backbone = self.backbone
+        x = backbone.layer1(backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(images)))))
+        c3 = backbone.layer2(x)
+        c4 = backbone.layer3(c3)
+        c5 = backbone.layer4(c4)
         p5 = self.lateral[2](c5)
         p4 = self.lateral[1](c4) + nn.functional.interpolate(p5, size=c4.shape[-2:])
         p3 = self.lateral[0](c3) + nn.functional.interpolate(p4, size=c3.shape[-2:])

@@ -91,7 +91,7 @@ def predict(
     if isinstance(precision, str):
         precision = choose_precision(precision, next(net.parameters()).device)
     limits = {"score_threshold": score_threshold, "max_detections": max_detections}
-    found = detect_pictures(net, map(as_array, images), resizer, batch_size, precision, **limits)
+    found = detect_images(net, map(as_array, images), resizer, batch_size, precision, **limits)
     return [Prediction(*detections, [names[label] for label in detections.labels.tolist()]) for _, detections in found]
 
 
@@ -176,7 +176,7 @@ def detect_batch(
 
 
 @torch.no_grad()
-def detect_pictures(
+def detect_images(
     net: RetinaNet,
     pictures: Iterable[np.ndarray],
     resizer: Resizer,

@@ -1,4 +1,4 @@
-"""RetinaNet: a trunk, a feature pyramid on it, and two small heads on every level of the pyramid.
+"""RetinaNet: a backbone, a feature pyramid on it, and two small heads on every level of the pyramid.
 
 The file runs in the order of the paper's Figure 3: (b) the pyramid, (c) the class subnet, (d) the box
 subnet, then the whole.
@@ -35,7 +35,7 @@ class PyramidFeatures(nn.Module):
     the finer one below it, so that both know both.
 
     Args:
-        c3_channels: channels of the trunk's C3; likewise `c4_channels` and `c5_channels`.
+        c3_channels: channels of the backbone's C3; likewise `c4_channels` and `c5_channels`.
         feature_size: channels of every level of the pyramid.
     """
 
@@ -111,7 +111,7 @@ class RetinaNet(ResNet):
     Args:
         num_classes: number of classes, without a background class.
         block: BasicBlock or Bottleneck.
-        layers: number of blocks in each of the four stages of the trunk.
+        layers: number of blocks in each of the four stages of the backbone.
         anchors: the reference boxes; by default the paper's.
         criterion: the training loss; by default the paper's.
     """
@@ -179,7 +179,7 @@ class RetinaNet(ResNet):
         Returns:
             Logits [B, A, K], deltas [B, A, 4] and anchors [1, A, 4] (xyxy, pixels of the input).
         """
-        pyramid = self.fpn(self.trunk(images))
+        pyramid = self.fpn(self.backbone(images))
         logits = torch.cat([self.classificationModel(level) for level in pyramid], dim=1)
         deltas = torch.cat([self.regressionModel(level) for level in pyramid], dim=1)
         return logits, deltas, self.anchors(images)

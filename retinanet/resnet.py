@@ -1,4 +1,4 @@
-"""The trunk: a residual network without its classifier (He et al., "Deep Residual Learning", 2015).
+"""The backbone: a residual network without its classifier (He et al., "Deep Residual Learning", 2015).
 
 It is ResNet v1.5, where a bottleneck block shrinks the picture in its 3x3 convolution: torchvision's
 ImageNet weights, which everybody starts from, are of this form.
@@ -119,7 +119,7 @@ class ResNet(nn.Module):
         blocks += [block(out_channels, channels) for _ in range(num_blocks - 1)]
         return nn.Sequential(*blocks)
 
-    def trunk(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backbone(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, 3, H, W] -> C3, C4, C5: the outputs of the last three stages, at strides 8, 16 and 32."""
         x = self.maxpool(self.relu(conv_bn(self.conv1, self.bn1, images)))
         c3 = self.layer2(self.layer1(x))
@@ -128,7 +128,7 @@ class ResNet(nn.Module):
 
 
 def imagenet_weights(depth: int, version: str = "IMAGENET1K_V1") -> dict[str, Tensor]:
-    """The trunk's weights from torchvision, trained on ImageNet.
+    """The backbone's weights from torchvision, trained on ImageNet.
 
     They are downloaded once and kept in torch.hub's folder, where a file put by hand serves as well.
 

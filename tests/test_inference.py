@@ -11,7 +11,7 @@ import retinanet
 from retinanet.data.dataset import read_image
 from retinanet.data.transforms import Resizer, normalize
 from retinanet.errors import UserError
-from retinanet.inference import as_array, detect_pictures, predict
+from retinanet.inference import as_array, detect_images, predict
 from retinanet.training import checkpoint
 
 LIMITS = {"score_threshold": 0.05, "max_detections": 20, "min_side": 96, "max_side": 160}
@@ -102,7 +102,7 @@ def test_the_model_stays_in_its_mode(filled_net):
     filled_net.train()
     filled_net.freeze_bn()
     try:
-        list(detect_pictures(filled_net, [gradient(40, 40)], Resizer(64, 64)))
+        list(detect_images(filled_net, [gradient(40, 40)], Resizer(64, 64)))
         assert filled_net.training
     finally:
         filled_net.freeze_bn(False)

@@ -34,7 +34,7 @@ def test_forward_and_detections_equal_the_originals(filled_net):
     images = np.random.default_rng(golden["image_seed"]).standard_normal((1, 3, height, width), dtype=np.float64)
     images = torch.from_numpy(images.astype(np.float32))
     with torch.no_grad():
-        pyramid = filled_net.fpn(filled_net.trunk(images))
+        pyramid = filled_net.fpn(filled_net.backbone(images))
         logits, deltas, _ = filled_net.heads(images)
     for level, features in enumerate(pyramid, start=3):
         corner = golden[f"p{level}_corner"]

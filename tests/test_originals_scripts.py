@@ -37,10 +37,10 @@ def csv_files(tmp_path):
 @pytest.fixture
 def without_download(monkeypatch):
     """`pretrained=True` takes random weights in place of ImageNet's."""
-    trunk = {
+    backbone = {
         key: value for key, value in model.resnet18(1).state_dict().items() if key.startswith(("layer", "bn1", "conv1"))
     }
-    monkeypatch.setattr(model, "imagenet_weights", lambda depth, version: trunk)
+    monkeypatch.setattr(model, "imagenet_weights", lambda depth, version: backbone)
 
 
 def test_the_training_loop(csv_files, tmp_path, without_download):

@@ -42,7 +42,7 @@ def test_trunk_equals_torchvisions(depth):
     assert not missing and set(unexpected) == {"fc.weight", "fc.bias"}
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        c3, c4, c5 = ours.trunk(images)
+        c3, c4, c5 = ours.backbone(images)
         x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
         expected = theirs.layer2(theirs.layer1(x))
         torch.testing.assert_close(c3, expected, rtol=1e-3, atol=1e-4)

@@ -34,13 +34,13 @@ LIVELY = ["--ema", "0.9", "--jitter", "64", "96", "--random_crop", "0.5", "--col
 
 @pytest.fixture(scope="module", autouse=True)
 def small_and_quick():
-    """One thread, for sums in a fixed order and because the processes are forked; half the trunk; no pictures."""
+    """One thread, for sums in a fixed order and because the processes are forked; half the backbone; no pictures."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train.ARCHITECTURES, 18, (BasicBlock, (1, 1, 1, 1)))
         patch.setattr(run.RunLog, "draw", lambda self: None)
-        patch.setattr(train.views, "save_data_pictures", lambda *_: None)
+        patch.setattr(train.views, "save_data_images", lambda *_: None)
         patch.setattr(train.views, "save_detections", lambda *_: None)
         yield
     torch.set_num_threads(before)
@@ -388,7 +388,7 @@ def test_a_dead_worker_names_its_picture(tmp_path):
     def die_at_image_2(self, index):
         if index == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.pictures[index].copy()
+        return self.images[index].copy()
 
     def change():
         ShapesDataset.load_image = die_at_image_2

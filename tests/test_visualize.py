@@ -9,7 +9,7 @@ from helpers import gradient, save, truncate, write_coco_data
 from PIL import Image
 
 import visualize
-from retinanet.data.images import find_pictures
+from retinanet.data.images import find_images
 from retinanet.errors import UserError
 from retinanet.training import checkpoint
 from retinanet.visual.drawing import class_colour
@@ -147,20 +147,20 @@ def pictures(tmp_path):
 
 def test_a_folder_is_its_pictures_in_the_order_of_their_numbers(pictures):
     save(gradient(8, 8), pictures / "frame3.mpo")
-    files = find_pictures([str(pictures)])
+    files = find_images([str(pictures)])
     assert [path.name for path in files] == ["frame1.png", "frame2.jpg", "frame3.mpo", "frame10.png"]
-    files = find_pictures([f"{pictures}/**/*.png", str(pictures / "frame2.jpg"), f"{pictures}/frame1*"])
+    files = find_images([f"{pictures}/**/*.png", str(pictures / "frame2.jpg"), f"{pictures}/frame1*"])
     assert [str(path.relative_to(pictures)) for path in files] == [
         "frame1.png", "frame10.png", "sub/frame1.png", "frame2.jpg"
     ]  # fmt: skip
     for nothing in ("nowhere.jpg", f"{pictures}/*.gif"):
         with pytest.raises(UserError, match="no such pictures"):
-            find_pictures([nothing])
+            find_images([nothing])
 
 
 def test_outputs_have_names_of_their_own_and_spare_the_inputs(pictures, tmp_path):
     save(gradient(8, 8), pictures / "frame2.png")
-    files = find_pictures([f"{pictures}/**/*"])
+    files = find_images([f"{pictures}/**/*"])
     files = [path for path in files if path.suffix not in (".txt", ".pdf")]
     out = tmp_path / "out"
     targets = visualize.output_paths(files, out)

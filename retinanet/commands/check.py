@@ -16,7 +16,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flags.add_data_arguments(parser, training=True)
     group = parser.add_argument_group("check")
     group.add_argument(
-        "--pictures",
+        "--images",
         choices=PICTURES,
         default="decode",
         help="how closely: none (are they there?), quick (some headers), headers (all), decode (every pixel)",
@@ -47,10 +47,10 @@ def main(argv: list[str] | None = None) -> int:
             continue
         if dataset is not None:
             log.info("%s", summary(dataset))
-            report.merge(check_dataset(dataset, args.pictures, split == "train", args.workers))
+            report.merge(check_dataset(dataset, args.images, split == "train", args.workers))
             found.append(dataset)
     if len(found) == 2:
-        check_overlap(*found, args.pictures == "decode", report)
+        check_overlap(*found, args.images == "decode", report)
     errors, warnings = report.errors(args.strict), report.warnings(args.strict)
     if warnings:
         log.info("\nwarnings:\n%s", report.text(warnings))

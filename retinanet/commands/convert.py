@@ -21,14 +21,14 @@ from retinanet.commands.flags import FOLDERS, make_parser
 from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.images import PICTURE_SUFFIXES, list_pictures
+from retinanet.data.images import IMAGE_SUFFIXES, list_images
 from retinanet.errors import UserError
 from retinanet.process import log, progress, script, setup_logging
 
 PICTURE_FOLDERS = {"csv": "images/{}", "coco": "images/{}", "voc": "JPEGImages", "yolo": "images/{}"}
 
 
-def plan_pictures(dataset: DetectionDataset, folder: Path) -> dict[str, Path]:
+def plan_images(dataset: DetectionDataset, folder: Path) -> dict[str, Path]:
     """Which pictures shall lie in a folder; nothing is copied yet.
 
     Returns:
@@ -49,7 +49,7 @@ def plan_pictures(dataset: DetectionDataset, folder: Path) -> dict[str, Path]:
         twice = next(name for name in names if stems.count(Path(name).stem) > 1)
         raise UserError(f"{twice}: two pictures of one folder differ in nothing but their ending, or stand there twice")
     folder.mkdir(parents=True, exist_ok=True)
-    there = {path.stem: path.name for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES}
+    there = {path.stem: path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
     for path, name in zip(paths, names, strict=True):
         if not path.is_file():
             raise UserError(f"{path}: there is no such picture")
@@ -60,8 +60,8 @@ def plan_pictures(dataset: DetectionDataset, folder: Path) -> dict[str, Path]:
     return dict(zip(names, paths, strict=True))
 
 
-def place_pictures(pictures: dict[str, Path], folder: Path, link: bool) -> None:
-    """Copy or link what `plan_pictures` gave."""
+def place_images(pictures: dict[str, Path], folder: Path, link: bool) -> None:
+    """Copy or link what `plan_images` gave."""
     for name, path in progress(pictures.items(), "pictures", len(pictures)):
         target = folder / name
         if target.exists():
@@ -152,7 +152,7 @@ def write_yolo(dataset: DetectionDataset, names: Sequence[str], root: Path, set_
     """Write `labels/<set_name>`, `classes.txt` and `data.yaml`; boxes are cut at the picture's border."""
     class_names = list(dataset.labels.values())
     _write_text(root / "classes.txt", "".join(f"{name}\n" for name in class_names))
-    strangers = set(list_pictures(root / "images" / set_name)) - {Path(name).stem for name in names}
+    strangers = set(list_images(root / "images" / set_name)) - {Path(name).stem for name in names}
     if strangers:  # a picture without a label file would count as one without objects
         where = root / "images" / set_name
         raise UserError(f"{where}: holds other pictures, such as {min(strangers)}; choose another --out")
@@ -205,25 +205,25 @@ def main(argv: list[str] | None = None) -> None:
     root = Path(args.out)
     try:
         folder = root / PICTURE_FOLDERS[args.to].format(set_name)
-        pictures = plan_pictures(dataset, folder)
+        pictures = plan_images(dataset, folder)
         WRITERS[args.to](dataset, list(pictures), root, set_name)  # first: it may refuse
-        place_pictures(pictures, folder, args.link)
+        place_images(pictures, folder, args.link)
     except OSError as error:
         raise UserError(f"--out {args.out}: {error}") from error
     if args.to == "csv":
         written = CSVDataset(root / f"{set_name}.csv", root / "classes.csv")
     else:
         written = FOLDERS[args.to](root, set_name)
-    difficult = len(dataset.difficult_rows) - len(written.difficult_rows)
+    difficult = len(dataset.difficult_annotations) - len(written.difficult_annotations)
     if difficult and args.to in ("csv", "yolo"):
         log.warning("warning: %d difficult boxes (or crowds) are left out: %s has no mark for them", difficult, args.to)
         difficult = 0
-    lost = len(dataset.rows) - len(written.rows) + difficult
+    lost = len(dataset.annotations) - len(written.annotations) + difficult
     if lost:
         log.warning("warning: %d boxes are left out: outside their pictures, or alike once they are rounded", lost)
     log.info(
         "%s: %d pictures, %d boxes (and %d difficult), %d classes",
-        root, len(written), len(written.rows), len(written.difficult_rows), written.num_classes(),
+        root, len(written), len(written.annotations), len(written.difficult_annotations), written.num_classes(),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from retinanet.data.coco import CocoDataset
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.images import PictureHeader, read_header, read_image, valid_orientation
+from retinanet.data.images import ImageHeader, read_header, read_image, valid_orientation
 from retinanet.data.report import CLIPPED, DROPPED, MIN_SIDE, WARNED, Report
 from retinanet.errors import UserError, shown
 from retinanet.process import log, progress
@@ -53,7 +53,7 @@ def check_dataset(
     if in_files:
         _check_repeated(dataset, report)
     if training:
-        counts = np.bincount(dataset.rows[:, 4].astype(np.int64), minlength=dataset.num_classes())
+        counts = np.bincount(dataset.annotations[:, 4].astype(np.int64), minlength=dataset.num_classes())
         if not counts.any():
             report.add("no boxes", dataset.source, "there is no box to learn from")
         else:
@@ -116,7 +116,7 @@ class _Look(NamedTuple):
     """What looking at one picture gave."""
 
     found: bool
-    header: PictureHeader | None = None
+    header: ImageHeader | None = None
     fault: str = ""
 
 
@@ -128,7 +128,7 @@ def _look_at(dataset: DetectionDataset, index: int, depth: str) -> _Look:
         header = read_header(path)
         if depth == "decode":
             height, width = read_image(path).shape[:2]
-            header = PictureHeader(height, width, header.orientation)
+            header = ImageHeader(height, width, header.orientation)
     except UserError as error:
         return _Look(True, fault=str(error))
     return _Look(True, header)
@@ -200,7 +200,7 @@ def _check_borders(dataset: DetectionDataset, sizes: np.ndarray, report: Report)
     """Report boxes that do not lie in their pictures, and what their numbers may mean instead."""
     image_index = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))
     known = np.flatnonzero(sizes[image_index].all(axis=1))
-    boxes, limits = dataset.rows[known, :4], sizes[image_index[known]][:, ::-1]  # limits: width, height
+    boxes, limits = dataset.annotations[known, :4], sizes[image_index[known]][:, ::-1]  # limits: width, height
     if not len(boxes):
         return
 
@@ -208,7 +208,7 @@ def _check_borders(dataset: DetectionDataset, sizes: np.ndarray, report: Report)
         return np.maximum(-boxes[:, :2], boxes[:, 2:] - limits).max(axis=1)
 
     def show(row: int) -> str:
-        x1, y1, x2, y2 = dataset.rows[row, :4]
+        x1, y1, x2, y2 = dataset.annotations[row, :4]
         return f"{x1:g},{y1:g},{x2:g},{y2:g} in a picture of {' x '.join(map(str, sizes[image_index[row]][::-1]))}"
 
     clipped = np.concatenate([boxes[:, :2].clip(0, limits), boxes[:, 2:].clip(0, limits)], axis=1)
@@ -218,7 +218,7 @@ def _check_borders(dataset: DetectionDataset, sizes: np.ndarray, report: Report)
         ("box outside", outside, "the box lies outside"),
         ("box partly outside", beyond & ~outside, "the box is partly outside"),
     ):
-        report.add_rows(kind, known[mask], dataset.row_name, lambda row, text=message: f"{text}: {show(row)}")
+        report.add_rows(kind, known[mask], dataset.annotation_name, lambda row, text=message: f"{text}: {show(row)}")
     if beyond.sum() <= max(2, len(boxes) / 20):
         return
     count = f"{beyond.sum():,} of {len(boxes):,} boxes pass the borders of their pictures"
@@ -250,7 +250,7 @@ def _keys(dataset: DetectionDataset, same_content: bool) -> Iterator[tuple[int, 
 def summary(dataset: DetectionDataset) -> str:
     """What there is: images, boxes, and how many of each class."""
     per_image = np.diff(dataset.offsets)
-    labels = dataset.rows[:, 4].astype(np.int64)
+    labels = dataset.annotations[:, 4].astype(np.int64)
     boxes = np.bincount(labels, minlength=dataset.num_classes())
     image_index = np.repeat(np.arange(len(dataset)), per_image)
     images = np.bincount(

@@ -48,7 +48,7 @@ class CocoBoxes(NamedTuple):
     image_sizes: np.ndarray | None
     category_names: list[str]
     category_ids: list[int]
-    rows: np.ndarray
+    annotations: np.ndarray
     image_index: np.ndarray
     annotation_ids: np.ndarray
     is_crowd: np.ndarray
@@ -346,7 +346,7 @@ class CocoDataset(DetectionDataset):
         content = read_coco(self.annotation_file, report)
         super().__init__(
             [str(folder / name) for name in content.image_files],
-            content.rows,
+            content.annotations,
             content.image_index,
             content.category_names,
             transform,
@@ -365,9 +365,9 @@ class CocoDataset(DetectionDataset):
         """The annotation file and the image's id."""
         return f"{self.annotation_file}: image {self.image_ids[index]}"
 
-    def row_name(self, row: int) -> str:
+    def annotation_name(self, row: int) -> str:
         """The annotation file and the annotation's id."""
-        return f"{self.annotation_file}: annotation {self.row_ids[row]}"
+        return f"{self.annotation_file}: annotation {self.annotation_ids[row]}"
 
     @cached_property
     def coco(self):

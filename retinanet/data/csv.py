@@ -37,7 +37,7 @@ class CsvBoxes(NamedTuple):
 
     image_files: list[str]
     image_lines: np.ndarray
-    rows: np.ndarray
+    annotations: np.ndarray
     image_index: np.ndarray
     lines: np.ndarray
 
@@ -290,11 +290,11 @@ class CSVDataset(DetectionDataset):
         content = read_boxes(self.train_file, class_names, report)
         super().__init__(
             content.image_files,
-            content.rows,
+            content.annotations,
             content.image_index,
             class_names,
             transform,
-            row_ids=content.lines,
+            annotation_ids=content.lines,
             report=report,
             source=self.train_file,
         )
@@ -305,9 +305,9 @@ class CSVDataset(DetectionDataset):
         """The CSV file and the image's first line there."""
         return f"{self.train_file}:{self.image_lines[index]}"
 
-    def row_name(self, row: int) -> str:
+    def annotation_name(self, row: int) -> str:
         """The CSV file and the box's line there."""
-        return f"{self.train_file}:{self.row_ids[row]}"
+        return f"{self.train_file}:{self.annotation_ids[row]}"
 
     def find_image(self, index: int) -> str | None:
         """Where the picture is: beside the CSV file, or else as the path stands; None if in neither place."""

@@ -30,12 +30,12 @@ class DetectionDataset(Dataset):
         class_names: name of each label, in order.
         transform: sample -> sample, applied last.
         difficult: [N] bool: rows that are neither trained on nor scored; default: none.
-        row_ids: [N] int: where each row stands in its file (line, annotation id), for messages; default: 0, 1, ...
+        annotation_ids: [N] int: where each one stands in its file (line, id), for messages; default: 0, 1, ...
         report: what was wrong with the files; default: nothing.
         source: the annotations' file or folder, for messages; default: the data set's kind.
 
     Attributes:
-        rows: those that are not difficult, in the order of their images; `row_ids` likewise.
+        rows: those that are not difficult, in the order of their images; `annotation_ids` likewise.
         report, source: as given.
 
     Raises:
@@ -50,7 +50,7 @@ class DetectionDataset(Dataset):
         class_names: Sequence[str],
         transform: Callable[[dict], dict] | None = None,
         difficult: np.ndarray | None = None,
-        row_ids: np.ndarray | None = None,
+        annotation_ids: np.ndarray | None = None,
         report: Report | None = None,
         source: str | Path | None = None,
     ):
@@ -58,11 +58,11 @@ class DetectionDataset(Dataset):
         self.report.raise_errors()
         rows, image_index = np.asarray(rows, dtype=np.float32).reshape(-1, 5), np.asarray(image_index, dtype=np.int64)
         difficult = np.zeros(len(rows), dtype=bool) if difficult is None else np.asarray(difficult, dtype=bool)
-        row_ids = np.arange(len(rows)) if row_ids is None else np.asarray(row_ids, dtype=np.int64)
+        annotation_ids = np.arange(len(rows)) if annotation_ids is None else np.asarray(annotation_ids, dtype=np.int64)
         order, self.offsets = _group_by_image(np.flatnonzero(~difficult), image_index, len(image_files))
-        self.rows, self.row_ids = rows[order], row_ids[order]
+        self.annotations, self.annotation_ids = rows[order], annotation_ids[order]
         order, self.difficult_offsets = _group_by_image(np.flatnonzero(difficult), image_index, len(image_files))
-        self.difficult_rows = rows[order]
+        self.difficult_annotations = rows[order]
         self.image_files = np.array(image_files)
         self.classes = {name: label for label, name in enumerate(class_names)}
         self.labels = dict(enumerate(class_names))
@@ -99,11 +99,11 @@ class DetectionDataset(Dataset):
 
         A sample's are clipped to its picture; evaluation takes these.
         """
-        return self.rows[self.offsets[index] : self.offsets[index + 1]].copy()
+        return self.annotations[self.offsets[index] : self.offsets[index + 1]].copy()
 
     def load_difficult(self, index: int) -> np.ndarray:
         """[D, 5] float32: boxes left out of training and ignored in evaluation: VOC's `difficult`, COCO's crowds."""
-        return self.difficult_rows[self.difficult_offsets[index] : self.difficult_offsets[index + 1]].copy()
+        return self.difficult_annotations[self.difficult_offsets[index] : self.difficult_offsets[index + 1]].copy()
 
     @cached_property
     def image_sizes(self) -> np.ndarray:
@@ -119,9 +119,9 @@ class DetectionDataset(Dataset):
         """The image of a row."""
         return int(np.searchsorted(self.offsets, row, side="right")) - 1
 
-    def row_name(self, row: int) -> str:
+    def annotation_name(self, row: int) -> str:
         """The file and place where a box stands, for messages."""
-        return f"{self.image_name(self.image_of(row))}: box {self.row_ids[row]}"
+        return f"{self.image_name(self.image_of(row))}: box {self.annotation_ids[row]}"
 
     def image_aspect_ratio(self, index: int) -> float:
         """Width / height."""

@@ -24,13 +24,13 @@ except ImportError:  # torchvision 0.29 announces that it will go; Pillow gives 
 
 # Formats of pictures that are read. Pillow knows more; some of them start other programs, or hold other files.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-PICTURE_SUFFIXES = {
+IMAGE_SUFFIXES = {
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
     *(".tif", ".tiff", ".webp"),
 }
 MAX_PIXELS = 178_956_970  # of a picture; from here on Pillow, too, takes it for a decompression bomb
 # What the readers of Pillow and torchvision raise for one broken file or another.
-BROKEN_PICTURE = (
+BROKEN_IMAGE = (
     OSError, RuntimeError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
     AssertionError, EOFError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
@@ -60,7 +60,7 @@ def _naming(path: str | Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except BROKEN_PICTURE as error:
+    except BROKEN_IMAGE as error:
         reason = str(error).split("\n")[0][:200] or type(error).__name__
         raise UserError(f"{path}: cannot be read as a picture ({reason})") from error
 
@@ -116,7 +116,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB")).copy()
 
 
-class PictureHeader(NamedTuple):
+class ImageHeader(NamedTuple):
     """What a picture's file says of it before it is decoded.
 
     Attributes:
@@ -130,7 +130,7 @@ class PictureHeader(NamedTuple):
     orientation: Any
 
 
-def read_header(path: str | Path) -> PictureHeader:
+def read_header(path: str | Path) -> ImageHeader:
     """Read a picture's header.
 
     Raises:
@@ -141,7 +141,7 @@ def read_header(path: str | Path) -> PictureHeader:
         orientation = _exif_orientation(image)
         width, height = image.size
     turned = valid_orientation(orientation) >= 5
-    return PictureHeader(*((width, height) if turned else (height, width)), orientation)
+    return ImageHeader(*((width, height) if turned else (height, width)), orientation)
 
 
 def read_image_size(path: str | Path) -> tuple[int, int]:
@@ -153,7 +153,7 @@ def read_image_size(path: str | Path) -> tuple[int, int]:
     return read_header(path)[:2]
 
 
-def list_pictures(folder: Path, wanted: Container[str] | None = None) -> dict[str, Path]:
+def list_images(folder: Path, wanted: Container[str] | None = None) -> dict[str, Path]:
     """The pictures of a folder, and of those in it, by their paths from there without ending, sorted.
 
     Args:
@@ -170,7 +170,7 @@ def list_pictures(folder: Path, wanted: Container[str] | None = None) -> dict[st
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if path.suffix.lower() not in PICTURE_SUFFIXES or any(part.startswith(".") for part in relative.parts):
+        if path.suffix.lower() not in IMAGE_SUFFIXES or any(part.startswith(".") for part in relative.parts):
             continue
         name = relative.with_suffix("").as_posix()
         if name in found and (wanted is None or name in wanted):
@@ -179,7 +179,7 @@ def list_pictures(folder: Path, wanted: Container[str] | None = None) -> dict[st
     return found
 
 
-def find_pictures(patterns: Sequence[str]) -> list[Path]:
+def find_images(patterns: Sequence[str]) -> list[Path]:
     """The files that `--images` means, each once: files by name, folders' pictures, matches of patterns.
 
     Frames of a video come in the order of their numbers: frame2 before frame10.
@@ -192,7 +192,7 @@ def find_pictures(patterns: Sequence[str]) -> list[Path]:
         path = Path(pattern)
         if path.is_dir():
             inside = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
-            matches = [file for file in inside if file.suffix.lower() in PICTURE_SUFFIXES]
+            matches = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
         elif path.is_file():
             matches = [path]
         else:

@@ -61,7 +61,7 @@ class ShapesDataset(DetectionDataset):
 
     def __init__(self, num_images: int, seed: int = 0, size: int = 96, transform: Callable[[dict], dict] | None = None):
         drawn = [draw_shapes(size, [seed, index]) for index in range(num_images)]
-        self.pictures = [picture for picture, _ in drawn]
+        self.images = [picture for picture, _ in drawn]
         rows = np.concatenate([rows for _, rows in drawn])
         image_index = np.repeat(np.arange(num_images), [len(rows) for _, rows in drawn])
         names = [f"shapes-{seed}-{index}" for index in range(num_images)]
@@ -70,4 +70,4 @@ class ShapesDataset(DetectionDataset):
 
     def load_image(self, index: int) -> np.ndarray:
         """[size, size, 3] uint8 RGB."""
-        return self.pictures[index].copy()
+        return self.images[index].copy()

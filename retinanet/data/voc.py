@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.images import list_pictures
+from retinanet.data.images import list_images
 from retinanet.data.report import Report, check_boxes, read_text, unknown_class
 from retinanet.errors import UserError, shown
 
@@ -60,7 +60,7 @@ class VOCDataset(DetectionDataset):
         if not lines:
             raise UserError(f"{list_file}: lists no images")
         folder = self.root_dir / "JPEGImages"
-        pictures = list_pictures(folder, {name for line in lines for name in _readings(line)})
+        pictures = list_images(folder, {name for line in lines for name in _readings(line)})
         image_names = [next((name for name in _readings(line) if name in pictures), line) for line in lines]
         report.add_rows(
             "missing image",
@@ -95,9 +95,9 @@ class VOCDataset(DetectionDataset):
         )
         self.annotation_files = files
 
-    def row_name(self, row: int) -> str:
+    def annotation_name(self, row: int) -> str:
         """The annotation file and the object's number there."""
-        return f"{self.annotation_files[self.image_of(row)]}: object {self.row_ids[row]}"
+        return f"{self.annotation_files[self.image_of(row)]}: object {self.annotation_ids[row]}"
 
 
 def _readings(line: str) -> tuple[str, str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.images import list_pictures, read_image_size
+from retinanet.data.images import list_images, read_image_size
 from retinanet.data.report import Report, check_boxes, read_text
 from retinanet.data.voc import read_class_list
 from retinanet.errors import UserError
@@ -42,7 +42,7 @@ class YoloDataset(DetectionDataset):
             raise UserError(f"{labels}: there is no such folder; it holds the boxes")
         report = Report()
         class_names = _read_class_names(self.root_dir, report)
-        pictures = list_pictures(folder)
+        pictures = list_images(folder)
         if not pictures:
             raise UserError(f"{folder}: holds no pictures")
         files = [labels / f"{name}.txt" for name in pictures]
@@ -72,16 +72,16 @@ class YoloDataset(DetectionDataset):
             image_index[kept],
             class_names,
             transform,
-            row_ids=numbers[kept],
+            annotation_ids=numbers[kept],
             report=report,
             source=labels,
         )
         self.image_sizes = np.array(sizes)
         self.label_files = files
 
-    def row_name(self, row: int) -> str:
+    def annotation_name(self, row: int) -> str:
         """The label file and the box's line there."""
-        return f"{self.label_files[self.image_of(row)]}:{self.row_ids[row]}"
+        return f"{self.label_files[self.image_of(row)]}:{self.annotation_ids[row]}"
 
 
 def _read_class_names(root: Path, report: Report) -> list[str]:

@@ -246,7 +246,9 @@ def load_model(path: str | Path) -> tuple[RetinaNet, dict[str, Any]]:
     if depth is None:
         raise UserError(f"{path}: holds no RetinaNet of depth {', '.join(map(str, ARCHITECTURES))}")
     if CLASS_OUTPUT not in state:
-        raise UserError(f"{path}: holds the trunk of a ResNet-{depth}, not a RetinaNet; `train.py --weights` takes it")
+        raise UserError(
+            f"{path}: holds the backbone of a ResNet-{depth}, not a RetinaNet; `train.py --weights` takes it"
+        )
     anchors = Anchors(**info["anchors"])
     found = info.pop("found")
     if info["class_names"] is None:
@@ -279,9 +281,9 @@ def load_weights(net: RetinaNet, path: str | Path) -> str:
         raise UserError(f"{path}: holds {what}, but the model is a ResNet-{own_depth} (--depth)")
     message = f"{path}: {info['found']}, ResNet-{depth}"
     if CLASS_OUTPUT not in state:
-        trunk = {key: value for key, value in state.items() if not key.startswith("fc.")}
-        state = own_state | trunk
-        message += ", a trunk alone: the pyramid and the heads start anew"
+        backbone = {key: value for key, value in state.items() if not key.startswith("fc.")}
+        state = own_state | backbone
+        message += ", a backbone alone: the pyramid and the heads start anew"
     else:
         anchors = Anchors(**info["anchors"])
         num_classes = len(state[CLASS_OUTPUT]) // anchors.num_anchors

@@ -68,10 +68,10 @@ def resized_boxes(dataset: DetectionDataset, min_side: int, max_side: int) -> Bo
     resized = np.maximum(1, (sizes * scales[:, None]).round())
     padded = np.ceil(resized / SIZE_DIVISOR) * SIZE_DIVISOR
     # As training sees them: clipped to their pictures, without those of which nothing is left.
-    boxes = dataset.rows[:, :4].astype(np.float64).clip(0, np.tile(sizes[image_index, ::-1], 2))
+    boxes = dataset.annotations[:, :4].astype(np.float64).clip(0, np.tile(sizes[image_index, ::-1], 2))
     kept = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
     boxes, image_index = boxes[kept], image_index[kept]
-    labels = dataset.rows[kept, 4].astype(np.int64)
+    labels = dataset.annotations[kept, 4].astype(np.int64)
     scales = scales[image_index]
     return Boxes(boxes * scales[:, None], labels, image_index, padded[image_index], scales)
 

@@ -267,6 +267,6 @@ def contact_sheet(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
     return sheet
 
 
-def save_picture(picture: np.ndarray, path: str | Path) -> None:
+def save_image(picture: np.ndarray, path: str | Path) -> None:
     """Write a PNG file."""
     Image.fromarray(picture).save(path, compress_level=1)

@@ -55,7 +55,7 @@ def draw_pyramid(net: RetinaNet, images: Tensor, picture: np.ndarray, path: str 
     figure, axes = _grid(
         "the pyramid: norm of the activations over the channels (above), highest class probability (below)", size
     )
-    pyramid = net.fpn(net.trunk(images))
+    pyramid = net.fpn(net.backbone(images))
     best = []
     for level in pyramid:
         probabilities = net.classificationModel(level)[0].float().sigmoid()  # [rows * columns * num_anchors, K]

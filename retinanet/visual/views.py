@@ -26,7 +26,7 @@ from retinanet.visual.drawing import (
     draw_boxes,
     legible_zoom,
     line_width,
-    save_picture,
+    save_image,
     side_by_side,
 )
 
@@ -39,7 +39,7 @@ FRAME = 8  # pixels around the image in pictures of anchors
 CROWDED_SIDE = 600  # pixels of the short side that many anchors need
 
 
-def to_picture(image: np.ndarray | Tensor) -> np.ndarray:
+def to_image(image: np.ndarray | Tensor) -> np.ndarray:
     """An image of a sample or batch, [H, W, 3] or [3, H, W], uint8 or normalised, as [H, W, 3] uint8."""
     image = torch.as_tensor(image)
     if image.shape[0] != 3:
@@ -161,10 +161,10 @@ def save_detections(
     """Write the sheet of `draw_detections_sheet` for the first images that were looked at; for train.py."""
     indices = sorted(found)[:limit]
     if indices:
-        save_picture(draw_detections_sheet(dataset, found, indices, score_threshold), path)
+        save_image(draw_detections_sheet(dataset, found, indices, score_threshold), path)
 
 
-def save_data_pictures(dataset: DetectionDataset, sampler: AspectRatioBasedSampler, folder: Path) -> None:
+def save_data_images(dataset: DetectionDataset, sampler: AspectRatioBasedSampler, folder: Path) -> None:
     """Write what a training run is about to see: `labels.png`, and the first batch as `batch.png`.
 
     Without matplotlib there is no `labels.png`, but a warning.
@@ -181,7 +181,7 @@ def save_data_pictures(dataset: DetectionDataset, sampler: AspectRatioBasedSampl
     for index in indices[:BATCH_LIMIT]:
         with seeded(sampler.seed, epoch, index):  # as the loader's workers do
             samples.append(dataset[index])
-    save_picture(draw_batch(collater(samples), list(dataset.labels.values())), folder / "batch.png")
+    save_image(draw_batch(collater(samples), list(dataset.labels.values())), folder / "batch.png")
     try:
         draw_label_chart(dataset, folder / "labels.png")
     except UserError as error:
@@ -198,7 +198,7 @@ def draw_batch(batch: Mapping[str, Any], class_names: Sequence[str], columns: in
     """
     pictures = []
     for image, annotations in zip(batch["img"], batch["annot"].numpy(), strict=True):
-        picture, scale = _shrink(to_picture(image))
+        picture, scale = _shrink(to_image(image))
         truth = annotations[annotations[:, 4] >= 0] * np.array([scale] * 4 + [1], dtype=np.float32)
         pictures.append(draw_truth(picture, truth, class_names))
     return contact_sheet(pictures, columns)
@@ -321,7 +321,7 @@ def draw_label_chart(dataset: DetectionDataset, path: str | Path) -> None:
     """
     from retinanet.visual.charts import new_figure
 
-    rows = dataset.rows
+    rows = dataset.annotations
     image_index = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))
     counts = np.bincount(rows[:, 4].astype(int), minlength=dataset.num_classes())
     shown = np.argsort(-counts, kind="stable")[:40]

@@ -93,7 +93,7 @@ def test_difficult_boxes_travel_where_there_is_a_mark_for_them(source, tmp_path,
     path = tmp_path / "voc" / "Annotations" / "a.xml"
     path.write_text(path.read_text().replace("<difficult>0", "<difficult>1", 1))
     voc = read("voc", tmp_path / "voc")
-    assert len(voc.difficult_rows) == 1
+    assert len(voc.difficult_annotations) == 1
 
     assert run("voc", tmp_path / "voc", "voc", tmp_path / "again") == 0
     assert_same(read("voc", tmp_path / "again"), voc, 0)
@@ -103,7 +103,7 @@ def test_difficult_boxes_travel_where_there_is_a_mark_for_them(source, tmp_path,
     capsys.readouterr()
     assert run("voc", tmp_path / "voc", "yolo", tmp_path / "yolo") == 0
     assert "warning: 1 difficult boxes (or crowds) are left out" in capsys.readouterr().out
-    assert len(read("yolo", tmp_path / "yolo").rows) == 4
+    assert len(read("yolo", tmp_path / "yolo").annotations) == 4
 
 
 def test_pycocotools_reads_what_is_written(source, tmp_path):
@@ -122,7 +122,7 @@ def test_coco_keeps_its_ids(tmp_path):
     assert run("coco", tmp_path / "coco", "coco", tmp_path / "again") == 0
     before, after = read("coco", tmp_path / "coco"), read("coco", tmp_path / "again")
     assert after.image_ids == before.image_ids and after.coco_labels == before.coco_labels
-    assert len(after.difficult_rows) == 1  # a crowd
+    assert len(after.difficult_annotations) == 1  # a crowd
     assert_same(after, before, 0)
 
 

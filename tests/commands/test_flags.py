@@ -112,10 +112,10 @@ def test_coco_flags_name_the_data(tmp_path):
 
 def test_validation_shapes_are_never_trained_on():
     args = parse("--dataset", "shapes", "--shapes_train", "20", "--shapes_val", "10")
-    val = {picture.tobytes() for picture in flags.make_dataset(args, "val", identity).pictures}
+    val = {picture.tobytes() for picture in flags.make_dataset(args, "val", identity).images}
     assert len(val) == 10
     for args.seed in (0, 1):
-        train = {picture.tobytes() for picture in flags.make_dataset(args, "train", identity).pictures}
+        train = {picture.tobytes() for picture in flags.make_dataset(args, "train", identity).images}
         assert len(train) == 20 and not train & val
 
 
@@ -123,8 +123,8 @@ def test_the_seed_decides_the_training_shapes_alone():
     pictures = {"train": [], "val": []}
     for seed in ("0", "1"):
         args = parse("--dataset", "shapes", "--shapes_train", "1", "--shapes_val", "1", "--seed", seed)
-        pictures["train"].append(flags.make_dataset(args, "train", identity).pictures[0])
-        pictures["val"].append(flags.make_dataset(args, "val", identity).pictures[0])
+        pictures["train"].append(flags.make_dataset(args, "train", identity).images[0])
+        pictures["val"].append(flags.make_dataset(args, "val", identity).images[0])
     assert not np.array_equal(*pictures["train"])
     np.testing.assert_array_equal(*pictures["val"])
 

@@ -297,7 +297,7 @@ def test_coco_crowds_are_left_out_of_training_but_not_of_evaluation(tmp_path):
     content = coco_content()
     content["annotations"].append({**content["annotations"][3], "id": 5, "iscrowd": 0})  # no duplicate of the crowd
     data = CocoDataset(write_coco_data(tmp_path, content), "val2017")
-    assert data.row_ids.tolist() == [2, 3, 5, 1] and not data.report.counts
+    assert data.annotation_ids.tolist() == [2, 3, 5, 1] and not data.report.counts
     assert data.load_difficult(0).tolist() == [[0, 0, 64, 48, 1]]
     assert [entry["id"] for entry in data.coco.loadAnns(data.coco.getAnnIds(iscrowd=True))] == [4]
 
@@ -338,7 +338,7 @@ def test_coco_boxes_below_a_pixel_are_skipped(tmp_path):
     content = coco_content()
     content["annotations"][0]["bbox"] = [5, 6, 0.5, 30]
     content["annotations"][1]["bbox"] = [5, 6, 30, 0]
-    assert CocoDataset(write_coco_data(tmp_path, content), "val2017").rows[:, 0].tolist() == [10]
+    assert CocoDataset(write_coco_data(tmp_path, content), "val2017").annotations[:, 0].tolist() == [10]
 
 
 def test_evaluation_gets_along_without_area_and_iscrowd(tmp_path):

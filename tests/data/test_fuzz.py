@@ -168,16 +168,16 @@ def test_csv_files(tmp_path_factory, files):
     data = answer(folder, lambda: CSVDataset(folder / "data.csv", folder / "classes.csv"))
     if data is None:
         return
-    assert np.isfinite(data.rows).all() and (data.rows[:, 2:4] - data.rows[:, :2] > 0).all()
+    assert np.isfinite(data.annotations).all() and (data.annotations[:, 2:4] - data.annotations[:, :2] > 0).all()
     lines = fields_of(files[0])
     image_index = np.repeat(np.arange(len(data)), np.diff(data.offsets))
-    for row, line, index in zip(data.rows, data.row_ids, image_index, strict=True):
+    for row, line, index in zip(data.annotations, data.annotation_ids, image_index, strict=True):
         name, *numbers, label = lines[line]
         np.testing.assert_array_equal(row[:4], np.array([float(number) for number in numbers], dtype=np.float32))
         assert data.label_to_name(int(row[4])) == label and data.image_files[index] == name
     headers = [problem.where for problem in data.report.examples.get("header row", []) if "data.csv" in problem.where]
     left_out = sum(data.report.counts.get(kind, 0) for kind in ("sub-pixel box", "duplicate box"))
-    assert len(data.rows) + left_out + len(headers) == sum(any(row[1:]) for row in lines.values())
+    assert len(data.annotations) + left_out + len(headers) == sum(any(row[1:]) for row in lines.values())
     names = {
         row[0] for number, row in lines.items() if len(row) == 6 and f"{folder / 'data.csv'}:{number}" not in headers
     }
@@ -245,7 +245,7 @@ def test_coco_files(tmp_path_factory, content):
     data = answer("instances_val2017.json", lambda: CocoDataset(folder, "val2017"))
     if data is None:
         return
-    assert np.isfinite(data.rows).all() and (data.rows[:, 2:4] - data.rows[:, :2] > 0).all()
+    assert np.isfinite(data.annotations).all() and (data.annotations[:, 2:4] - data.annotations[:, :2] > 0).all()
     parsed = json.loads(content)
     expected = set()
     for entry in parsed["annotations"]:
@@ -255,7 +255,7 @@ def test_coco_files(tmp_path_factory, content):
             row = np.array([x, y, x + width, y + height, label], dtype=np.float32)
             expected.add((data.image_ids.index(entry["image_id"]), entry["id"], *row.tolist()))
     image_index = np.repeat(np.arange(len(data)), np.diff(data.offsets)).tolist()
-    found = zip(image_index, data.row_ids.tolist(), data.rows.tolist(), strict=True)
+    found = zip(image_index, data.annotation_ids.tolist(), data.annotations.tolist(), strict=True)
     assert {(index, entry, *row) for index, entry, row in found} == expected
     assert sorted(data.image_ids) == sorted(image["id"] for image in parsed["images"])
     answer(folder, lambda: check_dataset(data, "headers").raise_errors())

@@ -15,18 +15,18 @@ def drawn():
 
 def test_the_same_seed_draws_the_same_pictures():
     first, second = (ShapesDataset(3, seed=5, size=48) for _ in range(2))
-    np.testing.assert_array_equal(first.pictures, second.pictures)
-    np.testing.assert_array_equal(first.rows, second.rows)
+    np.testing.assert_array_equal(first.images, second.images)
+    np.testing.assert_array_equal(first.annotations, second.annotations)
 
 
 def test_all_pictures_of_all_seeds_differ():
-    pictures = [image.tobytes() for seed in (0, 1) for image in ShapesDataset(6, seed=seed, size=48).pictures]
+    pictures = [image.tobytes() for seed in (0, 1) for image in ShapesDataset(6, seed=seed, size=48).images]
     assert len(set(pictures)) == 12
 
 
 def test_more_pictures_leave_the_first_as_they_are():
     few, many = ShapesDataset(2, seed=3, size=48), ShapesDataset(4, seed=3, size=48)
-    np.testing.assert_array_equal(few.pictures, many.pictures[:2])
+    np.testing.assert_array_equal(few.images, many.images[:2])
 
 
 def test_boxes_hold_all_ink_and_fit_to_the_pixel(drawn):

@@ -82,7 +82,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
     assert error.value.report.counts == counts
     data = VOCDataset(write_voc(tmp_path / "good", {"a": [box, box, describe("dog", 1, 1, 9, 9, difficult=1)]}))
     assert data.report.counts == {"duplicate box": 1}
-    assert len(data.rows) == len(data.difficult_rows) == 1
+    assert len(data.annotations) == len(data.difficult_annotations) == 1
 
 
 def test_the_list_of_one_class_is_a_set_too(tmp_path):
@@ -160,4 +160,4 @@ def test_two_pictures_of_one_name_matter_only_where_it_is_listed(tmp_path):
 def test_a_row_is_named_by_its_file_and_object(tmp_path):
     box = describe("dog", 1, 1, 9, 9)
     data = VOCDataset(write_voc(tmp_path, {"a": [box], "b": [describe("dog", 2, 2, 9, 9, "true"), box]}))
-    assert data.row_name(1).endswith("b.xml: object 2") and len(data.difficult_rows) == 1
+    assert data.annotation_name(1).endswith("b.xml: object 2") and len(data.difficult_annotations) == 1

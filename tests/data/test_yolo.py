@@ -48,7 +48,7 @@ def test_a_box_is_cut_at_the_border(tmp_path):
 
 def test_a_box_of_one_pixel_survives_its_rounding(tmp_path):
     data = YoloDataset(write_yolo(tmp_path, {"a": "0 0.506249 0.5124999 0.012499 0.0249999\n"}))
-    assert len(data.rows) == len(data[0]["annot"]) == 1
+    assert len(data.annotations) == len(data[0]["annot"]) == 1
 
 
 def test_all_problems_are_reported_at_once(tmp_path):
@@ -172,7 +172,7 @@ def test_pictures_may_lie_in_folders(tmp_path):
         (root / kind / "train/sub").mkdir()
         (root / kind / f"train/a.{ending}").rename(root / kind / f"train/sub/a.{ending}")
     data = YoloDataset(root)
-    assert data.image_path(0).endswith("sub/a.png") and data.row_name(0).endswith("labels/train/sub/a.txt:1")
+    assert data.image_path(0).endswith("sub/a.png") and data.annotation_name(0).endswith("labels/train/sub/a.txt:1")
 
 
 def test_two_pictures_of_one_text_file_are_an_error(tmp_path):

@@ -184,8 +184,8 @@ def test_a_classifier_gives_its_trunk(tmp_path):
     path = save(source.state_dict(), tmp_path / "resnet18.pth")
     net = model.resnet18(2)
     head = net.classificationModel.conv1.weight.clone()
-    assert "a trunk alone" in checkpoint.load_weights(net, path)
+    assert "a backbone alone" in checkpoint.load_weights(net, path)
     assert torch.equal(net.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
     assert torch.equal(net.classificationModel.conv1.weight, head)
-    with pytest.raises(UserError, match="trunk of a ResNet-18"):
+    with pytest.raises(UserError, match="backbone of a ResNet-18"):
         checkpoint.load_model(path)

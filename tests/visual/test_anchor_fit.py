@@ -153,7 +153,7 @@ def test_the_report_names_boxes_out_of_reach_and_the_advice(plates):
     assert len(content["unreachable"]) == fit.unreachable.sum()
     row = np.flatnonzero(fit.unreachable)[0]
     assert content["unreachable"][0]["file"] == f"{fit.boxes.image_index[row]}.jpg"
-    assert content["unreachable"][0]["box"] == pytest.approx(dataset.rows[row, :4].tolist(), abs=0.02)
+    assert content["unreachable"][0]["box"] == pytest.approx(dataset.annotations[row, :4].tolist(), abs=0.02)
     assert Anchors(**{k: v for k, v in content["advised"].items() if k != "flags"}).ratios == better.anchors.ratios
     assert "keep these anchors" in anchor_fit.report(fit, fit, dataset)
 

@@ -4,7 +4,7 @@ from helpers import gradient
 from PIL import Image, ImageFont
 from skimage.color import deltaE_ciede2000, rgb2lab
 
-from retinanet.visual.drawing import class_colour, contact_sheet, draw_boxes, legible_zoom, save_picture, side_by_side
+from retinanet.visual.drawing import class_colour, contact_sheet, draw_boxes, legible_zoom, save_image, side_by_side
 
 GREY = np.full((320, 320, 3), 128, dtype=np.uint8)  # large enough not to be enlarged
 
@@ -142,7 +142,7 @@ def test_a_contact_sheet_takes_pictures_of_different_sizes():
 
 def test_a_saved_picture_is_a_png_of_the_same_pixels(tmp_path):
     picture = gradient(12, 17)
-    save_picture(picture, tmp_path / "a.png")
+    save_image(picture, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as saved:
         assert saved.format == "PNG"
         np.testing.assert_array_equal(np.asarray(saved), picture)

@@ -145,7 +145,7 @@ def test_the_first_batch_is_the_loaders_first_batch(tmp_path, monkeypatch):
     batches = []
     plain = views.draw_batch
     monkeypatch.setattr(views, "draw_batch", lambda batch, names: batches.append(batch) or plain(batch, names))
-    views.save_data_pictures(dataset, sampler, tmp_path)
+    views.save_data_images(dataset, sampler, tmp_path)
     assert torch.equal(batches[0]["img"], expected["img"]) and torch.equal(batches[0]["annot"], expected["annot"])
     assert (sampler.epoch, sampler.first_step) == (0, 0)
     assert {path.name for path in tmp_path.iterdir()} == {"batch.png", "labels.png"}
@@ -155,7 +155,7 @@ def test_without_matplotlib_there_is_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     dataset = ShapesDataset(2, transform=Resizer(64, 96))
     with caplog.at_level(logging.INFO, "retinanet"):
-        views.save_data_pictures(dataset, AspectRatioBasedSampler(dataset, 2), tmp_path)
+        views.save_data_images(dataset, AspectRatioBasedSampler(dataset, 2), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["batch.png"]
     assert "no labels.png" in caplog.text and "pip install matplotlib" in caplog.text
 
@@ -166,7 +166,7 @@ def test_the_label_chart_has_bars_in_the_classes_colours(tmp_path):
     views.draw_label_chart(dataset, tmp_path / "labels.png")
     with Image.open(tmp_path / "labels.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
-    counts = np.bincount(dataset.rows[:, 4].astype(int), minlength=3)
+    counts = np.bincount(dataset.annotations[:, 4].astype(int), minlength=3)
     areas = np.array([(pixels == class_colour(label)).all(axis=2).sum() for label in range(3)])
     np.testing.assert_allclose(areas / areas.sum(), counts / counts.sum(), atol=0.05)
 
