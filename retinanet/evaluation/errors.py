@@ -82,6 +82,35 @@ def greedy_match(iou: np.ndarray, threshold: float) -> np.ndarray:
     return taken
 
 
+def judge(
+    dataset: DetectionDataset,
+    found: Mapping[int, Detections],
+    score_threshold: float = 0.0,
+    iou_threshold: float = FOUND_IOU,
+) -> dict[int, tuple[Detections, np.ndarray, np.ndarray]]:
+    """Which detections of each image are right, and which of its boxes were found; for drawings.
+
+    Args:
+        dataset: gives the boxes.
+        found: of each sample index, best first, boxes in pixels of the original image.
+        score_threshold: scores must be above it.
+        iou_threshold: IoU with a box of its class from which a detection is right.
+
+    Returns:
+        For each index the detections above the threshold, [N] bool whether each is right, and [G] bool
+        whether each box of the image was found.
+    """
+    judged = {}
+    for index, one in found.items():
+        detections = Detections(*(values[one.scores > score_threshold] for values in one))
+        annotations = torch.from_numpy(dataset.load_annotations(index))
+        iou = box_iou(detections.boxes, annotations[:, :4])  # [N, G]
+        iou[detections.labels[:, None] != annotations[:, 4]] = 0
+        taken = greedy_match(iou.numpy(), iou_threshold)
+        judged[index] = detections, taken >= 0, np.isin(np.arange(len(annotations)), taken)
+    return judged
+
+
 def _ignored(boxes: np.ndarray, labels: np.ndarray, regions: np.ndarray) -> np.ndarray:
     """[D] whether each detection lies at least half in a region [R, 5] of its class (a crowd, a difficult box)."""
     low = np.maximum(boxes[:, None, :2], regions[None, :, :2])

@@ -4,7 +4,7 @@ import torch
 
 from retinanet.data.dataset import DetectionDataset
 from retinanet.evaluation import coco as coco_eval
-from retinanet.evaluation.errors import KINDS, analyse, confusion_table, error_table
+from retinanet.evaluation.errors import KINDS, analyse, confusion_table, error_table, judge
 from retinanet.postprocess import Detections
 
 BOX = [0, 0, 100, 100]
@@ -111,3 +111,15 @@ def test_a_hundred_detections_of_each_class_count():
     assert run(*wrong, [0.8, 1, *OTHER], [0.7, 0, *BOX]).ap50 == pytest.approx(
         0.5
     )  # BOX comes too late, OTHER does not
+
+
+def test_judge_names_right_detections_and_found_boxes():
+    table = torch.tensor([[0.9, 0, *BOX], [0.8, 0, *BOX], [0.7, 0, *OTHER], [0.3, 1, *OTHER]])
+    found = {0: Detections(table[:, 0], table[:, 1].long(), table[:, 2:])}
+    detections, right, hit = judge(dataset(TRUTH), found)[0]
+    assert right.tolist() == [True, False, False, True] and hit.tolist() == [True, True]
+    detections, right, hit = judge(dataset(TRUTH), found, score_threshold=0.7 + 1e-6)[0]
+    assert len(detections.scores) == len(detections.boxes) == 2
+    assert right.tolist() == [True, False] and hit.tolist() == [True, False]
+    _, right, hit = judge(dataset([]), found)[0]
+    assert not right.any() and hit.shape == (0,)
