@@ -1,4 +1,4 @@
-"""Checkpoints: plain tensors and numbers in a file, which no reader needs to trust."""
+"""Checkpoints: a model, and all that rebuilds it, as plain tensors and numbers that load without running code."""
 
 import logging
 import os
@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from retinanet.anchors import Anchors
 from retinanet.data.dataset import placeholder_names
-from retinanet.errors import UserError, shown
+from retinanet.errors import UserError
 from retinanet.model import ARCHITECTURES, RetinaNet, resnet
 from retinanet.process import log
 from retinanet.resnet import Bottleneck
 from retinanet.training import foreign_weights
+from retinanet.training.foreign_weights import STAND_INS, PyramidFromP5, make_anchors
 
 MODEL_KEYS = {"model", "class_names", "anchors", "min_side", "max_side"}  # what rebuilds a model of this library
 CLASS_OUTPUT = "classificationModel.output.bias"  # its length is anchors x classes
@@ -45,7 +45,7 @@ def save(path: str | Path, content: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        # torch reports its own trouble with a file that is cut short; the reason stands behind it.
+        # torch reports its own trouble with a file that is cut short; the reason is in the error's context.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise UserError(f"{path}: cannot be saved ({reason}); the file before it, if any, is intact") from error
     finally:
@@ -53,82 +53,47 @@ def save(path: str | Path, content: Mapping[str, Any]) -> None:
             temporary.unlink()
 
 
-class _Inert:
-    """Stands in for a class of a pickled model: keeps what the file says of it, and can do nothing."""
-
-    def __init__(self, *args: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-# What a whole pickled model of the original, or of this library, consists of. Nothing else is admitted.
-_PICKLED_NAMES = {
-    "model": "ResNet RetinaNet PyramidFeatures RegressionModel ClassificationModel",
-    "resnet": "BasicBlock Bottleneck",
-    "utils": "BasicBlock Bottleneck BBoxTransform ClipBoxes",
-    "anchors": "Anchors",
-    "losses": "FocalLoss",
-    "torch.nn.modules.conv": "Conv2d",
-    "torch.nn.modules.batchnorm": "BatchNorm2d",
-    "torch.nn.modules.activation": "ReLU Sigmoid",
-    "torch.nn.modules.pooling": "MaxPool2d",
-    "torch.nn.modules.upsampling": "Upsample",
-    "torch.nn.modules.container": "Sequential",
-    "torch.nn.parallel.data_parallel": "DataParallel",
-    "numpy": "ndarray dtype",  # the original's anchors hold arrays
-    "numpy.core.multiarray": "_reconstruct scalar",
-    "numpy._core.multiarray": "_reconstruct scalar",
-}
-_STAND_INS = [
-    type(name, (_Inert,), {"__module__": prefix + module})
-    for module, names in _PICKLED_NAMES.items()
-    for name in names.split()
-    for prefix in (("",) if module.startswith(("torch", "numpy")) else ("", "retinanet."))
-]
-
-
-def _check_sums(path: str | Path) -> None:
-    """Compare a file's contents with its checksums, which torch does not: one flipped bit is a wrong weight."""
-    if zipfile.is_zipfile(path):  # torch's format since 1.6
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise UserError(f"{path}: is damaged: {damaged} does not match its checksum")
+def _damaged_member(path: str | Path) -> str | None:
+    """The first part of a zip file whose checksum is wrong; torch does not look, and a flipped bit is a wrong weight."""
+    if not zipfile.is_zipfile(path):  # torch's format before 1.6
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
 
 
 def load(path: str | Path) -> Any:
     """Read a file of torch.save, onto the CPU, without running any code of it.
 
-    torch's own restricted reader does the work; the objects of a whole pickled model come as `_Inert`.
+    torch's own restricted reader does the work; the objects of a whole pickled model come as `StandIn`.
 
     Raises:
         UserError: the file is missing, damaged, or holds more than tensors, plain types and known classes.
     """
     try:
-        _check_sums(path)
-        with torch.serialization.safe_globals(_STAND_INS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        damaged = _damaged_member(path)
+        with torch.serialization.safe_globals(STAND_INS):
+            content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such checkpoint") from error
-    except pickle.UnpicklingError as error:  # its text advises to load the file without this protection: no
+        raise UserError(f"{path}: the checkpoint does not exist") from error
+    except pickle.UnpicklingError as error:  # torch's own text advises to load the file without this protection
         name = re.search(r"GLOBAL (?:builtins\.)?([\w.]+)", str(error))  # older torch names the module as well
         raise UserError(
             f"{path}: is damaged, or holds more than tensors and plain types{f' ({name[1]})' if name else ''}, and was "
             "not run. If you trust it, load it with the program that saved it, and save model.state_dict() instead"
         ) from error
-    except UserError:
-        raise
     except (
         OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
         ArithmeticError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile,
     ) as error:  # fmt: skip
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path}: is no checkpoint, or a damaged one ({reason})") from error
+    if damaged:
+        raise UserError(f"{path}: is damaged: {damaged} does not match its checksum")
+    return content
 
 
 def model_entries(net: RetinaNet, class_names: Sequence[str], min_side: int, max_side: int) -> dict[str, Any]:
-    """What rebuilds a model: weights, depth, class names, anchors, matching rule, and the size of its pictures."""
+    """What rebuilds a model: weights, depth, class names, anchors, matching rule, and the size of its images."""
     state = net.state_dict()
     return {
         "model": state,
@@ -151,25 +116,6 @@ def infer_depth(state: Mapping[str, Tensor]) -> int | None:
     return None
 
 
-def _module_state(module: _Inert, prefix: str = "") -> dict[str, Tensor]:
-    """The state dict of a pickled model."""
-    parts = module.state
-    transient = parts.get("_non_persistent_buffers_set", ())
-    tensors = dict(parts["_parameters"]) | {k: v for k, v in parts["_buffers"].items() if k not in transient}
-    state = {prefix + key: value.detach() for key, value in tensors.items() if value is not None}
-    for name, child in parts["_modules"].items():
-        if child is not None:
-            state |= _module_state(child, f"{prefix}{name}.")
-    return state
-
-
-def _module_anchors(module: _Inert) -> dict[str, list]:
-    """The anchor settings of a pickled model of this library; none of the original's, which are the default."""
-    anchors = module.state["_modules"].get("module", module).state["_modules"]["anchors"].state
-    settings = {key: anchors.get(key) for key in Anchors().settings()} | anchors.get("explicit", {})
-    return settings if all(isinstance(value, list) for value in settings.values()) else {}
-
-
 def _read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights of any kind of checkpoint under this library's names, and what else is known of the model.
 
@@ -177,52 +123,25 @@ def _read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     `min_side` and `max_side`.
     """
     content = load(path)
-    info = {"found": "a state dict", "class_names": None, "anchors": {}, "min_side": 608, "max_side": 1024}
-    if isinstance(content, _Inert):
-        info["found"] = "a whole pickled model, of which only the weights were read"
-        try:
-            state, info["anchors"] = _module_state(content), _module_anchors(content)
-        except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: holds a pickled {type(content).__name__}, which is no whole RetinaNet") from error
-    elif not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    elif content.keys() & (MODEL_KEYS - {"model"}):
+    info = {"class_names": None, "anchors": {}, "min_side": 608, "max_side": 1024}
+    if isinstance(content, dict) and content.keys() & (MODEL_KEYS - {"model"}):
         if missing := MODEL_KEYS - content.keys():
             raise UserError(f"{path}: is not a checkpoint of this library, it lacks {', '.join(sorted(missing))}")
-        state = content.pop("model")
-        info = {"found": "a checkpoint of this library", **content}
-    else:  # of another program: the weights lie bare, or under some name beside other things
-        inside = {name: value for name, value in content.items() if _are_weights(value)}
-        usual = [inside[name] for name in ("state_dict", "model") if name in inside]
-        guesses = usual[:1] or list(inside.values())
-        state = guesses[0] if len(guesses) == 1 else content
-    if not _are_weights(state):
-        names = shown(", ".join(map(str, content)))
-        raise UserError(f"{path}: holds other things than the weights of a model: {names}")
-    while all("." in key for key in state) and len({key.split(".")[0] for key in state}) == 1:
-        state = {key.partition(".")[2]: value for key, value in state.items()}  # DataParallel's `module`, or the like
-    if "backbone.body.conv1.weight" in state:
-        state, known = foreign_weights.convert(path, state)
-        info |= known
-    return state, info
-
-
-def _are_weights(value: Any) -> bool:
-    """Whether this is a state dict."""
-    if not isinstance(value, dict) or not value:
-        return False
-    return all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items())
+        state, _ = foreign_weights.read(path, content.pop("model"))
+        return state, info | {"found": "a checkpoint of this library"} | content
+    state, known = foreign_weights.read(path, content)
+    return state, info | known
 
 
 def _load_state(net: RetinaNet, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load all weights, and let P6 read the level that it was trained on: C5, or P5 in torchvision's first RetinaNet.
+    """Load all weights; the pyramid becomes torchvision's where P6 was trained on P5.
 
     Raises:
         UserError: the weights are not those of such a model.
     """
-    channels = state["fpn.P6.weight"].shape[1] if "fpn.P6.weight" in state else None
-    if channels == net.fpn.P6.out_channels != net.fpn.P6.in_channels:
-        net.fpn.P6 = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1).to(net.fpn.P6.weight.device)
+    p6 = net.fpn.P6
+    if "fpn.P6.weight" in state and state["fpn.P6.weight"].shape[1] == p6.out_channels != p6.in_channels:
+        net.fpn = PyramidFromP5(*net.out_channels).to(p6.weight.device)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
@@ -249,7 +168,7 @@ def load_model(path: str | Path) -> tuple[RetinaNet, dict[str, Any]]:
         raise UserError(
             f"{path}: holds the backbone of a ResNet-{depth}, not a RetinaNet; `train.py --weights` takes it"
         )
-    anchors = Anchors(**info["anchors"])
+    anchors = make_anchors(info["anchors"])
     found = info.pop("found")
     if info["class_names"] is None:
         info["class_names"] = placeholder_names(len(state[CLASS_OUTPUT]) // anchors.num_anchors)
@@ -285,15 +204,15 @@ def load_weights(net: RetinaNet, path: str | Path) -> str:
         state = own_state | backbone
         message += ", a backbone alone: the pyramid and the heads start anew"
     else:
-        anchors = Anchors(**info["anchors"])
+        anchors = make_anchors(info["anchors"])
         num_classes = len(state[CLASS_OUTPUT]) // anchors.num_anchors
         message += f", {num_classes} classes"
         if num_classes != net.num_classes:
             state |= {key: value for key, value in own_state.items() if key.startswith("classificationModel.output.")}
             message += f"; this model has {net.num_classes}, so the last layer of its class head starts anew"
         if anchors.settings() != net.anchors.settings():
-            if net.anchors.settings() == Anchors().settings():
-                net.anchors = anchors.to(net.fpn.P6.weight.device)
+            if net.anchors.settings() == make_anchors({}).settings():
+                net.anchors = anchors
                 message += "; its anchors are taken over"
             else:
                 message += "; its anchors are others, so the box head has to learn anew"

@@ -1,24 +1,178 @@
-"""The weights of torchvision's RetinaNet -> the weights of this library's, with equal outputs."""
+"""Weights that other programs saved -> the weights of this library's RetinaNet, with equal outputs.
+
+The original's come as a state dict or as a whole pickled model, torchvision's as a state dict of other names.
+"""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
 from retinanet.anchors import RATIOS, Anchors, generate_anchors
 from retinanet.boxes import DELTA_STD
-from retinanet.errors import UserError
+from retinanet.errors import UserError, shown
+from retinanet.model import PyramidFeatures
 
 BN_EPS = 1e-5  # of nn.BatchNorm2d, here as there
 TINY_EPS = 0.0  # torchvision runs its first COCO weights, and only those, with this one
 NO_CLASS = ("__background__", "N/A")  # outputs that torchvision's COCO weights have but never use
 
+# The classes that a whole pickled model of the original, or of this library, consists of. No other is admitted.
+PICKLED_CLASSES = {
+    "model": "ResNet RetinaNet PyramidFeatures RegressionModel ClassificationModel",
+    "resnet": "BasicBlock Bottleneck",
+    "utils": "BasicBlock Bottleneck BBoxTransform ClipBoxes",
+    "boxes": "BBoxTransform ClipBoxes",
+    "anchors": "Anchors",
+    "losses": "FocalLoss",
+    "fused_loss": "FusedFocalLoss",
+    "training.foreign_weights": "CellAnchors PyramidFromP5",
+    "torch.nn.modules.conv": "Conv2d",
+    "torch.nn.modules.batchnorm": "BatchNorm2d",
+    "torch.nn.modules.activation": "ReLU Sigmoid",
+    "torch.nn.modules.pooling": "MaxPool2d",
+    "torch.nn.modules.upsampling": "Upsample",
+    "torch.nn.modules.container": "Sequential",
+    "torch.nn.parallel.data_parallel": "DataParallel",
+    "numpy": "ndarray dtype",  # the original's anchors hold arrays
+    "numpy.core.multiarray": "_reconstruct scalar",
+    "numpy._core.multiarray": "_reconstruct scalar",
+}
+
+
+class StandIn:
+    """Replaces a class of a pickled model: keeps the state that the file gives it, and runs no code."""
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+STAND_INS = [
+    type(name, (StandIn,), {"__module__": prefix + module})
+    for module, names in PICKLED_CLASSES.items()
+    for name in names.split()
+    for prefix in (("",) if module.startswith(("torch", "numpy")) else ("", "retinanet."))
+]
+
+
+class CellAnchors(Anchors):
+    """Anchors that are given one by one, because another library rounds its own or centres them elsewhere.
+
+    Args:
+        cells: [levels, A, 4] xyxy, pixels, around the centre of a location.
+        pyramid_levels: as in `Anchors`, like all that follow; sizes, ratios and scales only describe the cells.
+    """
+
+    def __init__(
+        self,
+        cells: Sequence[Sequence[Sequence[float]]],
+        pyramid_levels: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+        sizes: Sequence[float] | None = None,
+        ratios: Sequence[float] | None = None,
+        scales: Sequence[float] | None = None,
+    ):
+        super().__init__(pyramid_levels, strides, sizes, ratios, scales)
+        self.explicit = {"cells": cells}
+        self.cells = torch.tensor(cells, device="cpu")
+
+    def settings(self) -> dict[str, list]:
+        """The constructor's arguments as plain lists, so that a checkpoint can carry them."""
+        return super().settings() | self.explicit
+
+
+def make_anchors(settings: Mapping[str, list]) -> Anchors:
+    """The anchors whose `settings()` a checkpoint carries; the default ones for no settings."""
+    return CellAnchors(**settings) if "cells" in settings else Anchors(**settings)
+
+
+class PyramidFromP5(PyramidFeatures):
+    """The pyramid of torchvision's first RetinaNet, which computes P6 from P5 instead of C5."""
+
+    def __init__(self, c3_channels: int, c4_channels: int, c5_channels: int, feature_size: int = 256):
+        super().__init__(c3_channels, c4_channels, c5_channels, feature_size)
+        self.P6 = nn.Conv2d(feature_size, feature_size, kernel_size=3, stride=2, padding=1)
+
+    def coarse_levels(self, c5: Tensor, p5: Tensor) -> tuple[Tensor, Tensor]:
+        """P6 and P7."""
+        p6 = self.P6(p5)
+        return p6, self.P7_2(F.relu(p6))
+
+
+def read(path: str | Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Find the weights in a file of another program.
+
+    Args:
+        path: for messages.
+        content: what `checkpoint.load` read: a state dict, also within a dict or with DataParallel's prefix, or a
+            whole pickled model.
+
+    Returns:
+        The weights under this library's names, and what is known of the model: always `found` (the kind of file);
+        `class_names`, `anchors`, `min_side` and `max_side` where they can be derived.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    info: dict[str, Any] = {"found": "a state dict"}
+    if isinstance(content, StandIn):
+        info["found"] = "a whole pickled model, of which only the weights were read"
+        try:
+            state, info["anchors"] = _module_state(content), _module_anchors(content)
+        except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}: holds a pickled {type(content).__name__}, which is no whole RetinaNet") from error
+    elif isinstance(content, dict):
+        inside = {name: value for name, value in content.items() if _is_state_dict(value)}
+        usual = [inside[name] for name in ("state_dict", "model") if name in inside]
+        guesses = usual[:1] or list(inside.values())
+        state = guesses[0] if len(guesses) == 1 else content
+    else:
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+    if not _is_state_dict(state):
+        names = shown(", ".join(map(str, state)))
+        raise UserError(f"{path}: holds other things than the weights of a model: {names}")
+    while all("." in key for key in state) and len({key.split(".")[0] for key in state}) == 1:
+        state = {key.partition(".")[2]: value for key, value in state.items()}  # DataParallel's `module`, or the like
+    if "backbone.body.conv1.weight" in state:
+        return convert_torchvision(path, state)
+    return state, info
+
+
+def _is_state_dict(value: Any) -> bool:
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items())
+
+
+def _module_state(module: StandIn, prefix: str = "") -> dict[str, Tensor]:
+    """The state dict of a pickled model."""
+    parts = module.state
+    transient = parts.get("_non_persistent_buffers_set", ())
+    tensors = dict(parts["_parameters"]) | {k: v for k, v in parts["_buffers"].items() if k not in transient}
+    state = {prefix + key: value.detach() for key, value in tensors.items() if value is not None}
+    for name, child in parts["_modules"].items():
+        if child is not None:
+            state |= _module_state(child, f"{prefix}{name}.")
+    return state
+
+
+def _module_anchors(module: StandIn) -> dict[str, list]:
+    """The anchor settings of a pickled model of this library; none of the original's, which are the default."""
+    anchors = module.state["_modules"].get("module", module).state["_modules"]["anchors"].state
+    settings = {key: anchors.get(key) for key in Anchors().settings()} | anchors.get("explicit", {})
+    return settings if all(isinstance(value, list) for value in settings.values()) else {}
+
 
 def _new_name(name: str) -> str | None:
-    """This library's name of one of torchvision's weights; None where there is none."""
+    """This library's name of one of torchvision's weights; None where it has no such weight."""
     if name.startswith("backbone.body."):
         return name.removeprefix("backbone.body.")
     if match := re.fullmatch(r"backbone\.fpn\.(inner|layer)_blocks\.([012])(?:\.0)?\.(weight|bias)", name):
@@ -35,8 +189,8 @@ def _new_name(name: str) -> str | None:
     return None
 
 
-def _anchors() -> Anchors:
-    """Reference boxes of torchvision: whole pixels, around the corner of a cell where ours are around its centre."""
+def torchvision_anchors() -> CellAnchors:
+    """Torchvision's anchors: whole pixels, around the corner of a cell where ours are around its centre."""
     default = Anchors()
     cells = []
     for size, stride in zip(default.sizes, default.strides, strict=True):
@@ -44,10 +198,10 @@ def _anchors() -> Anchors:
         cells.append((generate_anchors(1, RATIOS, scales).round() - stride / 2).tolist())
     # torchvision's strides are input size / feature size: on P6 and P7 they are 64 and 128 pixels only where these
     # divide the input's sides. Here they always are, as in the paper.
-    return Anchors(cells=cells)
+    return CellAnchors(cells)
 
 
-def convert(path: str | Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def convert_torchvision(path: str | Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Convert a state dict of torchvision's RetinaNet.
 
     Args:
@@ -55,11 +209,10 @@ def convert(path: str | Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Te
         state: of a model with any of the five ResNets, with P6 from C5 or P5, and with plain heads.
 
     Returns:
-        The state dict of a RetinaNet of this library, and what is known of it: `found`, `class_names`, `anchors`,
-        `min_side` and `max_side`.
+        As `read`.
 
     Raises:
-        UserError: it has layers that this library's RetinaNet has not, such as the GroupNorm of torchvision's v2.
+        UserError: it has layers that this library's RetinaNet lacks, such as the GroupNorm of torchvision's v2.
     """
     if any(re.fullmatch(r"head\..+\.conv\.\d\.1\.weight", name) for name in state):
         raise UserError(
@@ -70,16 +223,13 @@ def convert(path: str | Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Te
     if unknown:
         raise UserError(f"{path}: is no RetinaNet of torchvision that can be converted: it has {unknown[0]}")
     new = {_new_name(name): value for name, value in state.items()}
-
-    # Ours regresses in units of DELTA_STD: the last layer is divided by them.
-    for kind in ("weight", "bias"):
-        key = f"regressionModel.output.{kind}"
+    for key in ("regressionModel.output.weight", "regressionModel.output.bias"):  # ours regresses in units of DELTA_STD
         std = new[key].new_tensor(DELTA_STD).repeat(len(new[key]) // 4)  # [num_anchors * 4]
         new[key] = new[key] / std.reshape(-1, *[1] * (new[key].dim() - 1))
 
-    anchors = _anchors()
+    anchors = torchvision_anchors()
     num_classes = len(new["classificationModel.output.bias"]) // anchors.num_anchors
-    known = {
+    info = {
         "found": f"torchvision's RetinaNet with {num_classes} outputs",
         "anchors": anchors.settings(),
         "min_side": 800,
@@ -88,14 +238,13 @@ def convert(path: str | Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Te
     coco_names = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     if num_classes == len(coco_names):
         used = [label for label, name in enumerate(coco_names) if name not in NO_CLASS]
-        for kind in ("weight", "bias"):
-            key = f"classificationModel.output.{kind}"
+        for key in ("classificationModel.output.weight", "classificationModel.output.bias"):
             new[key] = new[key].unflatten(0, (anchors.num_anchors, num_classes))[:, used].flatten(0, 1)
-        known["class_names"] = [coco_names[label] for label in used]
-        known["found"] += f", of which the {len(used)} of COCO's classes are kept"
+        info["class_names"] = [coco_names[label] for label in used]
+        info["found"] += f", of which the {len(used)} of COCO's classes are kept"
         if "bn1.num_batches_tracked" not in new:
             _change_eps(new, TINY_EPS)
-    return new, known
+    return new, info
 
 
 def _change_eps(state: dict[str, Tensor], eps: float) -> None:

@@ -15,9 +15,10 @@ import torch.utils.collect_env
 from torch import nn
 
 from retinanet.anchors import Anchors
+from retinanet.data.dataset import placeholder_names
 from retinanet.errors import UserError
 from retinanet.model import ARCHITECTURES, resnet, resnet18
-from retinanet.training import checkpoint
+from retinanet.training import checkpoint, foreign_weights
 
 CONTENT = {"weights": torch.arange(6.0).reshape(2, 3), "names": ["a", "b"], "nested": {"lr": 0.5, "none": None}}
 
@@ -151,7 +152,7 @@ def test_what_is_no_checkpoint_is_an_error_that_names_it(tmp_path, content):
 
 
 def test_a_missing_checkpoint_or_a_folder_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"none\.pt: there is no such checkpoint"):
+    with pytest.raises(UserError, match=r"none\.pt: the checkpoint does not exist"):
         checkpoint.load(tmp_path / "none.pt")
     with pytest.raises(UserError, match="is no checkpoint"):
         checkpoint.load(tmp_path)
@@ -279,7 +280,7 @@ def test_a_state_dict_of_the_original_is_a_model(filled_net, tmp_path, prefix, n
     torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=new_format)
     net, info = checkpoint.load_model(tmp_path / "a.pt")
     assert_is(net, filled_net)
-    assert info["class_names"] == checkpoint.placeholder_names(3) == ["class 0", "class 1", "class 2"]
+    assert info["class_names"] == placeholder_names(3) == ["class 0", "class 1", "class 2"]
     assert (info["min_side"], info["max_side"]) == (608, 1024)
 
 
@@ -429,8 +430,8 @@ def test_the_scripts_run_no_code(tmp_path, script, capsys):
 def test_a_stand_in_can_do_nothing(filled_net, tmp_path):
     torch.save(filled_net, tmp_path / "a.pt")
     content = checkpoint.load(tmp_path / "a.pt")
-    assert isinstance(content, checkpoint._Inert) and not isinstance(content, nn.Module)
-    assert not set(checkpoint._STAND_INS) & set(torch.serialization.get_safe_globals())  # nothing stays admitted
+    assert isinstance(content, foreign_weights.StandIn) and not isinstance(content, nn.Module)
+    assert not set(foreign_weights.STAND_INS) & set(torch.serialization.get_safe_globals())  # nothing stays admitted
 
 
 # Starting from other weights
