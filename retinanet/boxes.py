@@ -1,4 +1,4 @@
-"""Box algebra: IoU, and the step between a box and the four numbers that the network regresses.
+"""Box algebra: IoU, and how a target becomes a box (RetinaNet, section 4, "Box Regression Subnet").
 
 Boxes are xyxy, (x1, y1, x2, y2): pixels of the network's (padded) input, x to the right and y down, in
 continuous coordinates, so that a box from 0 to 10 is 10 pixels wide.
@@ -7,7 +7,7 @@ continuous coordinates, so that a box from 0 to 10 is 10 pixels wide.
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Regression targets are divided by these, so that each has a spread of about one (Fast R-CNN, section 2.3).
 # Paper: (1, 1, 1, 1). Original: (0.1, 0.1, 0.2, 0.2). Here: the original's, because its checkpoints need them.
@@ -137,3 +137,30 @@ def xyxy_to_xywh(boxes: Tensor) -> Tensor:
 def xywh_to_xyxy(boxes: Tensor) -> Tensor:
     """Corner and size -> corners: [..., 4] (x1, y1, width, height) -> (x1, y1, x2, y2)."""
     return torch.cat([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], dim=-1)
+
+
+class BBoxTransform(nn.Module):
+    """`decode_boxes` as a module, with the original's interface.
+
+    Args:
+        mean: [4] added to the scaled deltas; 0 by default.
+        std: [4] that the deltas are scaled by; `DELTA_STD` by default.
+    """
+
+    def __init__(self, mean: Tensor | None = None, std: Tensor | None = None):
+        super().__init__()
+        self.mean = torch.zeros(4) if mean is None else torch.as_tensor(mean, dtype=torch.float32)
+        self.std = torch.tensor(DELTA_STD) if std is None else torch.as_tensor(std, dtype=torch.float32)
+
+    def forward(self, boxes: Tensor, deltas: Tensor) -> Tensor:
+        """Anchors [..., 4] xyxy and deltas [..., 4] -> boxes [..., 4] xyxy."""
+        scaled = deltas * self.std.to(deltas.device) + self.mean.to(deltas.device)
+        return decode_boxes(boxes, scaled / scaled.new_tensor(DELTA_STD))
+
+
+class ClipBoxes(nn.Module):
+    """`clip_boxes` as a module, with the original's interface."""
+
+    def forward(self, boxes: Tensor, img: Tensor) -> Tensor:
+        """Cut boxes [..., 4] xyxy at the borders of images [B, 3, H, W]."""
+        return clip_boxes(boxes, *img.shape[-2:])

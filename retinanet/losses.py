@@ -1,141 +1,76 @@
 """The focal loss, and the criterion that trains the network (RetinaNet, sections 3 and 4.1).
 
-A one-stage detector classifies some hundred thousand anchors an image, and nearly all are easy background.
+A one-stage detector classifies some hundred thousand anchors an image, and nearly all of them are easy background.
 Each costs little, but together their cross entropy drowns that of the few objects. The focal loss
 
-    FL(p_t) = -alpha_t (1 - p_t)^gamma log(p_t),    p_t = the probability given to the truth
+    FL(p_t) = -alpha_t (1 - p_t)^gamma log(p_t),    p_t = the probability given to the truth    (equation 5)
 
-scales the cross entropy by (1 - p_t)^gamma, so that an example stops to count once it is right: with
-gamma = 2, one that is classified with p_t = 0.9 weighs 100 times less than under plain cross entropy.
+scales the cross entropy by (1 - p_t)^gamma, so that an example counts less and less once it is right: with
+gamma = 2, "an example classified with p_t = 0.9 would have 100x lower loss compared with CE".
+
+This file is the paper as it is written. Training runs `fused_loss.FusedFocalLoss`, which gives the same numbers in
+one pass over the logits.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retinanet.boxes import box_iou as calc_iou  # noqa: F401, the name that the original's scripts import
 from retinanet.boxes import encode_boxes
-from retinanet.matcher import BACKGROUND, IGNORE, match_anchors
-
-# Logits handled at a time. On a CPU all intermediate results of a chunk then stay in the cache.
-CPU_CHUNK, GPU_CHUNK = 2**17, 2**25
-
-
-def _foreground_rows(labels: Tensor) -> Tensor:
-    """[B, A] -> [N] positions in `labels.flatten()` of at least all entries that are not negative."""
-    if labels.device.type == "cpu":
-        return (labels.flatten() >= 0).nonzero()[:, 0]
-    # All positions: to count the foreground would make the host wait for the GPU.
-    return torch.arange(labels.numel(), device=labels.device)
-
-
-def _focal_terms(x: Tensor, alpha: float, gamma: float, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Focal loss of logits `x` whose truth is 0, and its derivative.
-
-    With p = sigmoid(x) the cross entropy is ce = -log(1 - p) = softplus(x), so that
-
-        FL = alpha p^gamma ce,    dFL/dx = gamma FL (1 - p) + alpha p^gamma p.
-
-    By symmetry, a truth of 1 with logit x costs what a truth of 0 costs with logit -x.
-    """
-    p = torch.sigmoid(x)
-    weight = p.pow(gamma).mul_(alpha)
-    loss = F.softplus(x).mul_(weight)
-    if not with_grad:
-        return loss, None
-    slope = loss * gamma
-    torch.sub(slope, weight, out=weight)
-    return loss, slope.addcmul_(p, weight, value=-1)
-
-
-class _FocalLossSum(torch.autograd.Function):
-    """Focal loss summed over the anchors and classes of each image, with its gradient in the same pass.
-
-    Every logit is first treated as background, which nearly all are; the one logit of each foreground
-    anchor that belongs to its class is corrected afterwards. So no one-hot target is ever made, and the
-    only large tensor is the gradient, in the logits' own precision.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> Tensor:
-        num_classes = logits.shape[-1]
-        with_grad = ctx.needs_input_grad[0]
-        logits_of = logits.detach().reshape(-1, num_classes)  # [B * A, K]
-        grad = torch.empty_like(logits_of) if with_grad else None
-        anchor_loss = torch.empty(len(logits_of), device=logits.device)
-        step = max(1, (CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK) // num_classes)
-        for start in range(0, len(logits_of), step):
-            chunk = slice(start, start + step)
-            loss, slope = _focal_terms(logits_of[chunk].float(), 1 - alpha, gamma, with_grad)
-            torch.sum(loss, dim=1, out=anchor_loss[chunk])
-            if with_grad:
-                grad[chunk] = slope
-
-        rows = _foreground_rows(labels)  # [N]
-        columns = labels.flatten()[rows]
-        is_foreground = columns >= 0
-        columns = columns.clamp(min=0)
-        truth = logits_of[rows, columns].float()
-        as_background, background_slope = _focal_terms(truth, 1 - alpha, gamma, with_grad)
-        as_foreground, foreground_slope = _focal_terms(-truth, alpha, gamma, with_grad)
-        anchor_loss[rows] += torch.where(is_foreground, as_foreground - as_background, 0)
-        kept = labels != IGNORE
-        if with_grad:
-            slope = torch.where(is_foreground, -foreground_slope, background_slope)
-            grad[rows, columns] = slope.to(grad.dtype)
-            ctx.save_for_backward(kept)
-            ctx.grad = grad.view_as(logits)
-        return torch.where(kept, anchor_loss.view_as(labels), 0).sum(dim=1)
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        if ctx.grad is None:
-            raise RuntimeError("the focal loss gives its gradient away: backward works once, also with retain_graph")
-        (kept,) = ctx.saved_tensors
-        grad, ctx.grad = ctx.grad, None
-        return grad.mul_((kept * grad_output[:, None])[..., None]), None, None, None
+from retinanet.matcher import IGNORE, match_anchors
 
 
 def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Focal loss of each image, summed over anchors and classes (RetinaNet, section 3.2).
+    """The focal loss of each anchor, summed over the classes (RetinaNet, section 3.2).
+
+    Every class of every anchor is a binary decision of its own, and p_t is p if y = 1, 1 - p otherwise (equation 2).
+    With logits, p_t = sigmoid(x_t), where x_t is x if y = 1, -x otherwise.
 
     Args:
-        logits: [B, A, K], any floating type; computed in float32.
-        labels: [B, A] int64: the class of a foreground anchor, or BACKGROUND, or IGNORE.
-        alpha: weight of the foreground; the background's is 1 - alpha.
-        gamma: how strongly easy examples are discounted; 0 gives the balanced cross entropy.
+        logits: [..., K] x, any floating type; computed in float32.
+        labels: [...] int64: the class of a positive anchor, or BACKGROUND, or IGNORE.
+        alpha: weight of the positive decisions; that of the negative ones is 1 - alpha.
+        gamma: how strongly easy examples are discounted; 0 gives the alpha-balanced cross entropy.
 
     Returns:
-        [B] float32.
+        [...] float32; 0 for ignored anchors.
     """
     # Paper: on logits. Original: on probabilities clamped to [1e-4, 1 - 1e-4]. Here: on logits, because the
     # clamp leaves no gradient below a logit of -9.2, where training then sticks at a loss of 2.302.
-    return _FocalLossSum.apply(logits, labels, alpha, gamma)
+    logits = logits.float()
+    y = labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)  # [..., K], a one-hot bool
+    x_t = torch.where(y, logits, -logits)
+    p_t = torch.sigmoid(x_t)
+    alpha_t = torch.where(y, alpha, 1 - alpha)
+    loss = -alpha_t * (1 - p_t) ** gamma * F.logsigmoid(x_t)  # log(p_t)
+    return torch.where(labels == IGNORE, 0, loss.sum(dim=-1))
 
 
-def box_loss(deltas: Tensor, targets: Tensor, beta: float = 1 / 9) -> Tensor:
-    """Smooth L1 of each anchor, averaged over the four coordinates.
+def smooth_l1(deltas: Tensor, targets: Tensor, beta: float = 1 / 9) -> Tensor:
+    """Smooth L1 of each anchor, averaged over the four coordinates (Fast R-CNN, equation 3).
 
     Args:
-        deltas: [N, 4] regression outputs.
-        targets: [N, 4] from `encode_boxes`.
-        beta: error below which the loss is quadratic, in units of `DELTA_STD`.
+        deltas: [..., 4] regression outputs.
+        targets: [..., 4] from `encode_boxes`.
+        beta: error below which the loss is a parabola and above which it is a line, in units of `DELTA_STD`.
 
     Returns:
-        [N] float32.
+        [...] float32.
     """
     # Paper: summed over the four coordinates. Original: averaged over them. Here: the original's.
     return F.smooth_l1_loss(deltas.float(), targets, beta=beta, reduction="none").mean(dim=-1)
 
 
 class FocalLoss(nn.Module):
-    """The criterion: matches anchors to boxes, then scores classes and boxes.
+    """The criterion: assigns anchors to boxes, then scores classes and boxes.
 
     Args:
-        alpha: weight of the foreground in the class loss.
+        alpha: weight of the positive decisions in the class loss.
         gamma: focusing parameter of the class loss.
         beta: where smooth L1 turns from a parabola into a line.
         best_match_iou: also train an anchor that is some box's best, if their IoU is at least this (the
-            paper's rule; 0.4 in its authors' code). None, the original's choice, leaves it out.
+            paper's rule; 0.4 in its authors' code). None, the original's choice, omits it.
     """
 
     def __init__(
@@ -147,30 +82,43 @@ class FocalLoss(nn.Module):
         self.beta = beta
         self.best_match_iou = best_match_iou
 
+    def assign(self, anchors: Tensor, annotations: Tensor) -> tuple[Tensor, Tensor]:
+        """Step 1: what each anchor must find.
+
+        Args:
+            anchors: [1, A, 4] xyxy, pixels.
+            annotations: [B, G, 5] (x1, y1, x2, y2, label), pixels; rows of -1 are padding.
+
+        Returns:
+            Labels [B, A] int64 (a class, or BACKGROUND, or IGNORE) and boxes [B, A, 4] xyxy (of no meaning where
+            the label is no class).
+        """
+        annotations = annotations.float()
+        if annotations.shape[1] == 0:
+            annotations = F.pad(annotations, (0, 0, 0, 1), value=-1.0)  # a row for `gather` to read
+        matches = match_anchors(anchors[0], annotations, self.best_match_iou)  # [B, A]
+        rows = matches.clamp(min=0)[..., None].expand(-1, -1, 5)
+        matched = annotations.gather(1, rows)  # [B, A, 5]
+        return torch.where(matches >= 0, matched[..., 4].long(), matches), matched[..., :4]
+
+    def class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Step 2a: the focal loss of each image, summed over its anchors: [B, A, K], [B, A] -> [B]."""
+        return focal_loss(logits, labels, self.alpha, self.gamma).sum(dim=1)
+
+    def box_loss(self, deltas: Tensor, anchors: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
+        """Step 2b: smooth L1 of each image, summed over its positive anchors -> [B]; arguments as in `assign`."""
+        loss = smooth_l1(deltas, encode_boxes(anchors, boxes), self.beta)  # [B, A]
+        return torch.where(labels >= 0, loss, 0).sum(dim=1)
+
     def per_image(
         self, classifications: Tensor, regressions: Tensor, anchors: Tensor, annotations: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Class loss and box loss of each image, [B] float32 each; the arguments are those of `forward`."""
-        if annotations.shape[1] == 0:
-            annotations = F.pad(annotations, (0, 0, 0, 1), value=-1.0)
-        annotations = annotations.float()
-        num_anchors = classifications.shape[1]
-        matches = match_anchors(anchors[0], annotations, self.best_match_iou)  # [B, A]
-        rows = _foreground_rows(matches)  # [N]
-        image, anchor = rows // num_anchors, rows % num_anchors
-        row_matches = matches.flatten()[rows]
-        is_foreground = row_matches > BACKGROUND
-        matched = annotations[image, row_matches.clamp(min=0)]  # [N, 5]
-        labels = matches.flatten().index_copy(0, rows, torch.where(is_foreground, matched[:, 4].long(), row_matches))
+        labels, boxes = self.assign(anchors, annotations)
         # Paper: the positives of each image. Original: the same, at least 1. Here: the original's.
-        num_foreground = (matches > BACKGROUND).sum(dim=1).clamp(min=1)
-        class_loss = focal_loss(classifications, labels.view_as(matches), self.alpha, self.gamma)
-
-        deltas = regressions.reshape(-1, 4).index_select(0, rows)
-        row_loss = box_loss(deltas, encode_boxes(anchors[0][anchor], matched[:, :4]), self.beta)  # [N]
-        anchor_loss = row_loss.new_zeros(matches.numel())
-        anchor_loss = anchor_loss.index_copy(0, rows, torch.where(is_foreground, row_loss, 0))
-        return class_loss / num_foreground, anchor_loss.view_as(matches).sum(dim=1) / num_foreground
+        num_positive = (labels >= 0).sum(dim=1).clamp(min=1)
+        class_loss = self.class_loss(classifications, labels) / num_positive
+        return class_loss, self.box_loss(regressions, anchors, labels, boxes) / num_positive
 
     def forward(
         self, classifications: Tensor, regressions: Tensor, anchors: Tensor, annotations: Tensor
@@ -186,5 +134,5 @@ class FocalLoss(nn.Module):
         Returns:
             Class loss and box loss, each of shape [1], float32.
         """
-        class_loss, box_loss_ = self.per_image(classifications, regressions, anchors, annotations)
-        return class_loss.mean(dim=0, keepdim=True), box_loss_.mean(dim=0, keepdim=True)
+        class_loss, box_loss = self.per_image(classifications, regressions, anchors, annotations)
+        return class_loss.mean(dim=0, keepdim=True), box_loss.mean(dim=0, keepdim=True)

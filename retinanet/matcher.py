@@ -1,7 +1,9 @@
 """Which ground-truth box each anchor must find: one integer an anchor (RetinaNet, section 4, "Anchors").
 
-An anchor is assigned to the box that it overlaps most, if that IoU is at least 0.5; it is background
-below 0.4; between the two it is ignored, for it would be a half-right example of either.
+"Anchors are assigned to ground-truth object boxes using an intersection-over-union (IoU) threshold of 0.5; and to
+background if their IoU is in [0, 0.4). As each anchor is assigned to at most one object box [...]. If an anchor is
+unassigned, which may happen with overlap in [0.4, 0.5), it is ignored during training": it would be a half-right
+example of either.
 """
 
 import torch
@@ -25,32 +27,41 @@ def match_anchors(anchors: Tensor, annotations: Tensor, best_match_iou: float | 
     Args:
         anchors: [A, 4] xyxy, pixels.
         annotations: [B, G, 5] (x1, y1, x2, y2, label), pixels; rows with label -1 are padding.
-        best_match_iou: also keep an anchor that overlaps some box more than any other anchor does, if that
+        best_match_iou: also assign an anchor that overlaps some box more than any other anchor does, if that
             IoU is at least this; None turns the rule off.
 
     Returns:
         [B, A] int64: the row of `annotations`, or BACKGROUND, or IGNORE.
     """
+    best_iou, best_box, is_best = _best_overlaps(anchors, annotations, best_match_iou)
+    # Paper: an anchor that is some box's best is assigned too (RPN's rule; Detectron: from IoU 0.4 on).
+    # Original: not assigned. Here: the original's, unless `best_match_iou` asks for the paper's.
+    foreground = (best_iou >= FOREGROUND_IOU) | is_best
+    background = (best_iou < BACKGROUND_IOU) & ~foreground
+    return torch.where(foreground, best_box, torch.where(background, BACKGROUND, IGNORE))
+
+
+def _best_overlaps(anchors: Tensor, annotations: Tensor, best_match_iou: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each anchor: its highest IoU, the row of that box, and whether it is some box's best; [B, A] each.
+
+    The boxes are taken some at a time, because [B, G, A] IoUs of a crowded image do not fit into memory.
+    """
     batch, num_boxes = annotations.shape[:2]
     anchors = anchors.t().contiguous().t()  # each coordinate in one piece of memory
     best_iou = anchors.new_zeros(batch, len(anchors))
-    matches = torch.zeros(batch, len(anchors), dtype=torch.int64, device=anchors.device)
-    is_best = torch.zeros_like(matches, dtype=torch.bool)
+    best_box = torch.zeros(batch, len(anchors), dtype=torch.int64, device=anchors.device)
+    is_best = torch.zeros_like(best_box, dtype=torch.bool)
     chunk = CPU_CHUNK if anchors.device.type == "cpu" else GPU_CHUNK
     step = max(1, chunk // max(1, batch * len(anchors)))
     for start in range(0, num_boxes, step):
         rows = annotations[:, start : start + step]
         iou = box_iou(rows[:, :, :4], anchors)  # [B, rows, A]
         iou.masked_fill_(rows[:, :, 4:] < 0, 0)
-        chunk_iou, chunk_matches = iou.max(dim=1)  # [B, A]
+        chunk_iou, chunk_box = iou.max(dim=1)  # [B, A]
         better = chunk_iou > best_iou
         best_iou = torch.where(better, chunk_iou, best_iou)
-        matches = torch.where(better, chunk_matches + start, matches)
+        best_box = torch.where(better, chunk_box + start, best_box)
         if best_match_iou is not None:
-            box_best = iou.amax(dim=2, keepdim=True).clamp_(min=best_match_iou)  # [B, rows, 1]
-            is_best |= ((iou >= box_best) & (iou > 0)).any(dim=1)
-    # Paper: an anchor that is some box's best is kept too (RPN's rule; Detectron: from IoU 0.4 on).
-    # Original: not kept. Here: the original's, unless `best_match_iou` asks for the paper's.
-    foreground = (best_iou >= FOREGROUND_IOU) | is_best
-    matches = torch.where(foreground, matches, IGNORE)
-    return torch.where((best_iou < BACKGROUND_IOU) & ~foreground, BACKGROUND, matches)
+            highest = iou.amax(dim=2, keepdim=True).clamp_(min=best_match_iou)  # [B, rows, 1]
+            is_best |= ((iou >= highest) & (iou > 0)).any(dim=1)
+    return best_iou, best_box, is_best

@@ -1,7 +1,8 @@
 """RetinaNet: a backbone, a feature pyramid on it, and two small heads on every level of the pyramid.
 
-The file runs in the order of the paper's Figure 3: (b) the pyramid, (c) the class subnet, (d) the box
-subnet, then the whole.
+"RetinaNet is a single, unified network composed of a backbone network and two task-specific subnetworks" (section 4).
+The file runs in the order of the paper's Figure 3: (b) the pyramid, (c) the class head, (d) the box head, then the
+whole. (a), the backbone, is in resnet.py.
 """
 
 import math
@@ -11,21 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retinanet import postprocess
+from retinanet import losses, postprocess  # noqa: F401, likewise losses
 from retinanet.anchors import PYRAMID_LEVELS, Anchors
-from retinanet.losses import FocalLoss
+from retinanet.boxes import BBoxTransform, ClipBoxes  # noqa: F401, names that the original's scripts import from here
+from retinanet.fused_loss import FusedFocalLoss
 from retinanet.postprocess import Detections
-from retinanet.resnet import BasicBlock, Bottleneck, ResNet, imagenet_weights
+from retinanet.resnet import ARCHITECTURES, Backbone, BasicBlock, Bottleneck, imagenet_weights, model_urls  # noqa: F401
 
-PRIOR = 0.01  # the probability of an object that every anchor starts from (section 4.1, "Initialization")
-
-ARCHITECTURES = {
-    18: (BasicBlock, (2, 2, 2, 2)),
-    34: (BasicBlock, (3, 4, 6, 3)),
-    50: (Bottleneck, (3, 4, 6, 3)),
-    101: (Bottleneck, (3, 4, 23, 3)),
-    152: (Bottleneck, (3, 8, 36, 3)),
-}
+PRIOR = 0.01  # "every anchor should be labeled as foreground with confidence of ~pi" at the start (section 4.1)
 
 
 class PyramidFeatures(nn.Module):
@@ -35,26 +29,26 @@ class PyramidFeatures(nn.Module):
     the finer one below it, so that both know both.
 
     Args:
-        c3_channels: channels of the backbone's C3; likewise `c4_channels` and `c5_channels`.
+        C3_size: channels of the backbone's C3; likewise `C4_size` and `C5_size`.
         feature_size: channels of every level of the pyramid.
     """
 
-    def __init__(self, c3_channels: int, c4_channels: int, c5_channels: int, feature_size: int = 256):
+    def __init__(self, C3_size: int, C4_size: int, C5_size: int, feature_size: int = 256):
         super().__init__()
-        self.P5_1 = nn.Conv2d(c5_channels, feature_size, kernel_size=1)
+        self.P5_1 = nn.Conv2d(C5_size, feature_size, kernel_size=1)
         self.P5_2 = nn.Conv2d(feature_size, feature_size, kernel_size=3, padding=1)
-        self.P4_1 = nn.Conv2d(c4_channels, feature_size, kernel_size=1)
+        self.P4_1 = nn.Conv2d(C4_size, feature_size, kernel_size=1)
         self.P4_2 = nn.Conv2d(feature_size, feature_size, kernel_size=3, padding=1)
-        self.P3_1 = nn.Conv2d(c3_channels, feature_size, kernel_size=1)
+        self.P3_1 = nn.Conv2d(C3_size, feature_size, kernel_size=1)
         self.P3_2 = nn.Conv2d(feature_size, feature_size, kernel_size=3, padding=1)
         # "P6 is obtained via a 3x3 stride-2 conv on C5"
-        self.P6 = nn.Conv2d(c5_channels, feature_size, kernel_size=3, stride=2, padding=1)
+        self.P6 = nn.Conv2d(C5_size, feature_size, kernel_size=3, stride=2, padding=1)
         # "P7 is computed by applying ReLU followed by a 3x3 stride-2 conv on P6"
         self.P7_2 = nn.Conv2d(feature_size, feature_size, kernel_size=3, stride=2, padding=1)
 
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """C3, C4, C5 -> P3 to P7, each [B, feature_size, H / 2^level, W / 2^level], sizes rounded up."""
-        c3, c4, c5 = features
+        c3, c4, c5 = inputs
         # Paper and original: nearest, x 2, so sizes must divide by 32. Here: nearest, to the size of the
         # neighbour, because the result is the same where they do, and any size works.
         p5 = self.P5_1(c5)
@@ -63,10 +57,12 @@ class PyramidFeatures(nn.Module):
         p3 = self.P3_1(c3)
         p3 = p3 + F.interpolate(p4, size=p3.shape[-2:], mode="nearest")
         p5 = self.P5_2(p5)
-        # torchvision's first RetinaNet computes P6 from P5: a P6 of that many channels comes with its weights.
-        p6 = self.P6(c5 if self.P6.in_channels == c5.shape[1] else p5)
-        p7 = self.P7_2(F.relu(p6))
-        return [self.P3_2(p3), self.P4_2(p4), p5, p6, p7]
+        return [self.P3_2(p3), self.P4_2(p4), p5, *self.coarse_levels(c5, p5)]
+
+    def coarse_levels(self, c5: Tensor, p5: Tensor) -> tuple[Tensor, Tensor]:
+        """P6 and P7, from C5; `p5` is for pyramids that start from it."""
+        p6 = self.P6(c5)
+        return p6, self.P7_2(F.relu(p6))
 
 
 class _Head(nn.Module):
@@ -89,21 +85,31 @@ class _Head(nn.Module):
 
 
 class ClassificationModel(_Head):
-    """The class subnet: one logit for each class at each anchor."""
+    """The class head: one logit for each class at each anchor; `prior` is the probability that it starts from."""
 
-    def __init__(self, num_features_in: int, num_anchors: int = 9, num_classes: int = 80, feature_size: int = 256):
+    # Paper: "sigmoid activations are attached to output the KA binary predictions per spatial location". Original: the
+    # same. Here: without them, because the loss and the ranking of detections are computed on logits.
+    def __init__(
+        self,
+        num_features_in: int,
+        num_anchors: int = 9,
+        num_classes: int = 80,
+        prior: float = PRIOR,
+        feature_size: int = 256,
+    ):
         super().__init__(num_features_in, num_anchors, num_classes, feature_size)
+        self.prior = prior
 
 
 class RegressionModel(_Head):
-    """The box subnet: four deltas at each anchor, the same whatever the class."""
+    """The box head: four deltas at each anchor, the same whatever the class."""
 
     def __init__(self, num_features_in: int, num_anchors: int = 9, feature_size: int = 256):
         super().__init__(num_features_in, num_anchors, 4, feature_size)
 
 
-class RetinaNet(ResNet):
-    """The whole detector.
+class RetinaNet(Backbone):
+    """The whole detector; the original's name for it, `ResNet`, is kept below.
 
     In training, `net([images, annotations])` gives the two losses; in evaluation, `net(image)` gives the
     scores, labels and boxes of one image, and `detect` those of a batch.
@@ -113,7 +119,9 @@ class RetinaNet(ResNet):
         block: BasicBlock or Bottleneck.
         layers: number of blocks in each of the four stages of the backbone.
         anchors: the reference boxes; by default the paper's.
-        criterion: the training loss; by default the paper's.
+
+    Attributes:
+        focalLoss: the criterion: a `losses.FocalLoss`, which may be replaced.
     """
 
     def __init__(
@@ -122,7 +130,6 @@ class RetinaNet(ResNet):
         block: type[BasicBlock] | type[Bottleneck],
         layers: Sequence[int],
         anchors: Anchors | None = None,
-        criterion: FocalLoss | None = None,
     ):
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, not {num_classes}")
@@ -132,7 +139,7 @@ class RetinaNet(ResNet):
         self.num_classes = num_classes
         self.bn_frozen = False
         self.anchors = Anchors() if anchors is None else anchors
-        self.focalLoss = FocalLoss() if criterion is None else criterion
+        self.focalLoss = FusedFocalLoss()
         self.fpn = PyramidFeatures(*self.out_channels)
         self.regressionModel = RegressionModel(256, self.anchors.num_anchors)
         self.classificationModel = ClassificationModel(256, self.anchors.num_anchors, num_classes)
@@ -148,16 +155,16 @@ class RetinaNet(ResNet):
         nn.init.zeros_(self.regressionModel.output.bias)
         nn.init.zeros_(self.classificationModel.output.weight)
         # "b = -log((1 - pi) / pi)": without it the background's loss swamps the first steps.
-        nn.init.constant_(self.classificationModel.output.bias, -math.log((1 - PRIOR) / PRIOR))
+        pi = self.classificationModel.prior
+        nn.init.constant_(self.classificationModel.output.bias, -math.log((1 - pi) / pi))
 
     def freeze_bn(self, frozen: bool = True) -> None:
-        """Keep BatchNorm's statistics as they are, from now on and through every later `train()`.
+        """Keep BatchNorm's statistics as they are, through every later `train()`; scale and shift are still trained.
 
-        Batches of a detector are too small for statistics of their own. The scale and shift of each channel
-        are still trained.
+        Batches of a detector are too small for statistics of their own.
         """
         # Paper: scale and shift fixed too. Original: statistics fixed until the next train(). Here: until unfrozen,
-        # because to forget the call after each train() costs accuracy and says nothing.
+        # because forgetting the call after a train() costs accuracy, and nothing tells.
         self.bn_frozen = frozen
         self.train(self.training)
 
@@ -171,7 +178,7 @@ class RetinaNet(ResNet):
         return self
 
     def heads(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The network's raw outputs: what the losses, detection, export and pictures all start from.
+        """The network's raw outputs: what losses, detection and export start from.
 
         Args:
             images: [B, 3, H, W] normalised; any height and width.
@@ -194,14 +201,14 @@ class RetinaNet(ResNet):
         max_detections: int | None = postprocess.MAX_DETECTIONS,
         image_sizes: Sequence[tuple[float, float]] | None = None,
     ) -> list[Detections]:
-        """Find objects in a batch of images, each by itself.
+        """Find objects in each image of a batch.
 
         Args:
             images: [B, 3, H, W] normalised.
-            score_threshold: scores must be above it.
-            nms_threshold: IoU above which the worse of two boxes of a class is dropped.
-            top_k: candidates of each pyramid level; None for all.
-            max_detections: detections of an image; None for all.
+            score_threshold: as in `postprocess.select_detections`; likewise the next three.
+            nms_threshold: likewise.
+            top_k: likewise.
+            max_detections: likewise.
             image_sizes: height and width, pixels, of each image without its padding, where boxes are clipped;
                 by default the size of the batch.
 
@@ -244,30 +251,26 @@ class RetinaNet(ResNet):
         return tuple(self.detect(inputs)[0])
 
 
-def resnet(
-    depth: int,
-    num_classes: int,
-    pretrained: bool | str = False,
-    anchors: Anchors | None = None,
-    criterion: FocalLoss | None = None,
-) -> RetinaNet:
+ResNet = RetinaNet  # the original has no class RetinaNet: its ResNet is the detector
+
+
+def resnet(depth: int, num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None) -> RetinaNet:
     """A RetinaNet on a ResNet of the given depth.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
         num_classes: number of classes, without a background class.
         pretrained: start from torchvision's ImageNet weights, and freeze BatchNorm's statistics; True means the
-            original's, IMAGENET1K_V1, and a text is torchvision's name of others, such as IMAGENET1K_V2.
+            original's, IMAGENET1K_V1, and a string is torchvision's name of others, such as IMAGENET1K_V2.
         anchors: the reference boxes; by default the paper's.
-        criterion: the training loss; by default the paper's.
 
     Raises:
         ValueError: there is no such depth, or there are no such weights.
-        RuntimeError: the ImageNet weights could not be had.
+        RuntimeError: the ImageNet weights are not there and cannot be downloaded.
     """
     if depth not in ARCHITECTURES:
         raise ValueError(f"depth must be one of {', '.join(map(str, ARCHITECTURES))}, not {depth}")
-    net = RetinaNet(num_classes, *ARCHITECTURES[depth], anchors, criterion)
+    net = RetinaNet(num_classes, *ARCHITECTURES[depth], anchors)
     if pretrained:
         version = "IMAGENET1K_V1" if pretrained is True else pretrained
         net.load_state_dict(imagenet_weights(depth, version), strict=False)  # it has no pyramid and no heads
@@ -275,36 +278,26 @@ def resnet(
     return net
 
 
-def resnet18(
-    num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
-) -> RetinaNet:
+def resnet18(num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None) -> RetinaNet:
     """RetinaNet on ResNet-18; the arguments are those of `resnet`."""
-    return resnet(18, num_classes, pretrained, anchors, criterion)
+    return resnet(18, num_classes, pretrained, anchors)
 
 
-def resnet34(
-    num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
-) -> RetinaNet:
+def resnet34(num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None) -> RetinaNet:
     """RetinaNet on ResNet-34; the arguments are those of `resnet`."""
-    return resnet(34, num_classes, pretrained, anchors, criterion)
+    return resnet(34, num_classes, pretrained, anchors)
 
 
-def resnet50(
-    num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
-) -> RetinaNet:
+def resnet50(num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None) -> RetinaNet:
     """RetinaNet on ResNet-50; the arguments are those of `resnet`."""
-    return resnet(50, num_classes, pretrained, anchors, criterion)
+    return resnet(50, num_classes, pretrained, anchors)
 
 
-def resnet101(
-    num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
-) -> RetinaNet:
+def resnet101(num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None) -> RetinaNet:
     """RetinaNet on ResNet-101; the arguments are those of `resnet`."""
-    return resnet(101, num_classes, pretrained, anchors, criterion)
+    return resnet(101, num_classes, pretrained, anchors)
 
 
-def resnet152(
-    num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None, criterion: FocalLoss | None = None
-) -> RetinaNet:
+def resnet152(num_classes: int, pretrained: bool | str = False, anchors: Anchors | None = None) -> RetinaNet:
     """RetinaNet on ResNet-152; the arguments are those of `resnet`."""
-    return resnet(152, num_classes, pretrained, anchors, criterion)
+    return resnet(152, num_classes, pretrained, anchors)

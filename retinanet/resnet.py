@@ -1,7 +1,8 @@
 """The backbone: a residual network without its classifier (He et al., "Deep Residual Learning", 2015).
 
-It is ResNet v1.5, where a bottleneck block shrinks the picture in its 3x3 convolution: torchvision's
-ImageNet weights, which everybody starts from, are of this form.
+"P3 to P5 are computed from the output of the corresponding ResNet residual stage (C3 through C5)" (RetinaNet, section
+4). This is ResNet v1.5, where a bottleneck block halves the resolution in its 3x3 convolution: torchvision's ImageNet
+weights, which everybody starts from, are of this form.
 """
 
 from collections.abc import Sequence
@@ -32,12 +33,14 @@ def conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
     return F.conv2d(x, weight, bn.bias - bn.running_mean * scale, conv.stride, conv.padding)
 
 
-def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size of its input, but for the stride."""
+    return nn.Conv2d(in_planes, out_planes, kernel_size=3, stride=stride, padding=1, bias=False)
 
 
-def _conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
+def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
+    """A 1x1 convolution."""
+    return nn.Conv2d(in_planes, out_planes, kernel_size=1, stride=stride, bias=False)
 
 
 class BasicBlock(nn.Module):
@@ -45,17 +48,17 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1, downsample: nn.Module | None = None):
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None):
         super().__init__()
-        self.conv1 = _conv3x3(in_channels, channels, stride)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv1 = conv3x3(inplanes, planes, stride)
+        self.bn1 = nn.BatchNorm2d(planes)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = _conv3x3(channels, channels)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = conv3x3(planes, planes)
+        self.bn2 = nn.BatchNorm2d(planes)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, channels, H / stride, W / stride]."""
+        """[B, inplanes, H, W] -> [B, planes, H / stride, W / stride]."""
         shortcut = x if self.downsample is None else conv_bn(*self.downsample, x)
         x = self.relu(conv_bn(self.conv1, self.bn1, x))
         x = conv_bn(self.conv2, self.bn2, x)
@@ -67,19 +70,19 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1, downsample: nn.Module | None = None):
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None):
         super().__init__()
-        self.conv1 = _conv1x1(in_channels, channels)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = _conv3x3(channels, channels, stride)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = _conv1x1(channels, channels * self.expansion)
-        self.bn3 = nn.BatchNorm2d(channels * self.expansion)
+        self.conv1 = conv1x1(inplanes, planes)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = conv3x3(planes, planes, stride)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = conv1x1(planes, planes * self.expansion)
+        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, 4 * channels, H / stride, W / stride]."""
+        """[B, inplanes, H, W] -> [B, 4 * planes, H / stride, W / stride]."""
         shortcut = x if self.downsample is None else conv_bn(*self.downsample, x)
         x = self.relu(conv_bn(self.conv1, self.bn1, x))
         x = self.relu(conv_bn(self.conv2, self.bn2, x))
@@ -87,7 +90,7 @@ class Bottleneck(nn.Module):
         return self.relu(x.add_(shortcut))
 
 
-class ResNet(nn.Module):
+class Backbone(nn.Module):
     """ResNet up to its last residual stage.
 
     Args:
@@ -105,18 +108,18 @@ class ResNet(nn.Module):
         self.layer2 = self._make_stage(block, 64 * block.expansion, 128, layers[1], stride=2)
         self.layer3 = self._make_stage(block, 128 * block.expansion, 256, layers[2], stride=2)
         self.layer4 = self._make_stage(block, 256 * block.expansion, 512, layers[3], stride=2)
-        self.out_channels = [channels * block.expansion for channels in (128, 256, 512)]
+        self.out_channels = [planes * block.expansion for planes in (128, 256, 512)]
 
     @staticmethod
     def _make_stage(
-        block: type[BasicBlock] | type[Bottleneck], in_channels: int, channels: int, num_blocks: int, stride: int
+        block: type[BasicBlock] | type[Bottleneck], inplanes: int, planes: int, num_blocks: int, stride: int
     ) -> nn.Sequential:
-        out_channels = channels * block.expansion
+        out_planes = planes * block.expansion
         downsample = None
-        if stride != 1 or in_channels != out_channels:
-            downsample = nn.Sequential(_conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
-        blocks = [block(in_channels, channels, stride, downsample)]
-        blocks += [block(out_channels, channels) for _ in range(num_blocks - 1)]
+        if stride != 1 or inplanes != out_planes:
+            downsample = nn.Sequential(conv1x1(inplanes, out_planes, stride), nn.BatchNorm2d(out_planes))
+        blocks = [block(inplanes, planes, stride, downsample)]
+        blocks += [block(out_planes, planes) for _ in range(num_blocks - 1)]
         return nn.Sequential(*blocks)
 
     def backbone(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,6 +128,19 @@ class ResNet(nn.Module):
         c3 = self.layer2(self.layer1(x))
         c4 = self.layer3(c3)
         return c3, c4, self.layer4(c4)
+
+
+# Depth -> the block, and the number of blocks in each stage (He et al., table 1).
+ARCHITECTURES = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+}
+
+# The original's ImageNet weights.
+model_urls = {f"resnet{depth}": get_model_weights(f"resnet{depth}")["IMAGENET1K_V1"].url for depth in ARCHITECTURES}
 
 
 def imagenet_weights(depth: int, version: str = "IMAGENET1K_V1") -> dict[str, Tensor]:

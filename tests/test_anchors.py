@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import load_golden
 
-from retinanet.anchors import Anchors, generate_anchors
+from retinanet.anchors import Anchors, anchors_for_shape, compute_shape, generate_anchors, shift
 
 GOLDEN = load_golden("anchors")
 SIZES = [(64, 96), (256, 320), (333, 500), (640, 832)]
@@ -63,13 +63,20 @@ def test_nothing_is_saved():
 
 @pytest.mark.parametrize("change", [torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.double])
 def test_anchors_keep_their_precision(change):
-    anchors, images = Anchors(), torch.zeros(1, 3, 64, 96)
-    expected = anchors(images)
-    found = change(anchors)(images)
-    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    expected = Anchors()(torch.zeros(1, 3, 64, 96))
+    assert torch.equal(change(Anchors())(torch.zeros(1, 3, 64, 96)), expected)
 
 
-def test_a_network_built_without_memory_gets_its_anchors():
+def test_a_network_built_without_memory_has_its_anchors():
     with torch.device("meta"):
         anchors = Anchors()
-    assert torch.equal(anchors.to_empty(device="cpu").cells, Anchors().cells)
+    assert torch.equal(anchors.cells, Anchors().cells)
+
+
+def test_the_originals_functions_are_the_parts_of_anchors():
+    assert compute_shape((333, 500, 3), [3, 4, 5, 6, 7]) == Anchors().level_shapes(333, 500)
+    cells = generate_anchors(32)
+    by_hand = shift((2, 3), 8, cells)
+    assert by_hand.shape == (2 * 3 * 9, 4)
+    torch.testing.assert_close(by_hand[9 * 5 : 9 * 6], cells + torch.tensor([20.0, 12.0, 20.0, 12.0]))
+    torch.testing.assert_close(anchors_for_shape((64, 96, 3)), GOLDEN["all_64x96"], atol=1e-3, rtol=0)

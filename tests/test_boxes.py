@@ -5,7 +5,18 @@ import torch
 from conftest import load_golden
 from torchvision import ops
 
-from retinanet.boxes import box_iou, clip_boxes, decode_boxes, encode_boxes, xywh_to_xyxy, xyxy_to_xywh
+from retinanet.boxes import (
+    BBoxTransform,
+    ClipBoxes,
+    box_area,
+    box_intersection,
+    box_iou,
+    clip_boxes,
+    decode_boxes,
+    encode_boxes,
+    xywh_to_xyxy,
+    xyxy_to_xywh,
+)
 
 
 def random_boxes(*shape):
@@ -19,6 +30,13 @@ def test_iou_by_hand():
         [[0.0, 0.0, 10.0, 10.0], [5.0, 0.0, 15.0, 10.0], [10.0, 0.0, 20.0, 10.0], [30.0, 30.0, 40.0, 40.0]]
     )
     assert box_iou(a, b).tolist()[0] == pytest.approx([1, 50 / 150, 0, 0])
+
+
+def test_intersection_and_area_by_hand():
+    a = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    b = torch.tensor([[5.0, 0.0, 15.0, 10.0], [30.0, 30.0, 40.0, 50.0]])
+    assert box_intersection(a, b).tolist() == [[50, 0]]
+    assert box_area(b).tolist() == [100, 200]
 
 
 def test_iou_equals_torchvision_and_broadcasts():
@@ -56,6 +74,21 @@ def test_decode_and_clip_equal_the_originals():
     boxes = decode_boxes(golden["anchors"], golden["deltas"])
     torch.testing.assert_close(boxes, golden["decoded"], atol=1e-3, rtol=0)
     torch.testing.assert_close(clip_boxes(boxes, *golden["image_size"].tolist()), golden["clipped"], atol=1e-3, rtol=0)
+
+
+def test_the_originals_modules_give_its_values():
+    golden = load_golden("decode")
+    height, width = golden["image_size"].tolist()
+    boxes = BBoxTransform()(golden["anchors"], golden["deltas"])
+    torch.testing.assert_close(boxes, golden["decoded"], atol=1e-3, rtol=0)
+    clipped = ClipBoxes()(boxes, torch.empty(1, 3, height, width))
+    torch.testing.assert_close(clipped, golden["clipped"], atol=1e-3, rtol=0)
+
+
+def test_bbox_transform_takes_another_scale():
+    anchors, deltas = torch.tensor([[[0.0, 0.0, 10.0, 20.0]]]), torch.tensor([[[0.5, 0.0, 0.0, 0.0]]])
+    moved = BBoxTransform(mean=torch.tensor([0.1, 0, 0, 0]), std=torch.ones(4))(anchors, deltas)
+    assert moved[0, 0].tolist() == pytest.approx([6, 0, 16, 20])
 
 
 def test_decode_never_overflows():

@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 
 from retinanet.model import ARCHITECTURES
-from retinanet.resnet import ResNet, conv_bn, imagenet_weights
+from retinanet.resnet import Backbone, conv_bn, imagenet_weights
 
 
 def lively_bn(channels):
@@ -37,7 +37,7 @@ def test_folded_normalisation_is_the_same_function_with_the_same_gradients(train
 @pytest.mark.parametrize("depth", [18, 50])
 def test_trunk_equals_torchvisions(depth):
     theirs = getattr(torchvision.models, f"resnet{depth}")().eval()
-    ours = ResNet(*ARCHITECTURES[depth]).eval()
+    ours = Backbone(*ARCHITECTURES[depth]).eval()
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert not missing and set(unexpected) == {"fc.weight", "fc.bias"}
     images = torch.randn(1, 3, 64, 96)
