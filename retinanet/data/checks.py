@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from retinanet.data.coco import CocoDataset
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import ImageHeader, read_header, read_image, valid_orientation
 from retinanet.data.report import CLIPPED, DROPPED, MIN_SIDE, WARNED, Report
@@ -47,10 +46,9 @@ def check_dataset(
     report = Report()
     report.merge(dataset.report)
     # Pictures that a data set draws or keeps in memory are not in files.
-    in_files = type(dataset).load_image is DetectionDataset.load_image
-    sizes = _check_pictures(dataset, pictures, workers, report) if in_files else dataset.image_sizes
+    sizes = _check_pictures(dataset, pictures, workers, report) if dataset.in_files else dataset.image_sizes
     _check_borders(dataset, np.asarray(sizes), report)
-    if in_files:
+    if dataset.in_files:
         _check_repeated(dataset, report)
     if training:
         counts = np.bincount(dataset.annotations[:, 4].astype(np.int64), minlength=dataset.num_classes())
@@ -144,7 +142,7 @@ def _missing(dataset: DetectionDataset, index: int) -> str:
 def _check_pictures(dataset: DetectionDataset, pictures: str, workers: int, report: Report) -> np.ndarray:
     """Look at the pictures; returns [num_images, 2] height and width, 0 where they are not known."""
     number = len(dataset)
-    declared = np.asarray(vars(dataset)["image_sizes"]) if "image_sizes" in vars(dataset) else None
+    declared = dataset.declared_sizes
     depths = np.full(number, "none" if pictures == "none" else "headers", dtype=object)
     if pictures == "quick" and declared is not None:
         depths[:] = "none"
@@ -198,7 +196,7 @@ def _report_size(where: str, declared: list[int], size: tuple[int, int], orienta
 
 def _check_borders(dataset: DetectionDataset, sizes: np.ndarray, report: Report) -> None:
     """Report boxes that do not lie in their pictures, and what their numbers may mean instead."""
-    image_index = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))
+    image_index = dataset.image_index
     known = np.flatnonzero(sizes[image_index].all(axis=1))
     boxes, limits = dataset.annotations[known, :4], sizes[image_index[known]][:, ::-1]  # limits: width, height
     if not len(boxes):
@@ -225,11 +223,7 @@ def _check_borders(dataset: DetectionDataset, sizes: np.ndarray, report: Report)
     if (overhang(boxes[:, [1, 0, 3, 2]]) <= MARGIN).all():
         report.add("looks swapped", dataset.source, f"{count}, and none does with x and y swapped: is y written first?")
     corners = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-    if (
-        isinstance(dataset, CocoDataset)
-        and (overhang(corners) <= MARGIN).all()
-        and (corners[:, 2:] > corners[:, :2]).all()
-    ):
+    if dataset.box_format == "xywh" and (overhang(corners) <= MARGIN).all() and (corners[:, 2:] > corners[:, :2]).all():
         message = f"{count}, and none does if bbox is x1, y1, x2, y2; wanted is x, y, width, height"
         report.add("looks like x1, y1, x2, y2", dataset.source, message)
 
@@ -252,9 +246,8 @@ def summary(dataset: DetectionDataset) -> str:
     per_image = np.diff(dataset.offsets)
     labels = dataset.annotations[:, 4].astype(np.int64)
     boxes = np.bincount(labels, minlength=dataset.num_classes())
-    image_index = np.repeat(np.arange(len(dataset)), per_image)
     images = np.bincount(
-        np.unique(image_index * dataset.num_classes() + labels) % dataset.num_classes(), minlength=len(boxes)
+        np.unique(dataset.image_index * dataset.num_classes() + labels) % dataset.num_classes(), minlength=len(boxes)
     )
     lines = [
         f"{dataset.source}: {len(dataset):,} images, {int((per_image == 0).sum()):,} of them without boxes; "

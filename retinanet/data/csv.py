@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.report import Report, check_boxes, read_text, unknown_class
+from retinanet.data.reading import MAX_NAME, check_boxes, read_text, unknown_class
+from retinanet.data.report import Report
 from retinanet.errors import UserError, shown
 
 CHUNK_ROWS = 500  # few enough that a chunk's strings stay in the cache
-MAX_NAME = 1024  # characters of an image's path
 UNKNOWN, NEGATIVE = -1, -2  # in place of a label: a class that is not in the list; a line without a box
 NO_CLASS = "\0"  # in place of a negative's class: no text that is read holds it
 

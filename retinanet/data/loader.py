@@ -36,6 +36,12 @@ def collater(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"img": pad_images(images, height, width), "annot": padded, **others}
 
 
+def read_sample(dataset: Dataset, seed: int, epoch: int, index: int) -> dict[str, Any]:
+    """A sample with its augmentation as training draws it: from the seed, the epoch and the index alone."""
+    with seeded(seed, epoch, index):
+        return dataset[index]
+
+
 class _KeySampler(Sampler[list[tuple[int, int]]]):
     """The batches of an AspectRatioBasedSampler, each index with its epoch, for `_Reader`."""
 
@@ -72,15 +78,17 @@ class _Reader(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any] | UserError:
         epoch, index = key if isinstance(key, tuple) else (None, key)
         worker = get_worker_info()
         if worker is not None:
             self.reading[worker.id] = torch.tensor([os.getpid(), index])
-        if epoch is None:
-            return self.dataset[index]
-        with seeded(self.seed, epoch, index):
-            return self.dataset[index]
+        try:
+            return self.dataset[index] if epoch is None else read_sample(self.dataset, self.seed, epoch, index)
+        except UserError as error:
+            if worker is None:
+                raise
+            return error  # DataLoader would hand on only the text of its traceback
 
     def image_path(self, index: int) -> str:
         """Where the picture of a sample is, or its number where the data set does not say."""
@@ -97,6 +105,21 @@ class _Reader(Dataset):
             f"a data-loading worker {found[2].strip().rstrip('.')} while it read {', '.join(paths) or 'nothing yet'}: "
             "look at that picture; if memory ran out, lower --workers"
         )
+
+
+def _collate(samples: Sequence[dict[str, Any] | UserError]) -> dict[str, Any] | UserError:
+    """A batch, or the first error of its samples."""
+    return next((sample for sample in samples if isinstance(sample, UserError)), None) or collater(samples)
+
+
+class _Loader(DataLoader):
+    """A DataLoader that raises the errors of its workers as they were raised there."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
 
 def make_loader(
@@ -136,11 +159,11 @@ def make_loader(
             )
         batch_sampler = [list(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
         batch_sampler = batch_sampler[get_rank() :: get_world_size()]
-    return DataLoader(
+    return _Loader(
         _Reader(dataset, seed, workers),
         batch_sampler=batch_sampler,
         num_workers=workers,
-        collate_fn=collater,
+        collate_fn=_collate,
         pin_memory=device is not None and device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=leave_process_group,

@@ -50,7 +50,7 @@ def draw_shapes(size: int, seed: int | list[int]) -> tuple[np.ndarray, np.ndarra
 
 
 class ShapesDataset(DetectionDataset):
-    """Pictures of shapes, kept in memory.
+    """Images of shapes, kept in memory.
 
     Args:
         num_images: number of pictures.
@@ -59,14 +59,16 @@ class ShapesDataset(DetectionDataset):
         transform: sample -> sample.
     """
 
+    in_files = False
+
     def __init__(self, num_images: int, seed: int = 0, size: int = 96, transform: Callable[[dict], dict] | None = None):
         drawn = [draw_shapes(size, [seed, index]) for index in range(num_images)]
         self.images = [picture for picture, _ in drawn]
-        rows = np.concatenate([rows for _, rows in drawn])
-        image_index = np.repeat(np.arange(num_images), [len(rows) for _, rows in drawn])
+        annotations = np.concatenate([boxes for _, boxes in drawn])
+        image_index = np.repeat(np.arange(num_images), [len(boxes) for _, boxes in drawn])
         names = [f"shapes-{seed}-{index}" for index in range(num_images)]
-        super().__init__(names, rows, image_index, CLASS_NAMES, transform)
-        self.image_sizes = np.full((num_images, 2), size)
+        sizes = np.full((num_images, 2), size)
+        super().__init__(names, annotations, image_index, CLASS_NAMES, transform, declared_sizes=sizes)
 
     def load_image(self, index: int) -> np.ndarray:
         """[size, size, 3] uint8 RGB."""

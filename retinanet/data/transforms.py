@@ -4,7 +4,6 @@ A transform keeps the dtype that it gets and leaves its input as it was. Random 
 global generator, which data-loading workers seed.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -152,6 +151,23 @@ class RandomCrop:
         return {**sample, "img": image[y : y + height, x : x + width].copy(), "annot": annotations}
 
 
+def resized_sizes(sizes: np.ndarray, min_side: int, max_side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How Resizer scales images: the short side to `min_side`, unless the long side would exceed `max_side`.
+
+    Args:
+        sizes: [N, 2] height and width, pixels.
+        min_side: of the short side, pixels.
+        max_side: limit of the long side, pixels.
+
+    Returns:
+        Scales [N], resized size / original size; and the sizes after resizing [N, 2] and after padding [N, 2], int.
+    """
+    scales = np.minimum(min_side / sizes.min(axis=1), max_side / sizes.max(axis=1))
+    resized = np.maximum(1, np.round(sizes * scales[:, None])).astype(np.int64)
+    # Paper: silent. Original: pads 32 px more where the size already divides by 32. Here: pads nothing there.
+    return scales, resized, -(-resized // SIZE_DIVISOR) * SIZE_DIVISOR
+
+
 class Resizer:
     """Scales the short side to `min_side`, unless the long side would pass `max_side`; pads to multiples of 32.
 
@@ -172,14 +188,11 @@ class Resizer:
         """Adds `scale` (resized size / original size) and `size` (height and width before the padding)."""
         # torch resizes channels_last bytes as they lie, in two thirds of the time.
         image = torch.from_numpy(np.ascontiguousarray(sample["img"]))[None].permute(0, 3, 1, 2)  # [1, 3, H, W]
-        height, width = image.shape[2:]
-        scale = (min_side or self.min_side) / min(height, width)
-        scale = min(scale, (max_side or self.max_side) / max(height, width))
-        # Paper: silent. Original: pads 32 px more where the size already divides by 32. Here: pads nothing there.
-        size = max(1, round(height * scale)), max(1, round(width * scale))
-        padded = [math.ceil(side / SIZE_DIVISOR) * SIZE_DIVISOR for side in size]
+        sizes = np.array([image.shape[2:]])
+        scales, resized, padded = resized_sizes(sizes, min_side or self.min_side, max_side or self.max_side)
+        scale, size = float(scales[0]), tuple(resized[0].tolist())
         resized = F.interpolate(image, size, mode="bilinear", antialias=True)
-        canvas = pad_images(resized, *padded)[0].permute(1, 2, 0)  # [H, W, 3]
+        canvas = pad_images(resized, *padded[0].tolist())[0].permute(1, 2, 0)  # [H, W, 3]
         annotations = torch.from_numpy(np.array(sample["annot"], dtype=np.float32).reshape(-1, 5))
         annotations[:, :4] *= scale
         return {**sample, "img": canvas, "annot": annotations, "scale": scale, "size": size}

@@ -8,24 +8,14 @@ import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import list_images
-from retinanet.data.report import Report, check_boxes, read_text, unknown_class
+from retinanet.data.reading import check_boxes, read_class_list, read_text, unknown_class
+from retinanet.data.report import Report
 from retinanet.errors import UserError, shown
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-
-
-def read_class_list(root: Path, report: Report) -> list[str] | None:
-    """The class names of `root`/classes.txt, one a line; None where there is no such file."""
-    path = root / "classes.txt"
-    if not path.is_file():
-        return None
-    names = [line.strip() for line in read_text(path, report).splitlines() if line.strip()]
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"{path}: needs one class name a line, each once")
-    return names
 
 
 class VOCDataset(DetectionDataset):
@@ -97,7 +87,7 @@ class VOCDataset(DetectionDataset):
 
     def annotation_name(self, row: int) -> str:
         """The annotation file and the object's number there."""
-        return f"{self.annotation_files[self.image_of(row)]}: object {self.annotation_ids[row]}"
+        return f"{self.annotation_files[self.image_index[row]]}: object {self.annotation_ids[row]}"
 
 
 def _readings(line: str) -> tuple[str, str, str]:

@@ -8,8 +8,8 @@ import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import list_images, read_image_size
-from retinanet.data.report import Report, check_boxes, read_text
-from retinanet.data.voc import read_class_list
+from retinanet.data.reading import check_boxes, read_class_list, read_text
+from retinanet.data.report import Report
 from retinanet.errors import UserError
 from retinanet.process import progress
 
@@ -75,13 +75,13 @@ class YoloDataset(DetectionDataset):
             annotation_ids=numbers[kept],
             report=report,
             source=labels,
+            declared_sizes=np.array(sizes),
         )
-        self.image_sizes = np.array(sizes)
         self.label_files = files
 
     def annotation_name(self, row: int) -> str:
         """The label file and the box's line there."""
-        return f"{self.label_files[self.image_of(row)]}:{self.annotation_ids[row]}"
+        return f"{self.label_files[self.image_index[row]]}:{self.annotation_ids[row]}"
 
 
 def _read_class_names(root: Path, report: Report) -> list[str]:

@@ -1,3 +1,4 @@
+import multiprocessing
 import pickle
 import random
 
@@ -308,7 +309,7 @@ def test_a_worker_that_is_asked_to_end_ends(data):
     """One that did not would keep the whole program from ending."""
     batches = iter(make_loader(data, 1, workers=1))
     next(batches)
-    (worker,) = batches._workers
+    (worker,) = multiprocessing.active_children()
     worker.terminate()
     worker.join(timeout=10)
     assert not worker.is_alive()
