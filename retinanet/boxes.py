@@ -18,18 +18,18 @@ DELTA_STD = (0.1, 0.1, 0.2, 0.2)
 MAX_LOG_SCALE = math.log(1000.0 / 16)
 
 
-def box_intersection(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
+def box_intersection(a: Tensor, b: Tensor) -> Tensor:
     """Area that every box of one set shares with every box of the other.
 
     Args:
-        boxes_a: [..., N, 4] xyxy.
-        boxes_b: [..., M, 4] xyxy; the leading dimensions broadcast.
+        a: [..., N, 4] xyxy.
+        b: [..., M, 4] xyxy; the leading dimensions broadcast.
 
     Returns:
         [..., N, M], square pixels; 0 where two boxes are apart.
     """
-    ax1, ay1, ax2, ay2 = boxes_a.unsqueeze(-2).unbind(-1)  # each [..., N, 1]
-    bx1, by1, bx2, by2 = boxes_b.unsqueeze(-3).unbind(-1)  # each [..., 1, M]
+    ax1, ay1, ax2, ay2 = a.unsqueeze(-2).unbind(-1)  # each [..., N, 1]
+    bx1, by1, bx2, by2 = b.unsqueeze(-3).unbind(-1)  # each [..., 1, M]
     width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp_(min=0)  # [..., N, M]
     height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp_(min=0)  # [..., N, M]
     return width.mul_(height)
@@ -41,18 +41,18 @@ def box_area(boxes: Tensor) -> Tensor:
     return (x2 - x1) * (y2 - y1)
 
 
-def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
+def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of every box of one set with every box of the other.
 
     Args:
-        boxes_a: [..., N, 4] xyxy.
-        boxes_b: [..., M, 4] xyxy; the leading dimensions broadcast.
+        a: [..., N, 4] xyxy.
+        b: [..., M, 4] xyxy; the leading dimensions broadcast.
 
     Returns:
         [..., N, M], from 0 (apart) to 1 (equal).
     """
-    intersection = box_intersection(boxes_a, boxes_b)
-    union = (box_area(boxes_a).unsqueeze(-1) + box_area(boxes_b).unsqueeze(-2)).sub(intersection)
+    intersection = box_intersection(a, b)
+    union = (box_area(a).unsqueeze(-1) + box_area(b).unsqueeze(-2)).sub(intersection)
     return intersection.div_(union.clamp_(min=1e-8))
 
 
@@ -159,7 +159,10 @@ class BBoxTransform(nn.Module):
 
 
 class ClipBoxes(nn.Module):
-    """`clip_boxes` as a module, with the original's interface."""
+    """`clip_boxes` as a module, with the original's interface; neither it nor the original uses the two arguments."""
+
+    def __init__(self, width: float | None = None, height: float | None = None):
+        super().__init__()
 
     def forward(self, boxes: Tensor, img: Tensor) -> Tensor:
         """Cut boxes [..., 4] xyxy at the borders of images [B, 3, H, W]."""

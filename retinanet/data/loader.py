@@ -16,23 +16,23 @@ from retinanet.errors import UserError
 from retinanet.process import get_rank, get_world_size, leave_process_group, seeded
 
 
-def collater(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def collater(data: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stack samples to a batch; pictures and annotations are padded to the largest.
 
     Args:
-        samples: dicts with `img` [H, W, 3] and `annot` [G, 5], usually from Resizer.
+        data: dicts with `img` [H, W, 3] and `annot` [G, 5], usually from Resizer.
 
     Returns:
         `img` [B, 3, H, W] in the samples' dtype; `annot` [B, G, 5] float32 with rows of -1 as
         padding (G is at least 1); and the samples' other entries as lists: `scale`, `size`, `index`.
     """
-    images = [torch.as_tensor(sample["img"]).permute(2, 0, 1) for sample in samples]  # [3, H, W] each
+    images = [torch.as_tensor(sample["img"]).permute(2, 0, 1) for sample in data]  # [3, H, W] each
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
-    annotations = [torch.as_tensor(sample["annot"], dtype=torch.float32) for sample in samples]
-    padded = torch.full((len(samples), max([1, *map(len, annotations)]), 5), -1.0)
+    annotations = [torch.as_tensor(sample["annot"], dtype=torch.float32) for sample in data]
+    padded = torch.full((len(data), max([1, *map(len, annotations)]), 5), -1.0)
     for row, boxes in zip(padded, annotations, strict=True):
         row[: len(boxes)] = boxes
-    others = {key: [sample[key] for sample in samples] for key in samples[0] if key not in ("img", "annot")}
+    others = {key: [sample[key] for sample in data] for key in data[0] if key not in ("img", "annot")}
     return {"img": pad_images(images, height, width), "annot": padded, **others}
 
 
