@@ -1,4 +1,4 @@
-"""Errors that users can fix, and the pieces that their messages are made of."""
+"""Errors that users can fix, and what their messages are made of."""
 
 import difflib
 import itertools
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: the scripts print its message, which says where and how, and exit with 1."""
+    """A mistake that the user can fix: the scripts print its message, which says where and how, and exit with 1."""
 
 
 def shown(value: object) -> str:
-    """A value from a file for a message: quoted, with control characters escaped, cut to a bearable length."""
+    """Quote a value for a message, with control characters escaped, cut to at most 300 characters."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 120
     short.maxlevel = 2
@@ -20,7 +20,7 @@ def shown(value: object) -> str:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """The known word that a misspelt one may have meant, as the end of a message; empty where none is near."""
+    """The end of a message: the known word that a misspelt one probably meant; empty if none is similar."""
     folded = {name.lower(): name for name in itertools.islice(known, 1000)}
     near = difflib.get_close_matches(word.strip().lower()[:100], folded, n=1)
     return f"; did you mean {shown(folded[near[0]])}?" if near else ""

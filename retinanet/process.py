@@ -1,4 +1,4 @@
-"""Process plumbing: errors for users, progress bars, seeds, devices, and the ranks of a torchrun job."""
+"""What a program needs to run: exit statuses, messages, seeds, devices, the ranks of a torchrun job, signals."""
 
 import contextlib
 import functools
@@ -22,18 +22,19 @@ from retinanet.errors import UserError
 
 log = logging.getLogger("retinanet")
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's messages
+
 
 def script(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Decorate a script's `main`: it returns the exit status, and a user's mistake becomes one clear message."""
+    """Decorate a script's `main`: it returns the exit status; a UserError becomes one message, without traceback."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
         try:
             status = main(argv) or 0
         except UserError as error:
-            # A data-loading worker sends its traceback as the message; what the user needs is its last line.
-            message = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else str(error)
-            _say_error(message.removeprefix("retinanet.process.UserError: "))
+            _say_error(str(error))
             return 1
         except OSError as error:
             if error.filename is None:
@@ -52,10 +53,6 @@ def script(main: Callable[..., int | None]) -> Callable[..., int]:
     return run
 
 
-# What gloo says where a peer is gone.
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-
-
 def _say_error(message: str) -> None:
     rank = f"rank {get_rank()}: " if get_world_size() > 1 else ""
     sys.stderr.write(f"error: {rank}{message}\n")
@@ -63,7 +60,7 @@ def _say_error(message: str) -> None:
 
 
 def setup_logging() -> None:
-    """Plain messages on standard output, from rank 0 alone."""
+    """Log plain messages to standard output, on rank 0 alone."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers = [handler]
@@ -72,13 +69,13 @@ def setup_logging() -> None:
 
 
 def show_log() -> None:
-    """Plain messages on standard output, unless the program has set up logging: for functions that print a table."""
+    """Log as `setup_logging` does, unless the program has set up logging: for functions that print a table."""
     if not log.hasHandlers():
         setup_logging()
 
 
 def progress(items: Iterable, description: str, total: int | None = None, initial: int = 0) -> tqdm:
-    """A progress bar over `items`, on rank 0 and on a terminal only."""
+    """Show a progress bar over `items`, on rank 0 and on a terminal only."""
     disable = None if is_main_process() else True  # None: where the output is no terminal
     return tqdm(items, desc=description, total=total, initial=initial, disable=disable, leave=False, dynamic_ncols=True)
 
@@ -104,7 +101,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Go on from what `random_states` gave."""
+    """Restore the result of `random_states`."""
     name, keys, *rest = states["numpy"]
     random.setstate(states["python"])
     np.random.set_state((name, keys.numpy(), *rest))
@@ -115,7 +112,7 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def seeded(*seed: int) -> Iterator[None]:
-    """Inside, all random numbers follow from `seed`; afterwards they go on as if nothing had been."""
+    """Within the context, all random numbers follow from `seed`; afterwards the generators continue as before."""
     states = random_states()
     seed_everything(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     try:
@@ -125,9 +122,9 @@ def seeded(*seed: int) -> Iterator[None]:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU of this process if there is one, else the CPU; any other name is torch's.
+    """The device that `--device` means: `auto` is the GPU of this process if there is one, else the CPU.
 
-    Under torchrun, `cuda` too is the GPU of this process.
+    Under torchrun, `cuda` is the GPU of this process too; any other name is torch's.
 
     Raises:
         UserError: the device does not exist here.
@@ -147,21 +144,26 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: torch sees no CUDA device; try --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"--device {name}: there is no GPU {device.index}, as this machine has {torch.cuda.device_count()}: choose "
-            "another, or lower --nproc_per_node"
+            f"--device {name}: GPU {device.index} does not exist, as this machine has {torch.cuda.device_count()}: "
+            "choose another, or lower --nproc_per_node"
         )
     return device
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 where the device computes it natively, else fp32."""
+    """The precision that `--precision` means: `auto` is bf16 where the device computes it natively, else fp32."""
     if name == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         name = "bf16" if native else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    return PRECISIONS[name]
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """A context in which a network on `device` computes in `precision`."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
 def is_main_process() -> bool:
@@ -180,20 +182,17 @@ def get_world_size() -> int:
 
 
 def init_distributed(device: torch.device) -> None:
-    """Join the other processes of a torchrun job, if this is one; a GPU becomes this process's own.
-
-    Args:
-        device: that this process computes on; gradients of a CPU travel by gloo, those of a GPU by NCCL.
-    """
+    """Join the other processes of a torchrun job, if this is one; `device` is the one that this process computes on."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
+    # Objects are exchanged by gloo, gradients by the device's own backend.
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The values of all ranks, on every rank, in the ranks' order."""
+    """The values of all ranks in their order, on every rank."""
     if get_world_size() == 1:
         return [value]
     values = [None] * get_world_size()
@@ -202,7 +201,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def gather_tensors(values: torch.Tensor) -> torch.Tensor:
-    """[N] of each rank -> [ranks, N], on every rank, on the same device."""
+    """[N] of each rank -> [ranks, N] on every rank, on the same device."""
     if get_world_size() == 1:
         return values[None]
     parts = [torch.empty_like(values) for _ in range(get_world_size())]
@@ -220,22 +219,22 @@ def from_main_process(value: Any) -> Any:
 
 
 def broadcast_buffers(module: torch.nn.Module) -> None:
-    """Give all ranks the buffers of rank 0's module."""
+    """Copy the buffers of rank 0's module to all ranks."""
     if get_world_size() > 1:
         for buffer in module.buffers():
             distributed.broadcast(buffer, src=0)
 
 
 class StopSignals:
-    """SIGTERM, SIGINT and SIGUSR1 as a wish to stop soon; a second one stops at once.
+    """A context in which SIGTERM, SIGINT and SIGUSR1 ask the program to stop soon; a second one stops it at once.
 
     Attributes:
-        signum: of the signal that came; 0 while none has.
+        signum: number of the first signal; 0 before it.
     """
 
     HANDLED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-    # Ctrl-C reaches a torchrun job twice, from the terminal and from torchrun: that is one wish.
-    SAME_WISH_SECONDS = 2.0
+    # Ctrl-C reaches a torchrun job twice, from the terminal and from torchrun: that counts as one.
+    SAME_REQUEST_SECONDS = 2.0
 
     def __init__(self):
         self.signum = 0
@@ -254,19 +253,19 @@ class StopSignals:
             self.signum, self.since = signum, time.monotonic()
             # A handler must not touch buffered files.
             os.write(2, f"{signal.Signals(signum).name}: stopping after this step; once more stops at once\n".encode())
-        elif time.monotonic() - self.since > self.SAME_WISH_SECONDS:
+        elif time.monotonic() - self.since > self.SAME_REQUEST_SECONDS:
             os._exit(128 + signum)
 
 
 def leave_process_group(_: int = 0) -> None:
-    """For data-loading workers: Ctrl-C, and torchrun's SIGTERM, are for the main process to decide about."""
+    """Keep Ctrl-C and torchrun's SIGTERM from a data-loading worker: the main process decides what to do about them."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Inside, the death of a data-loading worker raises no error, as it would between any two lines; it waits."""
+    """Within the context, the death of a data-loading worker does not raise its error, which could come at any line."""
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         yield
         return

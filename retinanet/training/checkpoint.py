@@ -54,7 +54,7 @@ def save(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def _damaged_member(path: str | Path) -> str | None:
-    """The first part of a zip file whose checksum is wrong; torch does not look, and a flipped bit is a wrong weight."""
+    """The first part of a zip file whose checksum is wrong. torch does not check: one flipped bit is a wrong weight."""
     if not zipfile.is_zipfile(path):  # torch's format before 1.6
         return None
     with zipfile.ZipFile(path) as archive:

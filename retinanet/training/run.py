@@ -1,31 +1,30 @@
-"""A training run: what a checkpoint of it holds, how it goes on from one, and what it writes down on its way."""
+"""A training run: what changes while it trains, how it is saved, and how it is resumed."""
 
-import argparse
-import itertools
-import json
-import os
-import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from retinanet.data.dataset import DetectionDataset, check_classes
 from retinanet.errors import UserError
 from retinanet.model import RetinaNet
-from retinanet.process import from_main_process, is_main_process, log, random_states, set_random_states
+from retinanet.process import (
+    from_main_process,
+    is_main_process,
+    log,
+    random_states,
+    set_random_states,
+    undisturbed,
+)
 from retinanet.training import checkpoint
-from retinanet.training.engine import Progress
-from retinanet.training.recipes import EMA, RECIPES, Schedule
-from retinanet.visual import charts
+from retinanet.training.accounting import Progress
+from retinanet.training.log import RunLog
+from retinanet.training.recipes import EMA, RECIPES, Schedule, make_optimizer
+from retinanet.training.settings import Settings
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-# Flags that may change when a run is resumed. The batch's size may be divided in another way; `global_batch` may not.
+# Flags that may change when a run is resumed. The batch may be divided in another way; `global_batch` may not change.
 FREE_FLAGS = {
     *("resume", "out_dir", "device", "workers", "strict", "batch_size", "accumulate", "val_every", "log_every"),
     *("checkpoint_every", "early_stop", "tensorboard"),
@@ -33,164 +32,95 @@ FREE_FLAGS = {
 }
 
 
-BOARD_FILES = "events.out.tfevents.*"
-RUN_FILES = (
-    *("last.pt", "best.pt", "log.jsonl", "args.json", "curves.png", "labels.png", "batch.png", "detections.png"),
-    *("not_finite_rank*.pt", BOARD_FILES),
-)
-
-
-class RunLog:
-    """The numbers of a run, one JSON object a line: of some steps, and of each epoch.
-
-    A new run in a folder of an earlier one puts its files aside, into `old_1`, `old_2`, ...
+class Run:
+    """A training run, at its beginning until `restore` is called.
 
     Args:
-        out_dir: folder of the run.
-        resumed: the checkpoint that the run goes on from, whose log lies beside it; None for a new run.
-        size: bytes of that log that belong to the checkpoint: what came later is not true any more.
-        tensorboard: write TensorBoard's files as well.
-        steps_per_epoch: optimizer steps.
-
-    Raises:
-        UserError: TensorBoard is wanted, but not installed.
-    """
-
-    def __init__(self, out_dir: str | Path, resumed: Path | None, size: int, tensorboard: bool, steps_per_epoch: int):
-        self.folder = Path(out_dir)
-        self.path = self.folder / "log.jsonl"
-        self.steps_per_epoch = steps_per_epoch
-        self.can_draw = True
-        make_board = _summary_writer() if tensorboard else None
-        if resumed is None:
-            self._put_aside()
-        else:
-            self._take_over(resumed.parent, size)
-        mode = "w" if resumed is None else "a"
-        self.file = open(self.path, mode, buffering=1)  # noqa: SIM115, it stays open for the whole run
-        self.board = None
-        if make_board:
-            for old in self.folder.glob(BOARD_FILES):
-                old.unlink()
-            self.board = make_board(self.folder)
-            for entry in read_log(self.path):  # written anew, so that a resumed run shows nothing twice
-                _add_to_board(self.board, entry, steps_per_epoch)
-
-    def _put_aside(self) -> None:
-        said_something = self.path.exists() and self.path.stat().st_size > 0
-        if not (said_something or any((self.folder / name).exists() for name in ("last.pt", "best.pt"))):
-            return
-        number = next(number for number in itertools.count(1) if not (self.folder / f"old_{number}").exists())
-        aside = self.folder / f"old_{number}"
-        aside.mkdir()
-        for pattern in RUN_FILES:
-            for path in self.folder.glob(pattern):
-                path.replace(aside / path.name)
-        log.warning("warning: %s held an earlier run, which is in %s now", self.folder, aside)
-
-    def _take_over(self, folder: Path, size: int) -> None:
-        best, before = folder / "best.pt", folder / "log.jsonl"
-        if not self.folder.samefile(folder):
-            self._put_aside()
-            if best.exists():
-                shutil.copyfile(best, self.folder / "best.pt")
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_bytes(before.read_bytes()[:size] if before.exists() else b"")
-        temporary.replace(self.path)
-
-    def write(self, entry: dict[str, float]) -> None:
-        """Add a line.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        try:
-            self.file.write(json.dumps(entry) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); last.pt is intact") from error
-        if self.board:
-            _add_to_board(self.board, entry, self.steps_per_epoch)
-            self.board.flush()
-
-    def flush(self) -> int:
-        """Write all to the disk; returns the log's size, bytes."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return self.path.stat().st_size
-
-    def draw(self) -> None:
-        """Refresh curves.png; without matplotlib, say so once."""
-        if not self.can_draw:
-            return
-        try:
-            charts.draw_training_curves(read_log(self.path), self.steps_per_epoch, self.folder / "curves.png")
-        except UserError as error:
-            log.warning("warning: no curves.png: %s", error)
-            self.can_draw = False
-
-
-def read_log(path: str | Path) -> list[dict[str, float]]:
-    """The entries of a log.jsonl; a last line that is not whole, of a run that is being written, is left out."""
-    lines = Path(path).read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
-
-
-def _summary_writer() -> type["SummaryWriter"]:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard needs tensorboard: pip install tensorboard") from error
-    return SummaryWriter
-
-
-def _add_to_board(board: "SummaryWriter", entry: Mapping[str, float], steps_per_epoch: int) -> None:
-    kind = "step" if "step" in entry else "epoch"
-    step = entry["epoch"] * steps_per_epoch + entry.get("step", steps_per_epoch)
-    for name in entry.keys() - {"epoch", "step"}:
-        board.add_scalar(f"{kind}/{name}", entry[name], step)
-
-
-@dataclass
-class Run:
-    """A training run: what changes while it goes on, and what a checkpoint of it holds.
+        settings: of the run.
+        net: the model that it trains; changed as the recipe says, and moved to `device`.
+        device: that the run computes on.
+        train_set: gives the class names and the number of images.
 
     Attributes:
-        args: the flags of train.py.
-        net: in training.
-        ema: its averaged weights, with `--ema`.
-        optimizer: of its weights.
+        ema: averaged weights of `net`, with `--ema`.
+        optimizer: of the weights of `net`.
         schedule: of the optimizer's rate.
-        class_names: in the order of their labels.
-        num_images: of the training set.
-        log: where numbers are written to; on rank 0 alone.
+        steps_per_epoch: optimizer steps.
+        log: where numbers are written to; None on all ranks but 0.
         progress: how far it has come.
-        best: AP of best.pt.
+        best: AP of best.pt; -1 without one.
         stale: validations since then.
         metrics: of the last validation.
-        saved_at: when last.pt was written or the run was started, by `time.monotonic`.
+        saved_at: when a checkpoint was last written or the run was started, by `time.monotonic`.
     """
 
-    args: argparse.Namespace
-    net: RetinaNet
-    ema: EMA | None
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    class_names: list[str]
-    num_images: int
-    log: RunLog | None = None
-    progress: Progress = field(default_factory=Progress)
-    best: float = -1.0
-    stale: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    saved_at: float = field(default_factory=time.monotonic)
+    def __init__(self, settings: Settings, net: RetinaNet, device: torch.device, train_set: DetectionDataset):
+        recipe = RECIPES[settings.recipe]
+        self.settings = settings
+        self.class_names = list(train_set.labels.values())
+        self.num_images = len(train_set)
+        net.focalLoss.best_match_iou = recipe.best_match_iou
+        net.train()
+        net.freeze_bn(not recipe.train_bn)
+        self.net = net.to(device, memory_format=torch.channels_last)
+        self.optimizer = make_optimizer(net, recipe, settings.lr)
+        self.steps_per_epoch = -(-self.num_images // settings.global_batch)
+        self.ema = EMA(net, settings.ema) if settings.ema is not None else None
+        self.schedule = Schedule(self.optimizer, recipe, settings.epochs * self.steps_per_epoch)
+        self.log: RunLog | None = None
+        self.progress = Progress()
+        self.best = -1.0
+        self.stale = 0
+        self.metrics: dict[str, float] = {}
+        self.saved_at = time.monotonic()
 
     @property
     def detector(self) -> RetinaNet:
         """The model that is validated and saved: the averaged one, if there is one."""
         return self.ema.model if self.ema else self.net
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """Epoch, and optimizer steps of it that are done."""
+        return self.progress.epoch, self.progress.step
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all epochs are trained, or `--early_stop` ends the run before."""
+        settings = self.settings
+        return self.progress.epoch >= settings.epochs or bool(settings.early_stop and self.stale >= settings.early_stop)
+
+    def write(self, entry: dict[str, float]) -> None:
+        """Add an entry to the log, on rank 0."""
+        if self.log:
+            self.log.write(entry)
+
+    def after_step(self, signum: int) -> None:
+        """Call after every optimizer step: update the average, save if it is time, and stop if a signal came."""
+        if self.ema:
+            self.ema.update(self.net)
+        if signum:
+            self.stop(signum)
+        number, unit = self.settings.checkpoint_every
+        if self.progress.step % number == 0 if unit == "steps" else time.monotonic() - self.saved_at > 60 * number:
+            self.save_last()
+
+    def end_epoch(self, statistics: dict[str, float]) -> None:
+        """Call after every epoch, with the result of `train_one_epoch`; its validation has set `metrics`."""
+        with undisturbed():
+            self.schedule.end_epoch(statistics["loss"])
+            epoch = self.progress.epoch
+            self.progress = Progress(epoch + 1)
+            self.write({"epoch": epoch, **statistics, **self.metrics})
+            if self.metrics:
+                self.stale += 1
+                if self.metrics["AP"] > self.best:
+                    self.best, self.stale = self.metrics["AP"], 0
+                    self.save("best.pt")
+            self.save_last()
+
     def save(self, name: str, **extra: Any) -> None:
-        """Write a checkpoint, on rank 0 alone.
+        """Write a checkpoint, on rank 0.
 
         Raises:
             UserError: it cannot be written, or a weight is not finite; the file before it is intact.
@@ -204,14 +134,15 @@ class Run:
                 f"{name} stays as it was: a weight is not finite in epoch {epoch}, after step {step}; lower the "
                 "learning rate (--lr), or clip the gradient (--clip_norm)"
             )
-        entries = checkpoint.model_entries(self.detector, self.class_names, self.args.min_side, self.args.max_side)
+        settings = self.settings
+        entries = checkpoint.model_entries(self.detector, self.class_names, settings.min_side, settings.max_side)
         entries |= {"epoch": self.progress.epoch, "metrics": self.metrics}
-        checkpoint.save(Path(self.args.out_dir) / name, entries | extra)
+        checkpoint.save(Path(settings.out_dir) / name, entries | extra)
 
     def save_last(self) -> None:
-        """Write last.pt: all that `restore` needs to go on exactly from here."""
+        """Write last.pt, with all that `restore` needs to continue exactly from here."""
         state = {
-            "args": vars(self.args),
+            "args": self.settings.as_dict(),
             "num_images": self.num_images,
             "progress": asdict(self.progress),
             "best": self.best,
@@ -226,7 +157,7 @@ class Run:
         self.save("last.pt", training=state)
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Go on from what `save_last` wrote; the detector's weights are there already."""
+        """Continue from what `save_last` wrote; `net` was loaded from the same file."""
         self.metrics, state = content["metrics"], content["training"]
         self.progress = Progress(**state["progress"])
         self.best, self.stale = state["best"], state["stale"]
@@ -238,46 +169,51 @@ class Run:
         set_random_states(state["random"])
 
     def stop(self, signum: int) -> NoReturn:
-        """Save, and end the program with the status of a signal; all ranks together."""
+        """Save, and end the program with a signal's exit status, on all ranks together."""
         self.save_last()
-        from_main_process(None)  # torchrun ends all ranks as soon as one has gone: wait until it is written
-        log.info("stopped and saved in epoch %d, after step %d; --resume auto goes on", *self.position)
+        from_main_process(None)  # torchrun ends all ranks as soon as one has exited: wait until the file is written
+        log.info("stopped and saved in epoch %d, after step %d; --resume auto continues", *self.position)
         raise SystemExit(128 + signum)
 
-    @property
-    def position(self) -> tuple[int, int]:
-        """Epoch and step."""
-        return self.progress.epoch, self.progress.step
 
-
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint to go on from, if any; the same for all ranks."""
-    path = Path(args.out_dir) / "last.pt" if args.resume == "auto" else Path(args.resume or "")
-    if args.resume == "auto" and not path.exists() and (old := list(path.parent.glob("old_*/last.pt"))):
+def find_checkpoint(settings: Settings) -> Path | None:
+    """The checkpoint to resume, if any; the same on all ranks."""
+    if settings.resume != "auto":
+        return Path(settings.resume) if settings.resume else None
+    path = Path(settings.out_dir) / "last.pt"
+    if not path.exists() and (old := list(path.parent.glob("old_*/last.pt"))):
         newest = max(old, key=lambda path: path.stat().st_mtime)
-        log.warning("warning: --resume auto finds no %s, so a new run starts; is it %s?", path, newest)
-    return from_main_process(path if args.resume and (args.resume != "auto" or path.exists()) else None)
+        log.warning("warning: --resume auto finds no %s, so a new run starts; did you mean %s?", path, newest)
+    return from_main_process(path if path.exists() else None)
 
 
-def check_resume(path: Path, args: argparse.Namespace, info: dict[str, Any], train_set: DetectionDataset) -> None:
-    """Make sure that a run can go on as it began.
+def check_resume(path: Path, settings: Settings, content: dict[str, Any], train_set: DetectionDataset) -> None:
+    """Make sure that a run can continue as it began.
+
+    Args:
+        path: the checkpoint.
+        settings: of the program that resumes it.
+        content: of the checkpoint, from `load_model`.
+        train_set: of the program that resumes it.
 
     Raises:
-        UserError: it cannot; the message lists all that differs.
+        UserError: it cannot; the message lists all differences.
     """
-    if "training" not in info:
+    if "training" not in content:
         raise UserError(f"{path}: holds a model, but no state of a training; start from it with --weights {path}")
-    check_classes(str(path), info["class_names"], train_set)
-    before, now = info["training"]["args"], vars(args)
-    free = FREE_FLAGS | ({"epochs"} if RECIPES[args.recipe].schedule == "plateau" else set())
+    check_classes(str(path), content["class_names"], train_set)
+    recipe = RECIPES[settings.recipe]
+    before, now = content["training"]["args"], settings.as_dict()
+    before = {**before, "clip_norm": before.get("clip_norm") or recipe.clip_norm}  # earlier versions saved the flag
+    free = FREE_FLAGS | ({"epochs"} if recipe.schedule == "plateau" else set())
+    names = {"global_batch": "batch_size x --accumulate x processes"}
     errors = [
-        f"--{flag} is {now[flag]}, was {before[flag]}"
+        f"--{names.get(flag, flag)} is {now[flag]}, was {before[flag]}"
         for flag in sorted(now.keys() & before.keys() - free)
         if now[flag] != before[flag]
     ]
-    errors = [line.replace("--global_batch", "--batch_size x --accumulate x processes") for line in errors]
-    if len(train_set) != info["training"]["num_images"]:
-        errors.append(f"the training set has {len(train_set)} images, had {info['training']['num_images']}")
+    if len(train_set) != content["training"]["num_images"]:
+        errors.append(f"the training set has {len(train_set)} images, had {content['training']['num_images']}")
     if errors:
         advice = "Repeat the flags of that run, or start a new one with --weights"
         raise UserError(f"--resume {path}: {'; '.join(errors)}. {advice}")

@@ -1,0 +1,93 @@
+"""What is counted while a run trains: its progress, which checkpoints carry, and what is reported of it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from retinanet import process
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        epoch: the current one, from 0.
+        step: optimizer steps of it that are done.
+        sums: class loss and box loss, summed over these steps.
+        recent: class loss and box loss, summed since the last entry of the log, and the number of steps.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    recent: list[float] = field(default_factory=lambda: [0.0, 0.0, 0])
+
+    def add(self, class_loss: float, box_loss: float) -> None:
+        """Count a step."""
+        self.step += 1
+        self.sums = [self.sums[0] + class_loss, self.sums[1] + box_loss]
+        self.recent = [self.recent[0] + class_loss, self.recent[1] + box_loss, self.recent[2] + 1]
+
+    def take_recent(self) -> tuple[float, float]:
+        """Mean class loss and box loss since the last call."""
+        class_loss, box_loss, steps = self.recent
+        self.recent = [0.0, 0.0, 0]
+        return class_loss / steps, box_loss / steps
+
+
+class Meter:
+    """Counts the steps of an epoch, and reports them: in a progress bar, and every `log_every` steps in the log.
+
+    Args:
+        progress: where the epoch starts; kept up to date.
+        num_steps: optimizer steps of the whole epoch.
+        log_every: optimizer steps.
+        log_step: called with each entry of the log.
+
+    Attributes:
+        bar: yields the steps that are left, counted from 0.
+    """
+
+    def __init__(
+        self, progress: Progress, num_steps: int, log_every: int, log_step: Callable[[dict[str, float]], None]
+    ):
+        self.progress, self.num_steps, self.log_every, self.log_step = progress, num_steps, log_every, log_step
+        steps = range(progress.step, num_steps)
+        self.bar = process.progress(steps, f"epoch {progress.epoch}", num_steps, progress.step)
+        self.num_images = self.recent_images = 0
+        self.start = self.recent_start = time.perf_counter()
+
+    def count(self, losses: Tensor, group: list[dict[str, Any]], lr: float, norm: Callable[[], float]) -> None:
+        """Count a step.
+
+        Args:
+            losses: [ranks, batches, 2] class loss and box loss, on the CPU.
+            group: the step's batches.
+            lr: the step's learning rate.
+            norm: gives the gradient's norm; called for an entry of the log alone, because it may wait for the device.
+        """
+        progress = self.progress
+        progress.add(*losses.double().mean(dim=(0, 1)).tolist())
+        num_images = process.get_world_size() * sum(len(batch["img"]) for batch in group)
+        self.num_images += num_images
+        self.recent_images += num_images
+        if progress.step % self.log_every and progress.step != self.num_steps:
+            return
+        class_loss, box_loss = progress.take_recent()
+        entry = {"epoch": progress.epoch, "step": progress.step, "class_loss": class_loss, "box_loss": box_loss}
+        entry |= {"lr": lr, "grad_norm": norm()}
+        speed = entry["images_per_second"] = self.recent_images / (time.perf_counter() - self.recent_start)
+        self.bar.set_postfix_str(f"class {class_loss:.3f}, box {box_loss:.3f}, lr {lr:.1e}, {speed:.1f} images/s")
+        self.log_step(entry)
+        self.recent_images, self.recent_start = 0, time.perf_counter()
+
+    def statistics(self) -> dict[str, float]:
+        """The epoch's mean `class_loss`, `box_loss` and `loss`, and `images_per_second` since this was made."""
+        class_loss, box_loss = (value / max(1, self.progress.step) for value in self.progress.sums)
+        speed = self.num_images / (time.perf_counter() - self.start)
+        losses = {"class_loss": class_loss, "box_loss": box_loss, "loss": class_loss + box_loss}
+        return losses | {"images_per_second": speed}

@@ -1,0 +1,108 @@
+"""Checks that losses and gradients are finite, without letting a GPU wait for them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retinanet.errors import UserError
+from retinanet.process import gather_tensors, get_rank
+
+
+class NotFiniteError(UserError):
+    """A loss or a gradient is not finite.
+
+    Attributes:
+        batches: those of this process in which it happened.
+    """
+
+    def __init__(self, message: str, batches: list[dict[str, Any]]):
+        super().__init__(message)
+        self.batches = batches
+
+
+def _send(values: Tensor) -> Callable[[], Tensor]:
+    """Send numbers to the CPU. Calling the result waits for them, but not for work that the device got since."""
+    if values.device.type != "cuda":
+        here = values.cpu()
+        return lambda: here
+    here, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(values.device))
+
+    def receive() -> Tensor:
+        arrived.synchronize()
+        return here
+
+    return receive
+
+
+def send_losses(values: list[Tensor], number: int) -> Callable[[], tuple[Tensor, int]]:
+    """Send the losses of one optimizer step, and a number, to all ranks.
+
+    Args:
+        values: class loss and box loss [2] of each batch.
+        number: not negative.
+
+    Returns:
+        A function that waits for the losses of all ranks, [ranks, batches, 2] on the CPU, and their largest `number`.
+    """
+    arrived = _send(gather_tensors(torch.cat([*values, values[0].new_full((1,), number)])))
+
+    def receive() -> tuple[Tensor, int]:
+        found = arrived()  # [ranks, 2 * batches + 1]
+        return found[:, :-1].view(len(found), len(values), 2), int(found[:, -1].max())
+
+    return receive
+
+
+def check_losses(losses: Tensor, where: str, group: list[dict[str, Any]]) -> None:
+    """Raise NotFiniteError, on all ranks, if a loss of any of them is not finite.
+
+    Args:
+        losses: [ranks, batches, 2] class loss and box loss.
+        where: epoch and step, for the message.
+        group: this rank's batches.
+    """
+    finite = losses.isfinite().all(dim=2)  # [ranks, batches]
+    if finite.all():
+        return
+    bad = [batch for batch, fine in zip(group, finite[get_rank()], strict=True) if not fine]
+    rank = int((~finite.all(dim=1)).nonzero()[0])
+    class_loss, box_loss = losses[rank, int((~finite[rank]).nonzero()[0])].tolist()
+    whose = _names(bad) if bad else f"images of rank {rank}"
+    raise NotFiniteError(
+        f"the loss is not finite (class {class_loss}, box {box_loss}) {where}, {whose}: "
+        "lower the learning rate (--lr), or look at these images' boxes",
+        bad,
+    )
+
+
+def clip_gradient(
+    weights: list[nn.Parameter], clip_norm: float | None, where: str, group: list[dict[str, Any]]
+) -> Callable[[], float]:
+    """Limit the gradient's norm to `clip_norm`.
+
+    Returns:
+        A function that gives the norm before clipping, and raises NotFiniteError if that is not finite.
+    """
+    if clip_norm is None:
+        norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    else:
+        norm = nn.utils.clip_grad_norm_(weights, clip_norm)
+    arrived = _send(norm)
+
+    def check() -> float:
+        if not arrived().isfinite():
+            raise NotFiniteError(
+                f"the gradient's norm is not finite ({arrived()}) {where}, {_names(group)}: "
+                "lower the learning rate (--lr), or clip the gradient (--clip_norm)",
+                group,
+            )
+        return arrived().item()
+
+    return check
+
+
+def _names(batches: list[dict[str, Any]]) -> str:
+    return f"images {', '.join(str(index) for batch in batches for index in batch['index'])}"
