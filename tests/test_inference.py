@@ -6,12 +6,14 @@ import pytest
 import torch
 from helpers import gradient, save
 from PIL import Image
+from torch import nn
 
 import retinanet
 from retinanet.data.dataset import read_image
 from retinanet.data.transforms import Resizer, normalize
 from retinanet.errors import UserError
-from retinanet.inference import as_array, detect_images, predict
+from retinanet.inference import as_array, detect, detect_images, predict
+from retinanet.postprocess import Detections
 from retinanet.training import checkpoint
 
 LIMITS = {"score_threshold": 0.05, "max_detections": 20, "min_side": 96, "max_side": 160}
@@ -170,3 +172,63 @@ def test_what_predict_takes_besides(filled_net):
     with pytest.raises(ValueError, match="class_names has 1 names, but the model 3 classes"):
         predict(filled_net, picture, class_names=["cat"])
     assert "predict" in dir(retinanet)
+
+
+# Data sets
+
+
+class Finder(nn.Module):
+    """Finds one box an image, with the image's mean as its score."""
+
+    error = None
+
+    def detect(self, images, image_sizes):
+        assert not self.training
+        if self.error:
+            raise self.error
+        means = images.mean(dim=(1, 2, 3))
+        return [
+            Detections(mean[None], torch.tensor([0]), torch.tensor([[0.0, 0.0, *reversed(size)]]))
+            for mean, size in zip(means, image_sizes, strict=True)
+        ]
+
+
+def finder_batch(*values, first_index=0):
+    images = torch.stack([torch.full((3, 2, 2), float(value)) for value in values])
+    indices = list(range(first_index, first_index + len(values)))
+    return {"img": images, "index": indices, "scale": [0.5] * len(values), "size": [(2, 2)] * len(values)}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_detect_gives_original_pixels_and_leaves_the_mode(training):
+    model = Finder().train(training)
+    found = detect(model, [finder_batch(1, 2)], torch.device("cpu"))
+    assert sorted(found) == [0, 1]
+    assert found[1].scores.item() == 2 and found[1].boxes.tolist() == [[0, 0, 4, 4]]
+    assert model.training == training
+    model.error = RuntimeError("broken")
+    with pytest.raises(RuntimeError, match="broken"):
+        detect(model, [finder_batch(1)], torch.device("cpu"))
+    assert model.training == training
+
+
+def test_detect_stops_when_asked_to():
+    answers = iter([False, False, True])
+    batches = [finder_batch(1, first_index=index) for index in range(5)]
+    assert sorted(detect(Finder(), batches, torch.device("cpu"), stop=lambda: next(answers))) == [0, 1]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+def test_detect_explains_memory_that_runs_out(error):
+    model = Finder()
+    model.error = error
+    message = r"out of memory with 2 images of 2 x 2 pixels a batch in torch.float32: lower --batch_size"
+    with pytest.raises(UserError, match=message):
+        detect(model, [finder_batch(1, 2)], torch.device("cpu"))
+
+    def loader():
+        yield finder_batch(1)
+        raise error
+
+    with pytest.raises(UserError, match=r"out of memory while .* were read: lower --workers"):
+        detect(Finder(), loader(), torch.device("cpu"))

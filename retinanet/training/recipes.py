@@ -1,7 +1,7 @@
 """Recipes: which optimizer, which learning rate, and how it changes.
 
-`original` is yhenon/pytorch-retinanet's, `paper` the one of RetinaNet's authors; both need ImageNet weights.
-`scratch` is ours, for random weights.
+`original` is that of yhenon/pytorch-retinanet, `paper` that of RetinaNet's authors; both need ImageNet weights.
+`scratch` is this library's, for random weights.
 """
 
 import copy
@@ -20,13 +20,13 @@ class Recipe:
     Attributes:
         optimizer: `adam`, `sgd` (momentum 0.9) or `adamw`.
         lr: learning rate for a global batch of `reference_batch` images; it scales with the batch.
-        weight_decay: per step, as the optimizer means it.
+        weight_decay: as the optimizer defines it.
         schedule: `plateau` (a tenth when the training loss stops falling), `steps` (a tenth at 2/3 and again at
             8/9 of the run) or `one_cycle` (up to `lr`, then down along a cosine).
-        warmup_steps: of `steps`: the rate rises linearly from a third.
+        warmup_steps: for `steps`: the rate rises linearly from a third.
         clip_norm: limit of the gradient's norm; None for no limit.
-        train_bn: whether BatchNorm takes its statistics from the batches; otherwise they stay frozen.
-        best_match_iou: the matching rule, see FocalLoss.
+        train_bn: BatchNorm takes its statistics from the batches; otherwise they stay frozen.
+        best_match_iou: the matching rule, see `FocalLoss`.
         double_bias: train biases at twice the rate and without weight decay.
     """
 
@@ -102,11 +102,11 @@ def make_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.O
 
 
 class Schedule:
-    """Changes the learning rate, after every step or after every epoch, as the recipe says.
+    """Changes the learning rate after every step or after every epoch, as the recipe says.
 
     Args:
-        optimizer: whose rates are peaks.
-        recipe: gives the form.
+        optimizer: its rates are the peaks.
+        recipe: determines the curve.
         total_steps: optimizer steps of the whole run.
     """
 
@@ -116,7 +116,7 @@ class Schedule:
             self.scheduler = ReduceLROnPlateau(optimizer, patience=3)
         elif recipe.schedule == "one_cycle":
             peaks = [group["lr"] for group in optimizer.param_groups]
-            # The way up takes at least one step: of five in all, torch would divide by its length of none.
+            # The rise takes at least one step; with five steps in all, torch would divide by zero.
             rise = max(0.2, 2 / (total_steps + 1))
             self.scheduler = OneCycleLR(optimizer, peaks, total_steps + 1, pct_start=rise, cycle_momentum=False)
         else:
@@ -140,19 +140,22 @@ class Schedule:
 
 
 class EMA:
-    """A copy of a model whose weights are an exponential moving average of its weights over the steps.
+    """A copy of a model whose weights are an exponential moving average of the model's weights over the steps.
 
     The average often detects better than the model of any one step (Tarvainen and Valpola, "Mean teachers are
-    better role models", 2017). In the first steps it follows faster, so that the start is soon forgotten.
+    better role models", 2017). In the first steps it follows faster, so that random weights are soon forgotten.
 
     Args:
-        model: that is trained.
+        model: the model that is trained.
         decay: share of the average that a step keeps.
 
     Attributes:
         model: the copy, in evaluation mode; BatchNorm's statistics are those of the last step.
-        steps: that were averaged.
+        steps: number of steps that were averaged.
     """
+
+    # Not torch's AveragedModel: it keeps the step count in a tensor, so a decay that rises would wait for the GPU at
+    # every step, and its first update copies instead of averaging.
 
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)

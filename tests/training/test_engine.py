@@ -1,20 +1,22 @@
+"""The loop, and what it counts and checks (engine, accounting, finite)."""
+
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from retinanet import inference
 from retinanet.errors import UserError
-from retinanet.postprocess import Detections
-from retinanet.training import engine
+from retinanet.training.accounting import Progress
+from retinanet.training.engine import train_one_epoch
+from retinanet.training.finite import NotFiniteError
 from retinanet.training.recipes import RECIPES, Schedule, make_optimizer
 
 CPU = torch.device("cpu")
 
 
 class Line(nn.Module):
-    """Stands in for a network: its class loss is the squared distance of a weight from each image's mean."""
+    """Replaces a network: its class loss is the squared distance of a weight from each image's mean."""
 
     def __init__(self):
         super().__init__()
@@ -28,39 +30,39 @@ class Line(nn.Module):
 
 def batch(*values):
     images = torch.stack([torch.full((3, 2, 2), float(value)) for value in values])
-    return {
-        "img": images,
-        "annot": torch.full((len(values), 1, 5), -1.0),
-        "index": list(range(len(values))),
-        "scale": [0.5] * len(values),
-        "size": [(2, 2)] * len(values),
-    }
+    return {"img": images, "annot": torch.full((len(values), 1, 5), -1.0), "index": list(range(len(values)))}
 
 
-def train(model, loader, recipe="original", lr=0.1, **settings):
+def trainer(model, recipe="original", lr=0.1):
+    """A function that trains `model` for an epoch."""
     optimizer = make_optimizer(model, RECIPES[recipe], lr)
-    schedule = Schedule(optimizer, RECIPES[recipe], 100)
-    return engine.train_one_epoch(
-        model, loader, optimizer, schedule, CPU, torch.float32, engine.Progress(epoch=3), **settings
-    )
+    schedule, progress = Schedule(optimizer, RECIPES[recipe], 100), Progress(epoch=3)
+
+    def train(loader, **options):
+        return train_one_epoch(model, loader, optimizer, schedule, CPU, torch.float32, progress, **options)
+
+    return train, progress
+
+
+def train(model, loader, recipe="original", lr=0.1, **options):
+    return trainer(model, recipe, lr)[0](loader, **options)
 
 
 def test_statistics_and_log_are_means_over_batches():
-    entries, model = [], Line()
-    stats = train(model, [batch(1, 1), batch(2), batch(3)], lr=1e-12, log_step=entries.append, log_every=2)
-    assert stats["class_loss"] == pytest.approx((1 + 4 + 9) / 3) and stats["box_loss"] == 0
+    entries = []
+    loader = [batch(1, 1), batch(2), batch(3)]
+    statistics = train(Line(), loader, lr=1e-12, log_step=entries.append, log_every=2)
+    assert statistics["class_loss"] == pytest.approx((1 + 4 + 9) / 3) and statistics["box_loss"] == 0
     assert [entry["step"] for entry in entries] == [2, 3]
     assert [entry["class_loss"] for entry in entries] == pytest.approx([2.5, 9])
+    assert [entry["grad_norm"] for entry in entries] == pytest.approx([4, 6])  # twice the distance
     assert all(entry["epoch"] == 3 and entry["lr"] == pytest.approx(1e-12) for entry in entries)
 
 
 def test_accumulated_batches_equal_one_large_batch():
     weights = []
-    for loader, accumulate in (
-        ([batch(1, 2, 3, 4)], 1),
-        ([batch(1, 2), batch(3, 4)], 2),
-        ([batch(1, 2), batch(3, 4)], 5),
-    ):
+    halves = [batch(1, 2), batch(3, 4)]
+    for loader, accumulate in (([batch(1, 2, 3, 4)], 1), (halves, 2), (halves, 5)):
         model = Line()
         train(model, loader, "paper", accumulate=accumulate)
         weights.append(model.weight.item())
@@ -76,12 +78,18 @@ def test_clipping_bounds_the_step():
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
     model = Line()
-    with pytest.raises(UserError, match=r"epoch 3, step 2, images 0, 1"):
+    with pytest.raises(NotFiniteError, match=r"class nan, box 0.* epoch 3, step 2, images 0, 1"):
         train(model, [batch(0), batch(1, math.nan)])
     assert model.weight.item() == 0
 
 
-def test_a_gradient_that_is_not_finite_is_noticed_a_step_later_at_the_latest():
+def test_the_batches_that_are_not_finite_are_in_the_error():
+    with pytest.raises(NotFiniteError) as caught:
+        train(Line(), [batch(1), batch(math.inf)], accumulate=2)
+    assert [found["img"][0, 0, 0, 0].item() for found in caught.value.batches] == [math.inf]
+
+
+def test_a_gradient_that_is_not_finite_is_reported_a_step_later_at_the_latest():
     class Steep(Line):
         def forward(self, inputs):
             losses = super().forward(inputs)
@@ -89,18 +97,12 @@ def test_a_gradient_that_is_not_finite_is_noticed_a_step_later_at_the_latest():
             return losses
 
     for loader in ([batch(1)], [batch(1), batch(2)]):
-        with pytest.raises(engine.NotFiniteError, match=r"gradient's norm is not finite .* step 1, images 0") as caught:
+        with pytest.raises(NotFiniteError, match=r"gradient's norm is not finite .* step 1, images 0") as caught:
             train(Steep(), loader)
         assert [found["index"] for found in caught.value.batches] == [[0]]
 
 
-def test_the_batch_that_is_not_finite_is_handed_over():
-    with pytest.raises(engine.NotFiniteError) as caught:
-        train(Line(), [batch(1), batch(math.inf)], accumulate=2)
-    assert [found["img"][0, 0, 0, 0].item() for found in caught.value.batches] == [math.inf]
-
-
-def test_an_epoch_goes_on_from_its_middle():
+def test_an_epoch_continues_from_its_middle():
     whole, first, second = [], [], []
     batches = [batch(value) for value in range(1, 8)]
     expected = train(Line(), batches, log_step=whole.append, log_every=2)
@@ -112,96 +114,38 @@ def test_an_epoch_goes_on_from_its_middle():
         if progress.step == 3:
             raise StopError
 
-    model, progress = Line(), engine.Progress(epoch=3)
-    optimizer = make_optimizer(model, RECIPES["original"], 0.1)
-    schedule = Schedule(optimizer, RECIPES["original"], 100)
-    run = (optimizer, schedule, CPU, torch.float32, progress)
+    run, progress = trainer(Line())
     with pytest.raises(StopError):
-        engine.train_one_epoch(model, batches, *run, log_step=first.append, log_every=2, after_step=stop_after_step_3)
+        run(batches, log_step=first.append, log_every=2, after_step=stop_after_step_3)
 
     class Rest(list):
         def __iter__(self):
             return iter(batches[3:])
 
-    found = engine.train_one_epoch(model, Rest(batches), *run, log_step=second.append, log_every=2)
-    for stats in (expected, found, *whole, *first, *second):
-        stats.pop("images_per_second")
+    found = run(Rest(batches), log_step=second.append, log_every=2)
+    assert run(Rest(batches))["loss"] == expected["loss"]  # a complete epoch takes no step
+    for entry in (expected, found, *whole, *first, *second):
+        entry.pop("images_per_second")
     assert found == expected and first + second == whole
 
 
-def test_the_wish_is_asked_before_a_step_and_heard_after_it():
-    answers, heard = iter([0, 0, 15]), []
-    train(Line(), [batch(1)] * 3, wish=lambda: next(answers), after_step=heard.append)
-    assert heard == [0, 0, 15]
+def test_a_signal_is_asked_for_before_a_step_and_handed_on_after_it():
+    answers, received = iter([0, 0, 15]), []
+    train(Line(), [batch(1)] * 5, accumulate=2, stop_signal=lambda: next(answers), after_step=received.append)
+    assert received == [0, 0, 15]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
-def test_memory_that_runs_out_is_explained(error):
-    class Greedy(Line):
-        def forward(self, inputs):
-            raise error
-
-        def detect(self, images, image_sizes):
-            raise error
-
-    message = r"out of memory with 2 images of 2 x 2 pixels a batch in torch.float32: lower --batch_size"
-    with pytest.raises(UserError, match=message):
-        train(Greedy(), [batch(1, 2)])
-    with pytest.raises(UserError, match=message):
-        inference.detect(Greedy(), [batch(1, 2)], CPU)
-
-
-def test_memory_that_runs_out_while_pictures_are_read_is_explained():
-    def loader():
-        yield batch(1)
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-
-    with pytest.raises(UserError, match=r"out of memory while pictures were read: lower --workers"):
-        inference.detect(Finder(), loader(), CPU)
-
-
-def test_other_errors_pass():
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), UserError, "out of memory with 2 images of 2 x 2 pixels"),
+        (RuntimeError("bug"), RuntimeError, "^bug$"),
+    ],
+)
+def test_memory_that_runs_out_is_explained_and_other_errors_pass(error, kind, message):
     class Broken(Line):
         def forward(self, inputs):
-            raise RuntimeError("bug")
+            raise error
 
-    with pytest.raises(RuntimeError, match=r"^bug$"):
-        train(Broken(), [batch(1)])
-
-
-def test_after_step_is_called_once_an_optimizer_step():
-    calls = []
-    train(Line(), [batch(1)] * 5, accumulate=2, after_step=calls.append)
-    assert len(calls) == 3
-
-
-class Finder(nn.Module):
-    """Finds one box an image, with the image's mean as its score."""
-
-    def detect(self, images, image_sizes, fail=False):
-        assert not self.training
-        if fail:
-            raise RuntimeError("broken")
-        means = images.mean(dim=(1, 2, 3))
-        return [
-            Detections(mean[None], torch.tensor([0]), torch.tensor([[0.0, 0.0, *reversed(size)]]))
-            for mean, size in zip(means, image_sizes, strict=True)
-        ]
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_detect_gives_original_pixels_and_leaves_the_mode(training):
-    model = Finder().train(training)
-    found = inference.detect(model, [batch(1, 2)], CPU)
-    assert sorted(found) == [0, 1]
-    assert found[1].scores.item() == 2 and found[1].boxes.tolist() == [[0, 0, 4, 4]]
-    assert model.training == training
-    with pytest.raises(RuntimeError, match="broken"):
-        inference.detect(model, [batch(1)], CPU, fail=True)
-    assert model.training == training
-
-
-def test_detection_leaves_off_when_told_to():
-    answers = iter([False, False, True])
-    batches = [{**batch(1), "index": [index]} for index in range(5)]
-    assert sorted(inference.detect(Finder(), batches, CPU, stop=lambda: next(answers))) == [0, 1]
+    with pytest.raises(kind, match=message):
+        train(Broken(), [batch(1, 2)])

@@ -50,7 +50,7 @@ def test_frozen_weights_are_left_out():
     assert [weight is model.weight for weight in group["params"]] == [True]
 
 
-def test_schedule_goes_on_from_a_saved_state():
+def test_a_schedule_continues_from_a_saved_state():
     first = make_optimizer(nn.Linear(2, 2), RECIPES["scratch"], 1.0)
     schedule = Schedule(first, RECIPES["scratch"], 20)
     for _ in range(7):
