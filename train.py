@@ -30,7 +30,7 @@ from retinanet.training.log import RunLog, read_log
 from retinanet.training.recipes import RECIPES
 from retinanet.training.run import Run, check_resume, find_checkpoint
 from retinanet.training.settings import Settings
-from retinanet.visual import anchor_fit, charts, data_views, views
+from retinanet.visual import anchor_report, charts, data_views, views
 
 # What --weights may name in place of a file.
 PRETRAINED = {"imagenet": "IMAGENET1K_V1", "imagenet_v2": "IMAGENET1K_V2", "none": False}
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     if process.is_main_process():
         (out_dir / "args.json").write_text(json.dumps(settings.as_dict(), indent=2))
         best_match_iou = RECIPES[settings.recipe].best_match_iou
-        anchor_fit.log_summary(train_set, run.net.anchors, args.min_side, args.max_side, best_match_iou)
+        anchor_report.log_summary(train_set, run.net.anchors, args.min_side, args.max_side, best_match_iou)
         data_views.save_data_images(train_set, sampler, out_dir)
     with process.StopSignals() as stop:
         try:

@@ -4,35 +4,35 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from retinanet import inference, process
 from retinanet.anchors import Anchors
 from retinanet.commands import flags
 from retinanet.data.dataset import DetectionDataset, check_classes
 from retinanet.data.images import find_images, read_image
-from retinanet.data.loader import make_loader
+from retinanet.data.loader import make_loader, read_sample
 from retinanet.data.transforms import Resizer, normalize
 from retinanet.errors import UserError
-from retinanet.inference import detect_images
+from retinanet.evaluation.errors import judge
 from retinanet.model import RetinaNet
 from retinanet.process import log, progress, script
 from retinanet.training.checkpoint import load_model
-from retinanet.visual import anchor_fit, views
+from retinanet.visual import anchor_fit, anchor_report, anchor_views, data_views, heatmaps, views
 from retinanet.visual.drawing import draw_boxes, save_image, side_by_side
+from retinanet.visual.text import readable_names
 
 SHOWS = {
-    "truth": "boxes as training sees them, with --augment after augmentation",
-    "detections": "beside the truth: right ones solid, false ones dashed, missed boxes dotted",
+    "truth": "annotations as training sees them, with --augment after augmentation",
+    "detections": "beside the ground truth: right ones solid, false ones dashed, missed boxes dotted",
     "anchors": "the anchors of one location of each pyramid level",
     "matches": "which anchors are positive, for which box, and which are ignored; boxes without any are red",
-    "pyramid": "each level's activations and class probabilities, as heat maps",
+    "pyramid": "the activations and class probabilities of each level, as heat maps",
     "loss": "where the class loss comes from: maps, and the paper's Figure 4",
     "anchor_fit": "whether the anchors fit the boxes of the training set, and which would fit better",
 }
@@ -43,18 +43,31 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Flags -> values; a usage error lists all contradictions and exits with 2."""
     parser = flags.make_parser(__doc__)
     shows = "; ".join(f"{name}: {text}" for name, text in SHOWS.items())
-    parser.add_argument("--show", choices=SHOWS, default="detections", help=f"what to draw. {shows}")
+    parser.add_argument("--show", choices=SHOWS, default="detections", help=f"what to draw {flags.DEFAULT}. {shows}")
     parser.add_argument("--model", help=f"checkpoint, such as best.pt; --show {', '.join(NEED_MODEL)} need it")
     parser.add_argument(
-        "--images", nargs="+", metavar="PATH", help="in place of a data set: pictures, folders of pictures, or patterns"
+        "--images",
+        nargs="+",
+        metavar="PATH",
+        help="in place of a data set: image files, folders of images, or patterns",
     )
     flags.add_data_arguments(parser, training=True, required=False)
     group = parser.add_argument_group("choice of images")
     group.add_argument("--split", choices=["train", "val"], help="which set (default: val; anchor_fit: train)")
     group.add_argument("--indices", type=flags.non_negative_int, nargs="+", help="images of the set by number, from 0")
-    group.add_argument("--limit", type=flags.positive_int, default=12, help="images of the set, without --indices")
+    group.add_argument(
+        "--limit",
+        type=flags.positive_int,
+        default=12,
+        help=f"number of images, without --indices {flags.DEFAULT}",
+    )
     group.add_argument("--augment", action="store_true", help="augment as in the first epoch of training with --seed")
-    group.add_argument("--seed", type=flags.non_negative_int, default=0, help="of augmentation, shapes and search")
+    group.add_argument(
+        "--seed",
+        type=flags.non_negative_int,
+        default=0,
+        help=f"of augmentation, shapes and search {flags.DEFAULT}",
+    )
     group.add_argument("--min_side", type=flags.positive_int, help="short side, pixels (default: the model's, or 608)")
     group.add_argument("--max_side", type=flags.positive_int, help="long side's limit (default: the model's, or 1024)")
     flags.add_augmentation_arguments(parser)
@@ -68,10 +81,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flags.add_detection_arguments(parser, score_threshold=0.5)
     flags.add_machine_arguments(parser)
     group = parser.add_argument_group("output")
-    group.add_argument("--columns", type=flags.positive_int, default=3, help="pictures in a row of detections.png")
-    group.add_argument("--out_dir", default="runs/pictures", help="folder for the pictures")
+    group.add_argument(
+        "--columns", type=flags.positive_int, default=3, help=f"images in a row of detections.png {flags.DEFAULT}"
+    )
+    group.add_argument("--out_dir", default="runs/pictures", help=f"folder for the PNG files {flags.DEFAULT}")
     args = parser.parse_args(argv)
     args.split = args.split or ("train" if args.show == "anchor_fit" else "val")
+    if errors := contradictions(args):
+        parser.error("; ".join(errors))
+    return args
+
+
+def contradictions(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags together: one message each."""
     errors = []
     if (args.dataset is None) == (args.images is None):
         errors.append("give either --dataset or --images")
@@ -87,176 +109,146 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         errors.append(f"--show {args.show} takes no --augment")
     if not args.augment and (args.jitter or args.random_crop is not None or args.colour_jitter is not None):
         errors.append("--jitter, --random_crop and --colour_jitter need --augment")
-    if errors:
-        parser.error("; ".join(errors))
-    return args
+    return errors
 
 
 def choose_indices(args: argparse.Namespace, dataset: DetectionDataset) -> list[int]:
     """The images to draw.
 
     Raises:
-        UserError: there are none of such a number.
+        UserError: the data set has fewer images.
     """
     if args.indices is None:
         return list(range(min(args.limit, len(dataset))))
     if max(args.indices) >= len(dataset):
-        raise UserError(f"--indices {max(args.indices)}: the set has {len(dataset)} images, from 0 on")
+        raise UserError(f"--indices {max(args.indices)}: the set has {len(dataset)} images, numbered from 0")
     return args.indices
-
-
-class Input:
-    """One image as the network is given it.
-
-    Args:
-        dataset: with a Resizer among its transforms.
-        index: of the image.
-        seed: of its augmentation, which is then that of the first epoch.
-        device: for `images`.
-    """
-
-    def __init__(self, dataset: DetectionDataset, index: int, seed: int, device: torch.device):
-        with process.seeded(seed, 0, index):
-            sample = dataset[index]
-        self.picture: np.ndarray = views.to_image(sample["img"])  # [H, W, 3] uint8
-        self.truth: Tensor = torch.as_tensor(sample["annot"])  # [G, 5]
-        self.images: Tensor = normalize(torch.as_tensor(sample["img"]).permute(2, 0, 1)[None].to(device))
 
 
 def show_inputs(
     args: argparse.Namespace, dataset: DetectionDataset, net: RetinaNet | None, anchors: Anchors, device: torch.device
 ) -> int:
-    """Draw truth, anchors, matches, pyramid or loss of each chosen image; returns their number."""
+    """Draw annotations, anchors, matches, pyramid or loss of each chosen image; returns their number."""
     folder, names = flags.make_out_dir(args.out_dir), list(dataset.labels.values())
-    indices = choose_indices(args, dataset)
-    outputs = []
+    indices, losses = choose_indices(args, dataset), []
     for index in progress(indices, args.show):
-        item = Input(dataset, index, args.seed, device)
-        path = folder / f"{args.show}_{index:05d}.png"
-        truth = item.truth.numpy()
+        sample = read_sample(dataset, args.seed, 0, index)
+        image, annotations = data_views.to_image(sample["img"]), torch.as_tensor(sample["annot"])
+        images = normalize(torch.from_numpy(image).permute(2, 0, 1)[None].to(device))
+        path, boxes = folder / f"{args.show}_{index:05d}.png", annotations.numpy()
         if args.show == "truth":
-            title = f"{index}: {Path(dataset.image_path(index)).name}, {len(truth)} boxes"
-            save_image(side_by_side([views.draw_truth(item.picture, truth, names)], [title]), path)
+            title = f"{index}: {Path(dataset.image_path(index)).name}, {len(boxes)} boxes"
+            save_image(side_by_side([data_views.draw_annotations(image, boxes, names)], [title]), path)
         elif args.show == "anchors":
-            save_image(views.draw_anchors(item.picture, truth, anchors), path)
+            save_image(anchor_views.draw_anchors(image, boxes, anchors), path)
         elif args.show == "matches":
-            tiles = anchors(torch.empty(1, 3, *item.picture.shape[:2]))[0]
-            save_image(views.draw_matches(item.picture, truth, tiles, names, args.best_match_iou), path)
+            grid = anchors(torch.empty(1, 3, *image.shape[:2]))[0]
+            save_image(anchor_views.draw_matches(image, boxes, grid, names, args.best_match_iou), path)
+        elif args.show == "pyramid":
+            heatmaps.draw_pyramid(net, images, image, path)
         else:
-            from retinanet.visual import heatmaps
-
-            if args.show == "pyramid":
-                heatmaps.draw_pyramid(net, item.images, item.picture, path)
-            else:
-                drawn = draw_boxes(item.picture, truth[:, :4], truth[:, 4].astype(int))
-                outputs.append(heatmaps.draw_loss(net, item.images, item.truth, drawn, path))
-    if args.show == "loss":
-        heatmaps.draw_cumulative_loss(*zip(*outputs, strict=True), net.focalLoss.alpha, folder / "focal_loss.png")
+            drawn = draw_boxes(image, boxes[:, :4], boxes[:, 4].astype(int))
+            losses.append(heatmaps.draw_loss(net, images, annotations, drawn, path))
+    if losses:
+        heatmaps.draw_cumulative_loss(losses, net.focalLoss.alpha, folder / "focal_loss.png")
     return len(indices)
 
 
 def show_detections(args: argparse.Namespace, dataset: DetectionDataset, net: RetinaNet, device: torch.device) -> int:
-    """Draw detections beside the truth: a file an image, and all on one sheet; returns the number of images."""
+    """Draw detections beside the ground truth: a file an image, and all on one sheet; returns the number of images."""
     folder, names = flags.make_out_dir(args.out_dir), list(dataset.labels.values())
     indices = choose_indices(args, dataset)
     loader = make_loader(dataset, args.batch_size, args.workers, indices=indices, device=device)
     precision = process.choose_precision(args.precision, device)
-    limits = {"score_threshold": args.score_threshold, "max_detections": args.max_detections}
-    found = inference.detect(net, loader, device, precision, **limits)
+    judged = judge(dataset, inference.detect(net, loader, device, precision, **detection_limits(args)))
     for index in progress(indices, "drawing"):
-        image, truth = dataset.load_image(index), dataset.load_annotations(index)
-        picture = views.draw_detections(image, truth, found[index], names)
+        image, annotations = dataset.load_image(index), dataset.load_annotations(index)
+        picture = views.draw_detections(image, annotations, *judged[index], names)
         save_image(picture, folder / f"detections_{index:05d}.png")
-    sheet = views.draw_detections_sheet(dataset, found, indices, args.score_threshold, args.columns)
-    save_image(sheet, folder / "detections.png")
+    save_image(views.draw_detections_sheet(dataset, judged, indices, args.columns), folder / "detections.png")
     return len(indices)
 
 
+def detection_limits(args: argparse.Namespace) -> dict[str, float]:
+    """The limits of detection that the flags set, as arguments of `RetinaNet.detect`."""
+    return {"score_threshold": args.score_threshold, "max_detections": args.max_detections}
+
+
 def show_anchor_fit(args: argparse.Namespace, dataset: DetectionDataset, anchors: Anchors) -> None:
-    """Hold the data set's boxes against the anchors, and look for better ones."""
+    """Measure how well the anchors fit the boxes of the data set, and search better ones."""
     folder = flags.make_out_dir(args.out_dir)
     fit = anchor_fit.measure(dataset, anchors, args.min_side, args.max_side, args.best_match_iou)
     if not len(fit.iou):
         raise UserError("the data set has no boxes")
     better = anchor_fit.search(fit, args.seed)
-    log.info("%s", anchor_fit.report(fit, better, dataset))
-    (folder / "anchor_fit.json").write_text(json.dumps(anchor_fit.as_dict(fit, better, dataset), indent=1))
-    anchor_fit.draw(fit, better, folder / "anchor_fit.png")
+    log.info("%s", anchor_report.report(fit, better, dataset))
+    (folder / "anchor_fit.json").write_text(json.dumps(anchor_report.as_dict(fit, better, dataset), indent=1))
+    anchor_report.draw(fit, better, folder / "anchor_fit.png")
     log.info("\nwritten to %s: anchor_fit.json, anchor_fit.png", folder)
 
 
 def output_paths(files: Sequence[Path], folder: Path) -> list[Path]:
-    """Where the drawn pictures go: below `folder` as the files lie below their common folder, each name once.
+    """Where the drawn images go: below `folder`, as the files lie below their common folder, each name once.
 
     Raises:
-        UserError: a picture would come to lie among the files.
+        UserError: a drawn image would lie among the files.
     """
     common = Path(os.path.commonpath([file.absolute().parent for file in files]))
-    taken, outputs = set(), []
+    outputs: dict[Path, None] = {}
     for file in files:
         relative = file.absolute().relative_to(common)
-        path = folder / relative.with_suffix(".png")
-        number = 2
-        while path in taken:
+        path, number = folder / relative.with_suffix(".png"), 2
+        while path in outputs:
             path = folder / relative.with_name(f"{relative.stem}_{number}.png")
             number += 1
-        taken.add(path)
-        outputs.append(path)
+        outputs[path] = None
     mixed = {path.resolve().parent for path in outputs} & {file.resolve().parent for file in files}
-    if mixed:  # the next run over that folder would take drawn pictures for new ones
-        raise UserError(
-            f"--out_dir {folder}: drawn pictures would lie among the others, in {min(mixed)}; choose another"
-        )
-    return outputs
+    if mixed:  # the next run over that folder would take drawn images for new ones
+        raise UserError(f"--out_dir {folder}: drawn images would lie among the others, in {min(mixed)}; choose another")
+    return list(outputs)
 
 
 def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any], device: torch.device) -> None:
-    """Detections on pictures without a truth: each drawn, and all in detections.json.
+    """Detections on images without annotations: each drawn, and all in detections.json.
 
     Raises:
         UserError: at the end, if some could not be read; the message lists them.
     """
     files, folder = find_images(args.images), flags.make_out_dir(args.out_dir)
-    targets = dict(zip(files, output_paths(files, folder), strict=True))
-    names, failures, read = info["class_names"], [], []
+    targets, names = output_paths(files, folder), info["class_names"]
+    drawn_names, failures, read = readable_names(names), [], []
 
-    def load(paths: Iterable[Path]) -> Iterator[np.ndarray]:
-        for path in paths:
+    def load() -> Iterator[np.ndarray]:
+        for path, target in zip(progress(files, "detecting"), targets, strict=True):
             try:
                 image = read_image(path)
             except UserError as error:
                 failures.append(str(error))
                 continue
-            read.append(path)
+            read.append((path, target))
             yield image
 
-    limits = {"score_threshold": args.score_threshold, "max_detections": args.max_detections}
-    found = detect_images(
-        net,
-        load(progress(files, "detecting")),
-        Resizer(args.min_side, args.max_side),
-        args.batch_size,
-        process.choose_precision(args.precision, device),
-        **limits,
-    )
+    resizer, precision = Resizer(args.min_side, args.max_side), process.choose_precision(args.precision, device)
+    found = inference.detect_images(net, load(), resizer, args.batch_size, precision, **detection_limits(args))
     entries = []
     for number, (image, (scores, labels, boxes)) in enumerate(found):
-        path = read[number]
+        path, target = read[number]
+        columns = zip(scores.tolist(), labels.tolist(), boxes.tolist(), strict=True)
         detections = [
-            {"class": names[label], "label": label, "score": score, "box": box}
-            for score, label, box in zip(scores.tolist(), labels.tolist(), boxes.tolist(), strict=True)
+            {"class": names[label], "label": label, "score": score, "box": box} for score, label, box in columns
         ]
-        captions = [f"{entry['class']} {entry['score']:.2f}" for entry in detections]
-        targets[path].parent.mkdir(parents=True, exist_ok=True)
-        save_image(draw_boxes(image, boxes.numpy(), labels.tolist(), captions), targets[path])
-        entry = {"file": str(path), "picture": str(targets[path]), "height": image.shape[0], "width": image.shape[1]}
+        captions = [f"{drawn_names[entry['label']]} {entry['score']:.2f}" for entry in detections]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_image(draw_boxes(image, boxes.numpy(), labels.tolist(), captions, class_names=names), target)
+        entry = {"file": str(path), "picture": str(target), "height": image.shape[0], "width": image.shape[1]}
         entries.append(entry | {"detections": detections})
-    content = {"model": args.model, "class_names": names, **limits, "images": entries, "unreadable": failures}
+    content = {"model": args.model, "class_names": names, **detection_limits(args)}
+    content |= {"images": entries, "unreadable": failures}
     (folder / "detections.json").write_text(json.dumps(content, indent=1))
     total = sum(len(entry["detections"]) for entry in entries)
-    log.info("%d pictures, %d detections: %s", len(entries), total, folder)
+    log.info("%d images, %d detections: %s", len(entries), total, folder)
     if failures:
-        raise UserError(f"{len(failures)} of {len(files)} pictures were skipped:\n" + "\n".join(failures))
+        raise UserError(f"{len(failures)} of {len(files)} images were skipped:\n" + "\n".join(failures))
 
 
 @script
@@ -290,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         count = show_detections(args, dataset, net, device)
     else:
         count = show_inputs(args, dataset, net, anchors, device)
-    log.info("%d pictures of %s: %s", count, args.show, args.out_dir)
+    log.info("%s of %d images: %s", args.show, count, args.out_dir)
 
 
 if __name__ == "__main__":

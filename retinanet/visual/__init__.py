@@ -1,5 +1,6 @@
-"""Pictures of data, networks and results.
+"""Images of data, networks and results.
 
-`drawing` puts boxes on images, `views` shows data, anchors, matches and detections, `heatmaps` features and losses,
-`charts` numbers, and `anchor_fit` whether anchors fit a data set.
+Read `drawing` first (boxes and sheets, with the names that `text` makes drawable); then `data_views` (annotations,
+batches), `anchor_views` (anchors, matches) and `views` (detections beside the ground truth). `charts` draws numbers,
+`heatmaps` features and losses. `anchor_fit` measures whether anchors fit a data set, `anchor_report` says and draws it.
 """

@@ -1,18 +1,21 @@
 """Numbers -> charts, as PNG files. Needs matplotlib (`pip install matplotlib`), and no display."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from retinanet.data.dataset import DetectionDataset
 from retinanet.errors import UserError
 from retinanet.visual.drawing import class_colour
+from retinanet.visual.text import find_font, readable_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEGEND_LIMIT = 20  # names in a column of half a figure's height; numbers in a row of a matrix
+CLASS_LIMIT = 40  # bars of a label chart
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -28,6 +31,23 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 
+def save_figure(figure: "Figure", path: str | Path) -> None:
+    """Write a PNG file; text beyond ASCII is set in a font that has its letters."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if font := find_font(text.get_text()):
+            text.set_fontproperties(FontProperties(fname=font, size=text.get_size()))
+    figure.savefig(path)
+
+
+def chart_names(names: Iterable[str]) -> list[str]:
+    """Class names as matplotlib shows them as they are: no formulas between `$`, none hidden by a leading `_`."""
+    escaped = [name.replace("$", r"\$") for name in readable_names(names)]
+    return [f" {name}" if name.startswith("_") else name for name in escaped]
+
+
 def draw_curves(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) -> None:
     """Precision-recall curves.
 
@@ -37,15 +57,16 @@ def draw_curves(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | Path
     """
     figure = new_figure(6 * len(panels) + 2, 6)
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for label, (name, (recall, precision)) in enumerate(curves.items()):
-            colour = np.array(class_colour(label)) / 255
-            axes.plot(recall, precision, color=colour, label=name)
+        names = chart_names(curves)
+        lines = [
+            axes.plot(recall, precision, color=rgb(label))[0]
+            for label, (recall, precision) in enumerate(curves.values())
+        ]
         axes.set(title=title, xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
-    handles, names = axes.get_legend_handles_labels()
-    rows = 2 * LEGEND_LIMIT
-    figure.legend(handles, names, loc="outside right upper", ncols=-(-len(names) // rows), fontsize=8)
-    figure.savefig(path)
+    columns = -(-len(names) // (2 * LEGEND_LIMIT))
+    figure.legend(lines, names, loc="outside right upper", ncols=columns, fontsize=8)
+    save_figure(figure, path)
 
 
 def draw_training_curves(entries: Sequence[Mapping[str, float]], steps_per_epoch: int, path: str | Path) -> None:
@@ -86,41 +107,90 @@ def draw_training_curves(entries: Sequence[Mapping[str, float]], steps_per_epoch
         axes.set(xlabel="epochs", xlim=(0, None))
         axes.grid(alpha=0.3)
     losses.legend()
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def draw_bars(values: Mapping[str, float], title: str, path: str | Path) -> None:
-    """One horizontal bar a name, with its value written beside it."""
+    """One horizontal bar for each name, with its value beside it."""
     figure = new_figure(7, 0.5 * len(values) + 1.2)
     axes = figure.subplots()
     bars = axes.barh(list(values), list(values.values()), color="#4878cf")
     axes.bar_label(bars, fmt="%.3f", padding=3)
     axes.set(title=title, xlim=(0, 1.15 * max(*values.values(), 1e-3)))
     axes.invert_yaxis()
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def draw_matrix(matrix: np.ndarray, names: Sequence[str], title: str, path: str | Path) -> None:
-    """A confusion matrix, each row coloured by its shares, with counts where there is room.
+    """A confusion matrix, each row coloured by its shares, with the counts where there is room.
 
     Args:
-        matrix: [N, N] counts; rows are the truth, columns what was found.
-        names: [N].
-        title: above it.
+        matrix: [N, N] counts; rows are the ground truth, columns the detections.
+        names: [N] classes.
+        title: of the chart.
         path: of the PNG file.
     """
     side = min(24, 3.5 + 0.45 * len(names))
     figure = new_figure(side + 1, side)
     axes = figure.subplots()
+    names = chart_names(names)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, label="share of the row", shrink=0.8)
     size = min(9, 260 / len(names))
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
     axes.set_yticks(range(len(names)), names, fontsize=size)
-    axes.set(title=title, xlabel="found", ylabel="truth")
+    axes.set(title=title, xlabel="found", ylabel="ground truth")
     if len(names) <= LEGEND_LIMIT + 1:
         for row, column in np.ndindex(matrix.shape):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=colour, fontsize=size)
-    figure.savefig(path)
+    save_figure(figure, path)
+
+
+def rgb(label: int) -> tuple[float, ...]:
+    """The colour of a class as matplotlib takes it."""
+    return tuple(channel / 255 for channel in class_colour(label))
+
+
+def draw_label_chart(dataset: DetectionDataset, path: str | Path) -> None:
+    """What a data set holds: boxes of each class, their sizes and their positions.
+
+    Args:
+        dataset: gives annotations and image sizes; no image is read.
+        path: of the PNG file.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    annotations, names = dataset.annotations, chart_names(dataset.labels.values())
+    counts = np.bincount(annotations[:, 4].astype(int), minlength=len(names))
+    shown = np.argsort(-counts, kind="stable")[:CLASS_LIMIT].tolist()
+    figure = new_figure(16, max(4.5, 0.2 * len(shown)))
+    classes, sizes, positions = figure.subplots(1, 3)
+    colours = [rgb(label) for label in shown]
+    bars = classes.barh(range(len(shown)), counts[shown], color=colours, edgecolor="black", linewidth=0.5)
+    classes.set_yticks(range(len(shown)), [names[label] for label in shown])
+    classes.bar_label(bars, padding=3, fontsize=8)
+    classes.invert_yaxis()
+    classes.margins(x=0.15)
+    rest = f"\nthe {len(shown)} most frequent of {len(names)} classes" if len(shown) < len(names) else ""
+    empty = len(dataset) - len(np.unique(dataset.image_index))
+    classes.set(title=f"{len(annotations)} boxes in {len(dataset)} images ({empty} without any){rest}", xlabel="boxes")
+    classes.xaxis.get_major_locator().set_params(integer=True)
+    if len(annotations):
+        relative = 100 * annotations[:, :4] / np.tile(np.asarray(dataset.image_sizes)[dataset.image_index, ::-1], 2)
+        _draw_density(sizes, *(relative[:, 2:] - relative[:, :2]).T)
+        _draw_density(positions, *((relative[:, 2:] + relative[:, :2]) / 2).T)
+    sizes.set(title="sizes of boxes", xlabel="width, % of the image", ylabel="height, % of the image")
+    positions.set(title="centres of boxes", xlabel="x, % of the image", ylabel="y, % of the image")
+    positions.invert_yaxis()
+    save_figure(figure, path)
+
+
+def _draw_density(axes: Any, x: np.ndarray, y: np.ndarray) -> None:
+    """How many points lie in each cell of a grid from 0 to 100 %."""
+    counts, _, _ = np.histogram2d(y.clip(0, 100), x.clip(0, 100), bins=50, range=((0, 100), (0, 100)))
+    picture = axes.imshow(np.ma.masked_equal(counts, 0), origin="lower", extent=(0, 100, 0, 100), cmap="viridis")
+    bar = axes.figure.colorbar(picture, cax=axes.inset_axes([1.03, 0, 0.05, 1]), label="boxes")
+    bar.ax.yaxis.get_major_locator().set_params(integer=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,14 +12,10 @@ from torch.nn.functional import interpolate
 from retinanet.losses import focal_loss
 from retinanet.matcher import BACKGROUND, IGNORE, match_anchors
 from retinanet.model import RetinaNet
-from retinanet.visual.charts import new_figure
+from retinanet.visual.charts import new_figure, save_figure
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)  # of the paper's Figure 4
 CURVE_POINTS = 500
-
-
-def _level_names(net: RetinaNet) -> list[str]:
-    return [f"P{level}" for level in net.anchors.pyramid_levels]
 
 
 def _grid(title: str, size: tuple[int, int]) -> tuple[Any, np.ndarray]:
@@ -32,154 +28,175 @@ def _grid(title: str, size: tuple[int, int]) -> tuple[Any, np.ndarray]:
     return figure, axes
 
 
-def _draw_map(axes: Any, values: Tensor, size: tuple[int, int], title: str, **options: Any) -> Any:
-    """One level's numbers [rows, columns], laid over the pixels of the image that they stand for."""
+def _draw_map(axes: Any, values: Tensor | np.ndarray, size: tuple[int, int], title: str, **options: Any) -> Any:
+    """Draw the numbers of one level [rows, columns] over the pixels of the image that they stand for."""
     axes.set_title(title, fontsize=9)
-    return axes.imshow(values.cpu().numpy(), extent=(0, size[1], size[0], 0), **options)
+    return axes.imshow(np.asarray(values), extent=(0, size[1], size[0], 0), **options)
 
 
 @torch.no_grad()
-def draw_pyramid(net: RetinaNet, images: Tensor, picture: np.ndarray, path: str | Path) -> None:
-    """Each level's activations, and its highest class probability at each location.
+def pyramid_maps(net: RetinaNet, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The norm of the activations over the channels, and the highest class probability, at each location of each level.
 
     Args:
         net: in evaluation mode.
         images: [1, 3, H, W] normalised.
-        picture: [H, W, 3] uint8: the same to look at.
+
+    Returns:
+        For each level two maps [rows, columns], on the CPU.
+    """
+    maps = []
+    for level in net.fpn(net.backbone(images)):
+        probabilities = net.classificationModel(level)[0].float().sigmoid()  # [rows * columns * num_anchors, K]
+        best = probabilities.reshape(*level.shape[-2:], -1).amax(dim=2)
+        maps.append((level[0].float().norm(dim=0).cpu(), best.cpu()))
+    return maps
+
+
+def draw_pyramid(net: RetinaNet, images: Tensor, picture: np.ndarray, path: str | Path) -> None:
+    """Draw the activations of each level, and its highest class probability at each location.
+
+    Args:
+        net: in evaluation mode.
+        images: [1, 3, H, W] normalised.
+        picture: [H, W, 3] uint8: the same image to look at.
         path: of the PNG file.
 
     Raises:
         UserError: matplotlib is not installed.
     """
     size = picture.shape[:2]
-    figure, axes = _grid(
-        "the pyramid: norm of the activations over the channels (above), highest class probability (below)", size
-    )
-    pyramid = net.fpn(net.backbone(images))
-    best = []
-    for level in pyramid:
-        probabilities = net.classificationModel(level)[0].float().sigmoid()  # [rows * columns * num_anchors, K]
-        best.append(probabilities.reshape(*level.shape[-2:], -1).amax(dim=2))
-    highest = max(float(values.max()) for values in best)
-    for column, (name, level, probability) in enumerate(zip(_level_names(net), pyramid, best, strict=True), start=1):
-        rows, columns = probability.shape
-        activation = level[0].float().norm(dim=0)  # over the channels
-        _draw_map(axes[0, column], activation, size, f"{name}: {rows} x {columns} locations", cmap="magma", vmin=0)
-        title = f"{name}: at most {probability.max():.2f}"
-        heat = _draw_map(axes[1, column], probability, size, title, cmap="inferno", vmin=0, vmax=highest)
+    title = "the pyramid: norm of the activations over the channels (above), highest class probability (below)"
+    figure, axes = _grid(title, size)
+    maps = pyramid_maps(net, images)
+    scale = {"cmap": "inferno", "vmin": 0, "vmax": max(float(best.max()) for _, best in maps)}
+    for column, (activations, best) in enumerate(maps, start=1):
+        name, (rows, columns) = f"P{net.anchors.pyramid_levels[column - 1]}", best.shape
+        _draw_map(axes[0, column], activations, size, f"{name}: {rows} x {columns} locations", cmap="magma", vmin=0)
+        heat = _draw_map(axes[1, column], best, size, f"{name}: at most {best.max():.2f}", **scale)
     figure.colorbar(heat, ax=axes[1, :], label="probability", shrink=0.8)
-    _draw_map(axes[0, 0], torch.tensor(picture), size, "the network's input")
-    # At each pixel the best of all levels, [1, H, W].
-    everywhere = torch.cat([interpolate(probability[None, None], size) for probability in best]).amax(dim=0)
-    _draw_map(axes[1, 0], everywhere[0], size, "all levels", cmap="inferno", vmin=0, vmax=highest)
-    figure.savefig(path)
+    _draw_map(axes[0, 0], picture, size, "the network's input")
+    # At each pixel the best of all levels, [H, W].
+    everywhere = torch.cat([interpolate(best[None, None], size) for _, best in maps]).amax(dim=0)[0]
+    _draw_map(axes[1, 0], everywhere, size, "all levels", **scale)
+    save_figure(figure, path)
 
 
-def anchor_labels(anchors: Tensor, truth: Tensor, best_match_iou: float | None = None) -> Tensor:
-    """The class that each of [A, 4] anchors must find for the truth [G, 5]: [A] int64, or BACKGROUND, or IGNORE."""
-    rows = truth if len(truth) else truth.new_full((1, 5), -1)
-    matches = match_anchors(anchors, rows[None], best_match_iou)[0]
-    return torch.where(matches >= 0, rows[matches.clamp(min=0), 4].long(), matches)
+class AnchorLosses(NamedTuple):
+    """The classification of the anchors of one image, and what it costs, on the CPU.
+
+    Attributes:
+        logits: [A, K].
+        labels: [A] int64: the class that each anchor must find, or BACKGROUND, or IGNORE.
+        losses: [A] the share of each anchor in the class loss of the image.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    losses: Tensor
 
 
 @torch.no_grad()
-def draw_loss(
-    net: RetinaNet, images: Tensor, truth: Tensor, picture: np.ndarray, path: str | Path
-) -> tuple[Tensor, Tensor]:
-    """Where the class loss comes from: the loss of the anchors at each location, of objects and of background.
+def anchor_losses(net: RetinaNet, images: Tensor, annotations: Tensor) -> AnchorLosses:
+    """Take the class loss of an image apart, anchor by anchor.
 
     Args:
         net: in evaluation mode.
         images: [1, 3, H, W] normalised.
-        truth: [G, 5] (x1, y1, x2, y2, label), pixels of the input.
-        picture: [H, W, 3] uint8: the input to look at, with its truth drawn on it.
+        annotations: [G, 5] (x1, y1, x2, y2, label), pixels of the input.
+    """
+    criterion = net.focalLoss
+    logits, _, anchors = net.heads(images)
+    annotations = annotations.to(anchors.device)
+    if not len(annotations):
+        annotations = annotations.new_full((1, 5), -1)
+    matches = match_anchors(anchors[0], annotations[None], criterion.best_match_iou)[0]  # [A]
+    labels = torch.where(matches >= 0, annotations[matches.clamp(min=0), 4].long(), matches)
+    losses = focal_loss(logits[0], labels, criterion.alpha, criterion.gamma)
+    losses = losses / (labels >= 0).sum().clamp(min=1)  # as the criterion does
+    return AnchorLosses(logits[0].float().cpu(), labels.cpu(), losses.cpu())
+
+
+def draw_loss(
+    net: RetinaNet, images: Tensor, annotations: Tensor, picture: np.ndarray, path: str | Path
+) -> AnchorLosses:
+    """Draw where the class loss comes from: the loss of the anchors at each location, of objects and of background.
+
+    Args:
+        net: in evaluation mode.
+        images: [1, 3, H, W] normalised.
+        annotations: [G, 5] (x1, y1, x2, y2, label), pixels of the input.
+        picture: [H, W, 3] uint8: the input to look at, with its annotations drawn on it.
         path: of the PNG file.
 
     Returns:
-        The logits [A, K] and the anchors' labels [A], for `draw_cumulative_loss`.
+        What was drawn, for `draw_cumulative_loss`.
 
     Raises:
         UserError: matplotlib is not installed.
     """
-    size = tuple(images.shape[-2:])
-    logits, _, anchors = net.heads(images)
-    logits = logits[0].float()
-    criterion = net.focalLoss
-    labels = anchor_labels(anchors[0], truth.to(anchors.device), criterion.best_match_iou)
-    # [A] each anchor's loss, for each is taken for an image of its own.
-    losses = focal_loss(logits[:, None], labels[:, None], criterion.alpha, criterion.gamma)
-    losses = losses / (labels >= 0).sum().clamp(min=1)  # as the criterion does
-    kinds = {"objects": labels >= 0, "background": labels == BACKGROUND}
-    sums = {kind: float(losses[chosen].sum()) for kind, chosen in kinds.items()}
-    counts = {kind: int(chosen.sum()) for kind, chosen in kinds.items()}
+    result, size = anchor_losses(net, images, annotations), tuple(images.shape[-2:])
+    kinds = {"objects": result.labels >= 0, "background": result.labels == BACKGROUND}
+    sums = [float(result.losses[chosen].sum()) for chosen in kinds.values()]
+    counts = [int(chosen.sum()) for chosen in kinds.values()]
     figure, axes = _grid(
-        f"class loss {sum(sums.values()):.3f} = {sums['objects']:.3f} from {counts['objects']} positive anchors (above)"
-        f" + {sums['background']:.3f} from {counts['background']} background anchors (below); "
-        f"{int((labels == IGNORE).sum())} are ignored",
+        f"class loss {sum(sums):.3f} = {sums[0]:.3f} from {counts[0]} positive anchors (above)"
+        f" + {sums[1]:.3f} from {counts[1]} background anchors (below); "
+        f"{int((result.labels == IGNORE).sum())} are ignored",
         size,
     )
-    shapes = net.anchors.level_shapes(*size)
+    shapes, names = net.anchors.level_shapes(*size), [f"P{level}" for level in net.anchors.pyramid_levels]
     level_sizes = [rows * columns * net.anchors.num_anchors for rows, columns in shapes]
-    shares = {kind: [] for kind in kinds}
+    _draw_map(axes[0, 0], picture, size, "the network's input and the annotations")
     for row, (kind, chosen) in enumerate(kinds.items()):
-        parts = torch.where(chosen, losses, 0).split(level_sizes)
-        # Loss at each location, all levels on one scale of colours.
+        parts = torch.where(chosen, result.losses, 0).split(level_sizes)
+        # The loss at each location, all levels on one colour scale.
         maps = [part.reshape(*shape, -1).sum(dim=2) for part, shape in zip(parts, shapes, strict=True)]
-        highest = max(float(values.max()) for values in maps) or 1.0
-        for column, (name, values) in enumerate(zip(_level_names(net), maps, strict=True), start=1):
-            shares[kind].append(float(values.sum()))
-            title = f"{name}: {values.sum():.3f}"
-            heat = _draw_map(axes[row, column], values, size, title, cmap="inferno", vmin=0, vmax=highest)
+        scale = {"cmap": "inferno", "vmin": 0, "vmax": max(float(values.max()) for values in maps) or 1.0}
+        shares = [float(values.sum()) for values in maps]
+        for cell, name, values, share in zip(axes[row, 1:], names, maps, shares, strict=True):
+            heat = _draw_map(cell, values, size, f"{name}: {share:.3f}", **scale)
         figure.colorbar(heat, ax=axes[row, :], label=f"loss of the {kind}", shrink=0.8)
-    _draw_map(axes[0, 0], torch.tensor(picture), size, "the network's input and the truth")
-    bars = axes[1, 0]
-    positions = np.arange(len(shapes))
-    for offset, (kind, values) in zip((-0.2, 0.2), shares.items(), strict=True):
-        bars.bar(positions + offset, values, 0.4, label=kind, color="tab:orange" if offset < 0 else "tab:blue")
-    bars.set_xticks(positions, _level_names(net))
-    bars.set_title("loss by level", fontsize=9)
-    bars.legend(fontsize=7)
-    figure.savefig(path)
-    return logits.cpu(), labels.cpu()
+        axes[1, 0].bar(np.arange(len(names)) + 0.4 * row - 0.2, shares, 0.4, label=kind, color=f"C{1 - row}")
+    axes[1, 0].set_xticks(range(len(names)), names)
+    axes[1, 0].set_title("loss by level", fontsize=9)
+    axes[1, 0].legend(fontsize=7)
+    save_figure(figure, path)
+    return result
 
 
 def cumulative_loss(losses: Tensor) -> np.ndarray:
-    """How much of the whole loss the cheapest share of anchors makes up: [2, N] share of anchors, share of loss."""
+    """The share of the loss that comes from the cheapest anchors: [2, N] share of anchors, share of loss."""
     ordered = losses.double().sort().values
     share = torch.cat([torch.zeros(1, dtype=torch.float64), ordered.cumsum(dim=0) / ordered.sum()])
     return np.stack([np.linspace(0, 1, len(share)), share.numpy()])
 
 
-def draw_cumulative_loss(logits: Sequence[Tensor], labels: Sequence[Tensor], alpha: float, path: str | Path) -> None:
-    """The paper's Figure 4 for these anchors: the cumulative loss of objects and of background, for each gamma.
+def draw_cumulative_loss(results: Sequence[AnchorLosses], alpha: float, path: str | Path) -> None:
+    """Draw the paper's Figure 4 for these images: the cumulative loss of objects and of background, for each gamma.
 
-    The larger gamma, the fewer background anchors make up the loss; the objects' loss hardly changes.
+    The larger gamma, the fewer background anchors make up the loss; the loss of the objects hardly changes.
 
     Args:
-        logits: [A, K] of each image.
-        labels: [A] of each image, from `anchor_labels`.
+        results: from `draw_loss`, one for each image.
         alpha: as in `losses.focal_loss`.
         path: of the PNG file.
 
     Raises:
         UserError: matplotlib is not installed.
     """
-    logits, labels = torch.cat(list(logits)), torch.cat(list(labels))
+    logits, labels = (torch.cat(parts) for parts in list(zip(*results, strict=True))[:2])
     figure = new_figure(12, 5)
-    figure.suptitle("cumulative focal loss over the anchors, from the cheapest to the dearest (the paper's Figure 4)")
+    figure.suptitle("cumulative focal loss over the anchors, sorted by their loss (the paper's Figure 4)")
     panels = figure.subplots(1, 2)
     for axes, kind, chosen in zip(panels, ("positive", "background"), (labels >= 0, labels == BACKGROUND), strict=True):
         for gamma in GAMMAS if chosen.any() else ():
-            curve = cumulative_loss(focal_loss(logits[chosen, None], labels[chosen, None], alpha, gamma))
+            curve = cumulative_loss(focal_loss(logits[chosen], labels[chosen], alpha, gamma))
             points = np.unique(np.linspace(0, curve.shape[1] - 1, CURVE_POINTS).round().astype(int))
             axes.plot(*curve[:, points], label=f"gamma = {gamma:g}")
-        axes.set(
-            xlabel=f"share of the {int(chosen.sum())} {kind} anchors",
-            ylabel="share of their loss",
-            title=f"{kind} anchors",
-        )
-        axes.set(xlim=(0, 1), ylim=(0, 1.02))
+        share = f"share of the {int(chosen.sum())} {kind} anchors"
+        axes.set(xlabel=share, ylabel="share of their loss", title=f"{kind} anchors", xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
         if chosen.any():
             axes.legend(loc="upper left")
-    figure.savefig(path)
+    save_figure(figure, path)

@@ -1,0 +1,226 @@
+"""What `anchor_fit` measured, as text, as plain types for a JSON file, and as a chart."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retinanet.anchors import Anchors
+from retinanet.data.dataset import DetectionDataset
+from retinanet.matcher import BACKGROUND_IOU, FOREGROUND_IOU
+from retinanet.process import log
+from retinanet.visual.anchor_fit import WORTHWHILE_IOU, AnchorFit, measure, smallest_side
+from retinanet.visual.charts import chart_names, new_figure, save_figure
+from retinanet.visual.text import one_line
+
+WARNING_SHARE = 0.05  # of boxes out of reach, above which training warns
+WORTHWHILE_SHARE = 0.01  # other anchors are advised if they reach this share of the boxes more
+BAR_LIMIT, VALUE_LIMIT = 30, 12  # groups in a chart; groups above which the bars have no numbers
+
+
+def summary(fit: AnchorFit) -> str:
+    """The fit in one line."""
+    if not len(fit.iou):
+        return "anchors: there are no boxes to fit"
+    side, scale = smallest_side(fit.anchors), float(np.median(fit.boxes.scales))
+    return (
+        f"anchors: {_percent(fit.coverage(FOREGROUND_IOU))} of the boxes have one of IoU >= {FOREGROUND_IOU}, "
+        f"{_percent(fit.coverage(BACKGROUND_IOU))} one of IoU >= {BACKGROUND_IOU}; the smallest square box within "
+        f"reach is {side:.1f} px wide after resizing, {side / scale:.1f} px before (in the median image)"
+    )
+
+
+def log_summary(
+    dataset: DetectionDataset, anchors: Anchors, min_side: int, max_side: int, best_match_iou: float | None = None
+) -> None:
+    """Log how the anchors fit the data, with a warning if too many boxes can never be learned.
+
+    The arguments are those of `measure`.
+    """
+    fit = measure(dataset, anchors, min_side, max_side, best_match_iou)
+    log.info("%s", summary(fit))
+    if fit.unreachable_share > WARNING_SHARE:
+        log.warning(
+            "warning: %d of %d boxes (%s) can never be learned, because no anchor overlaps them by IoU %g: try a "
+            "larger --min_side, or ask `visualize.py --show anchor_fit%s`, with the same flags for data and size, for "
+            "anchors that fit",
+            fit.unreachable.sum(), len(fit.iou), _percent(fit.unreachable_share), fit.needed_iou,
+            "" if best_match_iou is None else f" --best_match_iou {best_match_iou:g}",
+        )  # fmt: skip
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def flags(anchors: Anchors) -> str:
+    """The scales and ratios as flags of train.py."""
+    scales, ratios = (" ".join(f"{value:g}" for value in values) for values in (anchors.scales, anchors.ratios))
+    return f"--anchor_scales {scales} --anchor_ratios {ratios}"
+
+
+def report(fit: AnchorFit, better: AnchorFit, dataset: DetectionDataset, limit: int = 20) -> str:
+    """The result as text: coverage by class and size, the boxes out of reach, and the advice.
+
+    Args:
+        fit: of the present anchors.
+        better: from `search`.
+        dataset: gives the paths of the images.
+        limit: of the boxes out of reach, and of the classes, that are listed.
+    """
+    lines = [summary(fit)]
+    for title, groups in fit.groups().items():
+        lines += ["", *_coverage_table(fit, better, title, groups, limit)]
+    lines += ["", f"{fit.unreachable.sum()} boxes can never be learned (best IoU below {fit.needed_iou:g})"]
+    worst = np.flatnonzero(fit.unreachable)
+    worst = worst[np.argsort(fit.iou[worst], kind="stable")]
+    lines += [f"  {_describe(fit, row, dataset)}" for row in worst[:limit]]
+    if len(worst) > limit:
+        lines.append(f"  ... and {len(worst) - limit} more, in anchor_fit.json")
+    return "\n".join([*lines, "", *_advice(fit, better)])
+
+
+def _coverage_table(
+    fit: AnchorFit, better: AnchorFit, title: str, groups: dict[str, np.ndarray], limit: int
+) -> list[str]:
+    """One line for each group that has boxes; of too many, those with the most boxes out of reach."""
+    present = [name for name, chosen in groups.items() if chosen.any()]
+    names = present
+    if len(present) > limit:
+        names = sorted(present, key=lambda name: -fit.unreachable[groups[name]].sum())[:limit]
+    shown, advised = {name: one_line(name) for name in names}, better is not fit
+    width = max(len(title), *map(len, shown.values()))
+    lines = [f"{title:{width}}   boxes  IoU >= 0.5  IoU >= 0.4  mean IoU  " + "advised anchors" * advised]
+    for name in names:
+        chosen = groups[name]
+        cells = f"{shown[name]:{width}} {chosen.sum():7d} {_percent(fit.coverage(0.5, chosen)):>11} "
+        cells += f"{_percent(fit.coverage(0.4, chosen)):>11} {fit.iou[chosen].mean():9.2f}"
+        lines.append(cells + f"{_percent(better.coverage(0.5, chosen)):>17}" * advised)
+    return lines if names is present else [*lines, "... and the rest in anchor_fit.json"]
+
+
+def _describe(fit: AnchorFit, row: int, dataset: DetectionDataset) -> str:
+    box = fit.boxes.boxes[row]
+    width, height = box[2:] - box[:2]
+    name = one_line(fit.class_names[fit.boxes.labels[row]])
+    original = ", ".join(f"{value:.0f}" for value in box / fit.boxes.scales[row])
+    return (
+        f"IoU {fit.iou[row]:.2f}: {name} ({original}), {width:.0f} x {height:.0f} px after resizing, "
+        f"in {dataset.image_path(fit.boxes.image_index[row])}"
+    )
+
+
+def _advice(fit: AnchorFit, better: AnchorFit) -> list[str]:
+    if better is fit:
+        return ["advice: keep these anchors; a search over scales and ratios found none that fit better"]
+    more, closer = fit.unreachable_share - better.unreachable_share, better.iou.mean() - fit.iou.mean()
+    worthwhile = more >= WORTHWHILE_SHARE or closer >= WORTHWHILE_IOU
+    reach = f"{_percent(1 - fit.unreachable_share)} -> {_percent(1 - better.unreachable_share)}"
+    lines = [
+        f"advice: {'use' if worthwhile else 'keep these anchors; only a little better are'} {flags(better.anchors)}",
+        f"  within reach: {reach} of the boxes; mean best IoU {fit.iou.mean():.3f} -> {better.iou.mean():.3f}",
+    ]
+    if better.unreachable.any():
+        side = np.median(fit.boxes.sides[better.unreachable])
+        lines.append(
+            f"  {better.unreachable.sum()} boxes stay out of reach, of a median side of {side:.0f} px after resizing"
+        )
+    return lines
+
+
+def as_dict(fit: AnchorFit, better: AnchorFit, dataset: DetectionDataset) -> dict[str, Any]:
+    """The result in plain types, with every box out of reach (pixels of the original image)."""
+    coverage = {
+        title: {
+            name: {
+                "boxes": int(chosen.sum()),
+                "iou_0.5": fit.coverage(0.5, chosen),
+                "iou_0.4": fit.coverage(0.4, chosen),
+                "iou_0.5_advised": better.coverage(0.5, chosen),
+            }
+            for name, chosen in groups.items()
+            if chosen.any()
+        }
+        for title, groups in ({"all": {"all": np.ones(len(fit.iou), dtype=bool)}} | fit.groups()).items()
+    }
+    unreachable = [
+        {
+            "file": dataset.image_path(fit.boxes.image_index[row]),
+            "class": fit.class_names[fit.boxes.labels[row]],
+            "box": (fit.boxes.boxes[row] / fit.boxes.scales[row]).round(2).tolist(),
+            "best_iou": round(float(fit.iou[row]), 4),
+        }
+        for row in np.flatnonzero(fit.unreachable)
+    ]
+    return {
+        "anchors": fit.anchors.settings(),
+        "needed_iou": fit.needed_iou,
+        "smallest_side": smallest_side(fit.anchors),
+        "coverage": coverage,
+        "unreachable": unreachable,
+        "advised": None if better is fit else better.anchors.settings() | {"flags": flags(better.anchors)},
+    }
+
+
+def draw(fit: AnchorFit, better: AnchorFit, path: str | Path) -> None:
+    """Draw the result: best IoUs, coverage by class and by size, and the shapes of boxes and anchors.
+
+    Args:
+        fit: of the present anchors.
+        better: from `search`.
+        path: of the PNG file.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    figure = new_figure(13, 9)
+    histogram, by_class, by_size, shapes = figure.subplots(2, 2).flat
+    bins = np.linspace(0, 1, 51)
+    histogram.hist(fit.iou, bins, color="tab:blue", alpha=0.7, label="these anchors")
+    if better is not fit:
+        histogram.hist(better.iou, bins, histtype="step", color="black", linewidth=1.5, label="advised anchors")
+    histogram.axvline(BACKGROUND_IOU, color="tab:red", linestyle="--", label="background below")
+    histogram.axvline(FOREGROUND_IOU, color="tab:red", label="positive from here")
+    histogram.set(title=f"best IoU of {len(fit.iou)} boxes", xlabel="IoU of a box with its best anchor", ylabel="boxes")
+    histogram.legend(loc="upper left")
+    for axes, (title, groups) in zip((by_class, by_size), fit.groups().items(), strict=True):
+        _draw_coverage(axes, title, groups, fit, better)
+    _draw_shapes(shapes, fit, better)
+    save_figure(figure, path)
+
+
+def _draw_shapes(axes: Any, fit: AnchorFit, better: AnchorFit) -> None:
+    """Width and height of the boxes, red where they are out of reach, and of the anchors."""
+    sizes = fit.boxes.boxes[:, 2:] - fit.boxes.boxes[:, :2]
+    for chosen, colour, text in ((~fit.unreachable, "tab:blue", "within reach"), (fit.unreachable, "tab:red", "never")):
+        axes.scatter(*sizes[chosen].T, s=8, color=colour, alpha=0.4, label=f"{text}: {chosen.sum()}", linewidths=0)
+    for which, marker, text in ((fit, "+", "anchors"), (better, "x", "advised anchors"))[: 1 + (better is not fit)]:
+        cells = which.anchors.cells.reshape(-1, 4).cpu().numpy()
+        axes.scatter(*(cells[:, 2:] - cells[:, :2]).T, marker=marker, color="black", s=40, alpha=0.7, label=text)
+    axes.set(xscale="log", yscale="log", xlabel="width, px after resizing", ylabel="height, px after resizing")
+    axes.set_title("shapes of boxes and anchors")
+    axes.legend(loc="upper left")
+    axes.grid(alpha=0.3)
+
+
+def _draw_coverage(axes: Any, title: str, groups: dict[str, np.ndarray], fit: AnchorFit, better: AnchorFit) -> None:
+    """Bars of the share of boxes with an anchor of IoU >= 0.5, for the groups with the most boxes."""
+    names = dict(zip(groups, chart_names(groups), strict=True))
+    present = [name for name, chosen in groups.items() if chosen.any()]
+    if len(present) > BAR_LIMIT:
+        kept = set(sorted(present, key=lambda name: -groups[name].sum())[:BAR_LIMIT])
+        present = [name for name in present if name in kept]
+    rows = np.arange(len(present))
+    key = "" if better is fit else "; blue: these anchors, grey: the advised ones"
+    sources = [(fit, "tab:blue")] + [(better, "lightgrey")] * (better is not fit)
+    few, height = len(present) <= VALUE_LIMIT, 0.8 / len(sources)
+    for number, (source, colour) in enumerate(sources):
+        shares = [100 * source.coverage(FOREGROUND_IOU, groups[name]) for name in present]
+        bars = axes.barh(rows + number * height, shares, height, color=colour)
+        if few:
+            axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=8)
+    captions = [f"{names[name]}: {groups[name].sum()}" for name in present]
+    axes.set_yticks(rows + 0.4 - height / 2, captions, fontsize=9 if few else 6)
+    axes.set(xlim=(0, 112), xlabel="boxes with an anchor of IoU >= 0.5, %", title=f"by {title}{key}")
+    axes.invert_yaxis()

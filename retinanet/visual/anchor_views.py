@@ -1,0 +1,137 @@
+"""Anchors on images: those of one location of each level, and which of them training assigns to which box."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from retinanet.anchors import Anchors
+from retinanet.boxes import box_area, box_iou
+from retinanet.matcher import IGNORE, match_anchors
+from retinanet.visual.drawing import (
+    Colour,
+    class_colour,
+    contact_sheet,
+    draw_boxes,
+    enlarge,
+    fit_to_cell,
+    legible_zoom,
+    line_width,
+    side_by_side,
+)
+from retinanet.visual.text import readable_names
+
+RED = (255, 60, 60)  # of boxes without a positive anchor; not the colour of any class
+BLUE = (80, 130, 255)  # of ignored anchors; visible on dark and on light backgrounds
+RATIO_COLOURS = ((255, 153, 119), (0, 255, 0), (0, 255, 255))  # of anchors of the first, second and third ratio
+FRAME = 8  # pixels around the image in pictures of anchors
+CROWDED_SIDE = 600  # pixels of the short side that many anchors need
+
+
+def draw_matches(
+    image: np.ndarray,
+    annotations: np.ndarray,
+    anchors: Tensor,
+    class_names: Sequence[str],
+    best_match_iou: float | None = None,
+) -> np.ndarray:
+    """Draw which anchors are positive, each in the colour of its box, and beside them the ignored ones.
+
+    The caption of a box holds its number of positive anchors; a box without any is red and dotted.
+
+    Args:
+        image: [H, W, 3] uint8, the network's input.
+        annotations: [G, 5] (x1, y1, x2, y2, label), pixels of the image.
+        anchors: [A, 4] xyxy, pixels of the image.
+        class_names: name of each label.
+        best_match_iou: as in FocalLoss.
+    """
+    boxes, names = torch.as_tensor(annotations[:, :4]), readable_names(class_names)
+    matches = match_anchors(anchors, torch.as_tensor(annotations)[None], best_match_iou)[0]  # [A]
+    positive, ignored = (matches >= 0).nonzero()[:, 0], (matches == IGNORE).nonzero()[:, 0]
+    counts = torch.bincount(matches[positive], minlength=len(boxes)).tolist()
+    best_iou = box_iou(boxes, anchors).amax(dim=1).tolist()
+    labels = annotations[:, 4].astype(int)
+    captions = [
+        f"{names[label]}: {count}" + ("" if count else f", best IoU {iou:.2f}")
+        for label, count, iou in zip(labels, counts, best_iou, strict=True)
+    ]
+    colours = [class_colour(index) if count else RED for index, count in enumerate(counts)]
+    styles = ["solid" if count else "dotted" for count in counts]
+    zoom = legible_zoom(image.shape[:2], captions, CROWDED_SIDE)
+    positives = _outline(image, anchors[positive], [colours[row] for row in matches[positive].tolist()], zoom)
+    others = _outline(image, anchors[ignored], [BLUE] * len(ignored), zoom)
+    pictures = [
+        draw_boxes(positives, boxes * zoom, labels, captions, styles, colours, zoom=1),
+        draw_boxes(others, boxes * zoom, labels, None, styles, colours, zoom=1),
+    ]
+    reached = f"{np.count_nonzero(counts)} of {len(boxes)} boxes"
+    background = len(anchors) - len(positive) - len(ignored)
+    titles = [
+        f"{len(positive)} positive anchors, for {reached} (each box is marked with its number)",
+        f"{len(ignored)} ignored anchors (blue); the other {background} are background",
+    ]
+    return side_by_side(pictures, titles)
+
+
+def _outline(image: np.ndarray, anchors: Tensor, colours: Sequence[Colour], zoom: int) -> np.ndarray:
+    """Draw the outlines and centres of anchors on an enlarged image; the more anchors, the fainter the outlines."""
+    opacity = max(20, min(120, 6000 // max(1, len(anchors))))
+    picture = Image.fromarray(enlarge(image, zoom))
+    # torchvision draws opaque lines only.
+    canvas = ImageDraw.Draw(picture, "RGBA")
+    radius = line_width(picture.size)
+    for (x1, y1, x2, y2), colour in zip((anchors * zoom).tolist(), colours, strict=True):
+        canvas.rectangle((x1, y1, x2, y2), outline=(*colour, opacity), width=max(1, radius // 2))
+        x, y = (x1 + x2) / 2, (y1 + y2) / 2
+        canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour, outline=(0, 0, 0))
+    return np.asarray(picture)
+
+
+def draw_anchors(image: np.ndarray, annotations: np.ndarray, anchors: Anchors) -> np.ndarray:
+    """Draw the anchors of one location of each level: one panel a level, one colour a ratio, boxes white and dotted.
+
+    The location is the one whose anchors overlap some box most, or the middle one where there are no boxes. Anchors
+    may reach beyond the image, which then gets a grey margin.
+
+    Args:
+        image: [H, W, 3] uint8, the network's input.
+        annotations: [G, 5] (x1, y1, x2, y2, label), pixels of the image.
+        anchors: the anchors.
+    """
+    height, width = image.shape[:2]
+    boxes = torch.as_tensor(annotations[:, :4])
+    shapes = anchors.level_shapes(height, width)
+    counts = [rows * columns * anchors.num_anchors for rows, columns in shapes]
+    levels = anchors(torch.empty(1, 3, height, width))[0].split(counts)
+    panels = []
+    for level, stride, (rows, columns), of_level in zip(
+        anchors.pyramid_levels, anchors.strides, shapes, levels, strict=True
+    ):
+        location = rows // 2 * columns + columns // 2
+        if len(boxes):
+            location = int(box_iou(boxes, of_level).amax(dim=0).argmax()) // anchors.num_anchors
+        cells = of_level[location * anchors.num_anchors :][: anchors.num_anchors]
+        sides = " ".join(f"{side:.0f}" for side in box_area(cells).sqrt().round().unique())
+        title = f"P{level}: {rows} x {columns} locations, every {stride} px; sides {sides} px"
+        ratios = [number // len(anchors.scales) % len(RATIO_COLOURS) for number in range(len(cells))]
+        panel = _draw_location(image, boxes, cells, [RATIO_COLOURS[ratio] for ratio in ratios])
+        panels.append(side_by_side([panel], [title]))
+    return contact_sheet(panels, columns=3)
+
+
+def _draw_location(image: np.ndarray, boxes: Tensor, cells: Tensor, colours: Sequence[Colour]) -> np.ndarray:
+    """Draw boxes and the anchors of a location over an image, with a margin for what reaches beyond it."""
+    height, width = image.shape[:2]
+    low = cells[:, :2].amin(dim=0).floor().clamp(max=-FRAME).int()  # x, y
+    high = torch.maximum(cells[:, 2:].amax(dim=0).ceil().int(), torch.tensor([width + FRAME, height + FRAME]))
+    (left, top), (right, bottom) = low.tolist(), high.tolist()
+    canvas = np.full((bottom - top, right - left, 3), 90, dtype=np.uint8)
+    canvas[-top : height - top, -left : width - left] = image
+    canvas, scale = fit_to_cell(canvas)
+    everything = (torch.cat([boxes, cells]) - low.repeat(2)) * scale
+    styles = ["dotted"] * len(boxes) + ["solid"] * len(cells)
+    colours = [(255, 255, 255)] * len(boxes) + list(colours)
+    return draw_boxes(canvas, everything.numpy(), [0] * len(everything), None, styles, colours)

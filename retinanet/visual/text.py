@@ -1,0 +1,95 @@
+"""Class names and file names as they can be drawn: in letters that a font has, on one line, not too long."""
+
+import contextlib
+import functools
+import importlib.util
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import ImageFont
+
+NAME_LIMIT = 24  # characters of a class name; the rest is cut
+FONT_FOLDERS = (
+    "/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts",
+    "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts",
+)  # fmt: skip
+UNASSIGNED = "\uffff"  # never a character: a font draws it as it draws everything that it lacks
+
+
+def one_line(text: str, limit: int | None = None) -> str:
+    """Text without line breaks and control characters; above `limit` characters, cut with an ellipsis."""
+    line = " ".join("".join(map(_printable, unicodedata.normalize("NFC", text))).split())
+    return line if limit is None or len(line) <= limit else line[: limit - 1].rstrip() + "…"
+
+
+def _printable(character: str) -> str:
+    """The character itself, nothing for an invisible one, a space for a control character or half a surrogate pair."""
+    category = unicodedata.category(character)
+    if category == "Cf":
+        return ""
+    return " " if category.startswith("C") or category in ("Zl", "Zp") else character
+
+
+def drawable(text: str) -> str:
+    """Text on one line, in letters that an installed font has: others become ASCII letters, or `?`."""
+    line = one_line(text)
+    return line if find_font(line) is not None else _to_ascii(line).encode("ascii", "replace").decode()
+
+
+def _to_ascii(text: str) -> str:
+    """Letters without their accents; those that are no Latin letters stay."""
+    return "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
+
+
+def readable_names(class_names: Iterable[str], limit: int = NAME_LIMIT) -> list[str]:
+    """Class names that can be drawn; one whose letters no installed font has becomes ASCII, or `class 3`.
+
+    Args:
+        class_names: name of each label, in order.
+        limit: characters of a name that are kept.
+    """
+    names = []
+    for label, name in enumerate(class_names):
+        line = one_line(name, limit)
+        if find_font(line) is None:
+            line = _to_ascii(line)
+        names.append(line if line and find_font(line) is not None else f"class {label}")
+    return names
+
+
+def load_font(text: str, size: float) -> ImageFont.FreeTypeFont:
+    """A font of so many pixels that has the letters of a text; Pillow's own if no installed one has them all."""
+    return _load_font(find_font(text), size)
+
+
+def find_font(text: str) -> str | None:
+    """The file of a font that has all the letters; "" for Pillow's own font, None if none is installed."""
+    return "" if text.isascii() else _find_font(frozenset(text))
+
+
+@functools.cache
+def _find_font(letters: frozenset[str]) -> str | None:
+    for path in ["", *_installed_fonts()]:
+        with contextlib.suppress(OSError):
+            font = _load_font(path, 20)
+            missing = bytes(font.getmask(UNASSIGNED))
+            if all(letter.isspace() or bytes(font.getmask(letter)) != missing for letter in letters):
+                return path
+    return None
+
+
+@functools.cache
+def _installed_fonts() -> list[str]:
+    """Font files, regular ones first; the one that matplotlib brings is the first of all."""
+    found = [path for folder in FONT_FOLDERS for path in Path(folder).expanduser().rglob("*.[to]t[fc]")]
+    styles = ("Bold", "Italic", "Oblique", "Mono", "Light")
+    found.sort(key=lambda path: (any(style in path.name for style in styles), path.name))
+    if matplotlib := importlib.util.find_spec("matplotlib"):
+        found.insert(0, Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf")
+    return [str(path) for path in found]
+
+
+@functools.cache
+def _load_font(path: str | None, size: float) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size=size)
