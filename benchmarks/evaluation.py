@@ -28,6 +28,7 @@ def main() -> None:
     torch.nn.init.normal_(net.classificationModel.output.weight, std=1e-3)
     dataset = ShapesDataset(args.images, size=args.side, transform=Resizer(args.side, args.side))
     dataset.labels = {label: f"class {label}" for label in range(80)}
+    dataset.coco_labels = {label: label for label in range(80)}
     loader = make_loader(dataset, args.batch)
     batches = [normalize(batch["img"].to(device)) for batch in loader]
     with torch.no_grad():
@@ -35,8 +36,7 @@ def main() -> None:
         spread = (logits - logits.mean()).flatten().topk(logits.numel() // 10_000).values[-1]
         net.classificationModel.output.weight.mul_(3 / spread)
         net.classificationModel.output.bias.fill_(-6)
-    truth = coco_eval.ground_truth(dataset)
-    results = coco_eval.coco_results(dataset, inference.detect(net, loader, device))
+    found = inference.detect(net, loader, device)
 
     @torch.no_grad()
     def network() -> None:
@@ -49,11 +49,10 @@ def main() -> None:
             net.detect(images)
 
     def scoring() -> None:
-        coco_eval.score(truth, results, dataset.image_ids)
+        coco_eval.score(dataset, found)
 
     def ours() -> None:
-        found = inference.detect(net, loader, device)
-        coco_eval.score(truth, coco_eval.coco_results(dataset, found), dataset.image_ids)
+        coco_eval.score(dataset, inference.detect(net, loader, device))
 
     programs = {"ours, all": ours, "bare network": network, "network and detection": detection, "pycocotools": scoring}
     seconds = measure(programs, args.repeats, args.device)
@@ -64,7 +63,7 @@ def main() -> None:
         start = time.perf_counter()
         net.detect(batches[0][:1])
         worst = time.perf_counter() - start
-    extra = {"detections an image": len(results) / args.images, "worst case, one image, s": worst}
+    extra = {"detections an image": sum(len(one.scores) for one in found.values()) / args.images, "worst case, one image, s": worst}
     report(f"evaluating {args.images} x {args.side} x {args.side}", seconds, bounds, args.json, **extra)
 
 

@@ -1,8 +1,7 @@
-"""`python -m retinanet COMMAND ...`, or `retinanet COMMAND ...` once it is installed."""
+"""`python -m retinanet COMMAND ...`."""
 
 import sys
 
 from retinanet.commands import main
 
-if __name__ == "__main__":
-    sys.exit(main())
+sys.exit(main())

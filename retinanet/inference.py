@@ -173,7 +173,7 @@ def detect(
 def detect_batch(
     model: nn.Module, batch: dict[str, Any], device: torch.device, precision: torch.dtype, **limits: float | None
 ) -> list[Detections]:
-    """The Detections of each image of a batch from `collater`, as `detect` returns them; its arguments are `detect`'s."""
+    """Run a detector over one batch from `collater`; arguments and detections are those of `detect`."""
     images = normalize(batch["img"].to(device, non_blocking=True))
     with autocast(device, precision):
         found = model.detect(images, image_sizes=batch["size"], **limits)

@@ -1,10 +1,10 @@
-"""What the three scripts share: the flags that name the data, their checks, and the data sets that they mean."""
+"""Flags that several commands share, their checks, and what they stand for: data sets, transforms, anchors."""
 
 import argparse
-import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torchvision.transforms import Compose
 
@@ -15,7 +15,7 @@ from retinanet.data.dataset import DetectionDataset
 from retinanet.data.transforms import Augmenter, ColourJitter, RandomCrop, Resizer, ScaleJitter
 from retinanet.data.voc import VOCDataset
 from retinanet.data.yolo import YoloDataset
-from retinanet.errors import UserError, shown, suggestion
+from retinanet.errors import UserError
 
 NEEDED_FLAGS = {
     "coco": ["coco_path"],
@@ -24,121 +24,77 @@ NEEDED_FLAGS = {
     "voc": ["voc_path"],
     "yolo": ["yolo_path"],
 }
-FOLDERS = {"coco": CocoDataset, "voc": VOCDataset, "yolo": YoloDataset}  # data that are a folder and a set's name
+FOLDERS = {"coco": CocoDataset, "voc": VOCDataset, "yolo": YoloDataset}  # kinds of data named by a folder and a set
+DEFAULT = "(default: %(default)s)"  # argparse fills in the value
 
 
-def _number(read: type, kind: str, is_right: Callable[[Any], bool], rule: str) -> Callable[[str], Any]:
-    """Argparse type: what `read` makes of a text, if that is right; whole numbers must fit 64 bits."""
+def _number(kind: type, low: float, high: float, rule: str) -> Callable[[str], Any]:
+    """Argparse type: a number of a range. Argparse reports a text that `kind` cannot read as invalid."""
 
-    def convert(text: str) -> Any:
-        try:
-            value = read(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"must be a {kind}, not {shown(text)}") from error
-        if not is_right(value):
-            raise argparse.ArgumentTypeError(f"must be {rule}, not {text if len(text) < 30 else shown(text)}")
-        if read is int and value >= 2**63:
-            raise argparse.ArgumentTypeError(f"must be below 2 to the 63rd, not {shown(text)}")
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be {rule}, not {text}")
         return value
 
-    return convert
+    number.__name__ = {int: "whole number", float: "number"}[kind]  # in argparse's message
+    return number
 
 
-positive_int = _number(int, "whole number", lambda value: value >= 1, "at least 1")
-non_negative_int = _number(int, "whole number", lambda value: value >= 0, "at least 0")
-positive_float = _number(float, "number", lambda value: 0 < value < math.inf, "above 0 and finite")
-fraction = _number(float, "number", lambda value: 0 <= value <= 1, "from 0 to 1")
+positive_int = _number(int, 1, 2**63 - 1, "at least 1 and below 2 ** 63")
+non_negative_int = _number(int, 0, 2**63 - 1, "at least 0 and below 2 ** 63")
+positive_float = _number(float, sys.float_info.min, sys.float_info.max, "above 0 and finite")
+fraction = _number(float, 0, 1, "from 0 to 1")
 
 
-class Parser(argparse.ArgumentParser):
-    """Argparse's, but it names all mistakes in one message, and what a misspelt flag or value may have meant."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._mistakes: list[str] = []
-
-    def _get_values(self, action: argparse.Action, texts: list[str]) -> Any:
-        try:
-            return super()._get_values(action, texts)
-        except argparse.ArgumentError as error:
-            near = [suggestion(text, map(str, action.choices or ())) for text in texts]
-            self._mistakes.append(str(error) + next(filter(None, near), ""))
-            return action.default
-
-    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
-        """Flags -> values; the status of a mistake is 2."""
-        self._mistakes = []
-        values, unknown = self.parse_known_args(args, namespace)
-        flags = [text.split("=")[0] for text in unknown if text.startswith("-")]
-        for flag in flags:
-            self._mistakes.append(f"there is no flag {flag}{suggestion(flag, self._option_string_actions)}")
-        if unknown and not flags:
-            self._mistakes.append(f"no flag takes {', '.join(map(shown, unknown))}")
-        if self._mistakes:
-            super().error("; ".join(self._mistakes))
-        return values
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with 2 and the message, after those of the values that were found wrong before it."""
-        super().error("; ".join([*self._mistakes, message]))
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows every default, save that of a flag that is off, or whose help says what happens without it."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
-
-
-def make_parser(description: str) -> Parser:
-    """A parser whose help shows every default."""
-    return Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser without abbreviations, so that a flag of a later version cannot change what a command means."""
+    return argparse.ArgumentParser(description=description, prog=Path(sys.argv[0]).name, allow_abbrev=False)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, training: bool, required: bool = True) -> None:
-    """Flags that say what the data are, with or without those of the training set."""
+    """Add the flags that name the data, with or without those of the training set."""
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=sorted(NEEDED_FLAGS), required=required, help="kind of data")
     group.add_argument("--coco_path", help="folder with annotations/instances_SET.json and images/SET/")
-    if training:
-        group.add_argument("--coco_train_set", default="train2017", help="name of COCO's training set")
-        group.add_argument("--csv_train", help="CSV file: path,x1,y1,x2,y2,class_name")
-    none = "; none: train without" if training else ""
-    group.add_argument("--coco_val_set", default="val2017", help=f"name of COCO's validation set{none}")
-    group.add_argument("--csv_val", help="CSV file of the validation set")
-    group.add_argument("--csv_classes", help="CSV file: class_name,id")
     group.add_argument("--voc_path", help="folder with Annotations, JPEGImages and ImageSets/Main")
     group.add_argument("--yolo_path", help="folder with images/SET, labels/SET and classes.txt or data.yaml")
-    for kind in ("voc", "yolo"):
+    none = "; none: train without" if training else ""
+    for kind, train_set, val_set in (
+        ("coco", "train2017", "val2017"),
+        ("voc", "train", "val"),
+        ("yolo", "train", "val"),
+    ):
+        name = f"name of the {{}} set of {kind} data"
         if training:
-            group.add_argument(f"--{kind}_train_set", default="train", help=f"name of the training set of {kind} data")
-        group.add_argument(f"--{kind}_val_set", default="val", help=f"name of the validation set of {kind} data{none}")
+            group.add_argument(f"--{kind}_train_set", default=train_set, help=f"{name.format('training')} {DEFAULT}")
+        group.add_argument(f"--{kind}_val_set", default=val_set, help=f"{name.format('validation')}{none} {DEFAULT}")
     if training:
-        group.add_argument("--shapes_train", type=positive_int, default=400, help="pictures of shapes to train on")
-    group.add_argument("--shapes_val", type=positive_int, default=100, help="pictures of shapes to validate on")
+        group.add_argument("--csv_train", help="CSV file of the training set: path,x1,y1,x2,y2,class_name")
+    group.add_argument("--csv_val", help="CSV file of the validation set: path,x1,y1,x2,y2,class_name")
+    group.add_argument("--csv_classes", help="CSV file of the classes: class_name,id")
     if training:
         group.add_argument(
-            "--strict", action="store_true", help="stop at what is otherwise dropped, clipped or warned of"
+            "--shapes_train", type=positive_int, default=400, help=f"number of training images {DEFAULT}"
         )
+    group.add_argument("--shapes_val", type=positive_int, default=100, help=f"number of validation images {DEFAULT}")
+    if training:
+        group.add_argument("--strict", action="store_true", help="treat warnings about the data as errors")
 
 
 def add_anchor_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that change the anchors."""
-    group = parser.add_argument_group("anchors (visualize.py --show anchor_fit finds those that fit your data)")
-    group.add_argument(
-        "--anchor_scales", type=positive_float, nargs="+", help="factors on the sizes (default: 1 1.26 1.59)"
-    )
-    group.add_argument("--anchor_ratios", type=positive_float, nargs="+", help="height / width (default: 0.5 1 2)")
-    group.add_argument(
-        "--anchor_sizes",
-        type=positive_float,
-        nargs="+",
-        help="side on each of P3 to P7, pixels (default: 32 64 128 256 512)",
-    )
+    """Add the flags that change the anchors."""
+    group = parser.add_argument_group("anchors", "visualize --show anchor_fit finds those that fit your data")
+    for flag, text in (
+        ("--anchor_scales", "factors on the sizes (default: 1 1.26 1.59)"),
+        ("--anchor_ratios", "height / width (default: 0.5 1 2)"),
+        ("--anchor_sizes", "sides on P3 to P7, pixels (default: 32 64 128 256 512)"),
+    ):
+        group.add_argument(flag, type=positive_float, nargs="+", help=text)
 
 
 def anchors_from_arguments(args: argparse.Namespace) -> Anchors:
-    """The anchors that the flags mean; the paper's where they say nothing.
+    """The anchors that the flags describe; by default the paper's.
 
     Raises:
         UserError: the flags contradict each other.
@@ -150,17 +106,15 @@ def anchors_from_arguments(args: argparse.Namespace) -> Anchors:
 
 
 def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that say how training changes its pictures, beside mirroring them."""
+    """Add the flags that augment the training images, beside mirroring."""
     group = parser.add_argument_group("augmentation")
-    group.add_argument(
-        "--jitter", type=positive_int, nargs=2, help="train with short sides drawn from this range, pixels"
-    )
-    group.add_argument("--random_crop", type=fraction, help="cut out parts of at least this share of each side")
+    group.add_argument("--jitter", type=positive_int, nargs=2, help="draw the short side from this range, pixels")
+    group.add_argument("--random_crop", type=fraction, help="crop to at least this share of each side")
     group.add_argument("--colour_jitter", type=fraction, help="strength of random changes of colour, such as 0.4")
 
 
 def training_transform(args: argparse.Namespace) -> Callable[[dict], dict]:
-    """What a sample of the training set goes through."""
+    """The transforms of a training sample."""
     steps = [RandomCrop(args.random_crop)] if args.random_crop is not None else []
     steps += [ColourJitter(args.colour_jitter)] if args.colour_jitter is not None else []
     resizer = ScaleJitter(*args.jitter, args.max_side) if args.jitter else Resizer(args.min_side, args.max_side)
@@ -168,32 +122,35 @@ def training_transform(args: argparse.Namespace) -> Callable[[dict], dict]:
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that say what to compute with."""
+    """Add the flags that say on what hardware, and how, to compute."""
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
-    group.add_argument(
-        "--precision",
-        choices=["auto", "fp32", "bf16"],
-        default="auto",
-        help="of the network's arithmetic; auto is bf16 where the device has it natively",
+    group.add_argument("--device", default="auto", help=f"auto (a GPU if there is one), cpu, cuda, cuda:1 {DEFAULT}")
+    precisions, text = (
+        ["auto", "fp32", "bf16"],
+        "the network's arithmetic; auto: bf16 where the device computes it natively",
     )
-    group.add_argument("--workers", type=non_negative_int, default=2, help="processes that read pictures")
+    group.add_argument("--precision", choices=precisions, default="auto", help=f"{text} {DEFAULT}")
+    group.add_argument("--workers", type=non_negative_int, default=2, help=f"processes that read images {DEFAULT}")
 
 
 def add_detection_arguments(parser: argparse.ArgumentParser, score_threshold: float) -> None:
-    """Flags that say which detections count."""
+    """Add the flags that limit detections."""
     group = parser.add_argument_group("detection")
-    group.add_argument("--score_threshold", type=fraction, default=score_threshold, help="scores must be above it")
-    group.add_argument("--max_detections", type=positive_int, default=100, help="detections an image")
-    group.add_argument("--batch_size", type=positive_int, default=4, help="images a batch")
+    text = f"scores must be above it {DEFAULT}"
+    group.add_argument("--score_threshold", type=fraction, default=score_threshold, help=text)
+    group.add_argument("--max_detections", type=positive_int, default=100, help=f"detections an image {DEFAULT}")
+    group.add_argument("--batch_size", type=positive_int, default=4, help=f"images a batch {DEFAULT}")
 
 
 def check_data_arguments(args: argparse.Namespace, needed: list[str]) -> list[str]:
-    """What is missing among the data flags: one message each.
+    """Find missing data flags.
 
     Args:
         args: the parsed flags.
-        needed: flags of CSV data that this script needs beside `--csv_classes`.
+        needed: flags of CSV data that the command needs beside `--csv_classes`.
+
+    Returns:
+        A message for each.
     """
     flags = NEEDED_FLAGS[args.dataset] + (needed if args.dataset == "csv" else [])
     errors = [f"--dataset {args.dataset} needs --{flag}" for flag in flags if getattr(args, flag) is None]
@@ -206,12 +163,12 @@ def check_data_arguments(args: argparse.Namespace, needed: list[str]) -> list[st
 def make_dataset(
     args: argparse.Namespace, split: str, transform: Callable[[dict], dict] | None
 ) -> DetectionDataset | None:
-    """The data set that the flags name; None where they name none.
+    """The data set that the flags name, if they name one.
 
     Args:
         args: the parsed flags.
         split: train or val.
-        transform: what its samples go through.
+        transform: of its samples.
     """
     kind = args.dataset
     if kind in FOLDERS:
@@ -220,18 +177,18 @@ def make_dataset(
     if kind == "csv":
         path = getattr(args, f"csv_{split}")
         return CSVDataset(path, args.csv_classes, transform) if path else None
-    from retinanet.data.shapes import ShapesDataset
+    from retinanet.data.shapes import ShapesDataset  # scikit-image takes long to import
 
-    # Training draws from odd seeds alone: the validation pictures, of seed 0, are never trained on.
+    # Training images come from odd seeds only: those of seed 0, for validation, are never trained on.
     seed = 2 * args.seed + 1 if split == "train" else 0
     return ShapesDataset(getattr(args, f"shapes_{split}"), seed, transform=transform)
 
 
 def make_out_dir(path: str) -> Path:
-    """Create the folder for a run's files.
+    """Create the folder for a command's files.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be created.
     """
     folder = Path(path)
     try:

@@ -1,10 +1,10 @@
-"""Average precision as Pascal VOC defines it, at one IoU, class by class.
+"""Average precision as Pascal VOC defines it: at one IoU, class by class.
 
-A detection is right if it overlaps a box of its class enough, and no better detection has taken that box.
-(COCO's numbers, over many IoUs, are in coco_eval.py.)
+A detection is right if it overlaps a box of its class enough and no better detection has taken that box.
+`evaluation.coco` has COCO's numbers, which are means over many IoUs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,22 +12,25 @@ import numpy as np
 import torch
 from torch import nn
 
+from retinanet.boxes import box_iou
 from retinanet.data.dataset import DetectionDataset
 from retinanet.inference import detect_dataset
 from retinanet.postprocess import MAX_DETECTIONS, SCORE_THRESHOLD, Detections
 from retinanet.process import log, show_log
 from retinanet.visual import charts
 
+VOC07_RECALLS = np.linspace(0, 1, 11) - 1e-12  # less a rounding error: a recall of 3 / 10 counts as 0.3
+
 
 class ClassResult(NamedTuple):
-    """How well one class was found.
+    """How well the objects of one class were found.
 
     Attributes:
         average_precision: area under its precision-recall curve, 0 to 1; 0 if nothing was found.
         num_boxes: ground-truth boxes, without the difficult ones.
-        precision: share of its detections that are right; 0 if there are none.
-        recall: share of its boxes that were found; 0 if there are none.
-        curve: [2, N] recall and precision, down the detections from the best to the worst.
+        precision: share of its detections that are right; 0 without detections.
+        recall: share of its boxes that were found; 0 without boxes.
+        curve: [2, N] recall and precision after each detection, from the best to the worst.
     """
 
     average_precision: float
@@ -37,41 +40,36 @@ class ClassResult(NamedTuple):
     curve: np.ndarray
 
 
-class _Boxes(NamedTuple):
-    """Boxes of a whole data set, sorted by group: the boxes of one class in one image."""
+class _GroundTruth(NamedTuple):
+    """The boxes of several images, sorted by group: the boxes of one class in one image."""
 
     group: np.ndarray  # [N] image index * number of classes + label
-    boxes: np.ndarray  # [N, 4] float64 xyxy
+    boxes: np.ndarray  # [N, 4] xyxy
     difficult: np.ndarray  # [N] bool
 
 
-def _gather_truth(dataset: DetectionDataset, indices: Sequence[int]) -> _Boxes:
-    groups, boxes, difficult = [np.zeros(0, dtype=np.int64)], [np.zeros((0, 4))], [np.zeros(0, dtype=bool)]
-    for index in indices:
-        for rows, is_difficult in ((dataset.load_annotations(index), False), (dataset.load_difficult(index), True)):
-            groups.append(index * dataset.num_classes() + rows[:, 4].astype(np.int64))
-            boxes.append(rows[:, :4])
-            difficult.append(np.full(len(rows), is_difficult))
-    group = np.concatenate(groups)
+def compute_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU of NumPy boxes, the original's interface of `boxes.box_iou`: [N, 4] and [K, 4] xyxy -> [N, K] float64."""
+    return box_iou(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)).numpy()
+
+
+def _gather_ground_truth(dataset: DetectionDataset, indices: list[int]) -> _GroundTruth:
+    image = np.concatenate([dataset.image_index, dataset.difficult_image_index])
+    annotations = np.concatenate([dataset.annotations, dataset.difficult_annotations])
+    difficult = np.arange(len(annotations)) >= len(dataset.annotations)
+    group = image * dataset.num_classes() + annotations[:, 4].astype(np.int64)
     order = np.argsort(group, kind="stable")
-    return _Boxes(group[order], np.concatenate(boxes)[order].astype(np.float64), np.concatenate(difficult)[order])
+    order = order[np.isin(image[order], indices)]
+    return _GroundTruth(group[order], annotations[order, :4], difficult[order])
 
 
-def _paired_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU of each box of [N, 4] with the same row of another [N, 4]."""
-    sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
-    intersection = sides.clip(min=0).prod(axis=1)
-    areas = (a[:, 2:] - a[:, :2]).prod(axis=1) + (b[:, 2:] - b[:, :2]).prod(axis=1)
-    return intersection / np.maximum(areas - intersection, np.finfo(np.float64).eps)
-
-
-def _judge(boxes: np.ndarray, group: np.ndarray, truth: _Boxes, iou_threshold: float) -> np.ndarray:
+def _judge(boxes: np.ndarray, group: np.ndarray, truth: _GroundTruth, iou_threshold: float) -> np.ndarray:
     """Whether each detection is right (1), wrong (0) or does not count (-1: it found a difficult box).
 
     All classes and images are judged at once: each detection is paired with the boxes of its group alone.
 
     Args:
-        boxes: [N, 4] float64, from the best score to the worst.
+        boxes: [N, 4], from the best score to the worst.
         group: [N] of each detection.
         truth: the boxes to find.
         iou_threshold: IoU from which a box counts as found.
@@ -80,32 +78,34 @@ def _judge(boxes: np.ndarray, group: np.ndarray, truth: _Boxes, iou_threshold: f
     counts = end - first
     detection = np.repeat(np.arange(len(group)), counts)  # [pairs]
     candidate = np.arange(len(detection)) - np.repeat(np.cumsum(counts) - counts - first, counts)  # [pairs]
-    iou = _paired_iou(boxes[detection], truth.boxes[candidate])
+    iou = compute_overlap(boxes[detection, None], truth.boxes[candidate, None])[:, 0, 0]  # [pairs]
     # The candidate that each detection overlaps most; of equals, the first.
     order = np.lexsort((candidate, -iou, detection))
     judged, start = np.unique(detection[order], return_index=True)
     best, best_iou = candidate[order][start], iou[order][start]
     judged, best = judged[best_iou >= iou_threshold], best[best_iou >= iou_threshold]
     verdict = np.zeros(len(group), dtype=np.int64)
-    _, taker = np.unique(best, return_index=True)  # detections come best first: the first one takes the box
+    _, taker = np.unique(best, return_index=True)  # detections are sorted: the first one that finds a box takes it
     verdict[judged[taker]] = 1
     verdict[judged[truth.difficult[best]]] = -1
     return verdict
 
 
-def average_precision(recall: np.ndarray, precision: np.ndarray, eleven_points: bool = False) -> float:
-    """Area under the envelope of a precision-recall curve (VOC 2010 on), or its mean at 11 recalls (VOC 2007).
+def average_precision(recall: np.ndarray, precision: np.ndarray, recalls: np.ndarray | None = None) -> float:
+    """Area under the envelope of a precision-recall curve, or the envelope's mean at some recalls.
+
+    The envelope is the best precision at a recall or any higher one. VOC takes its area since 2010; VOC 2007 takes
+    its mean at 11 recalls, and COCO at 101.
 
     Args:
         recall: [N] rising.
         precision: [N].
-        eleven_points: which of the two.
+        recalls: [R] where the mean is taken; None for the area.
     """
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]  # the best precision at this recall or a higher one
-    if eleven_points:
-        position = np.searchsorted(recall, np.linspace(0, 1, 11) - 1e-12)
-        return float(np.append(envelope, 0.0)[position].mean())
-    return float((np.diff(recall, prepend=0.0) * envelope).sum())
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    if recalls is None:
+        return float((np.diff(recall, prepend=0.0) * envelope).sum())
+    return float(np.append(envelope, 0.0)[np.searchsorted(recall, recalls)].mean())
 
 
 def evaluate_detections(
@@ -114,10 +114,10 @@ def evaluate_detections(
     iou_threshold: float = 0.5,
     eleven_points: bool = False,
 ) -> dict[int, ClassResult]:
-    """Judge detections class by class.
+    """Score detections class by class.
 
     Args:
-        dataset: gives the boxes to find; difficult ones neither count nor hurt.
+        dataset: provides the ground truth; finding or missing a difficult box changes no score.
         detections: of each sample index that counts, boxes in pixels of the original image.
         iou_threshold: IoU from which a box counts as found.
         eleven_points: average precision as in VOC 2007.
@@ -125,13 +125,11 @@ def evaluate_detections(
     Returns:
         The ClassResult of every label.
     """
-    indices = sorted(detections)
-    truth = _gather_truth(dataset, indices)
-    num_classes = dataset.num_classes()
-    empty = torch.zeros(0)
-    scores = torch.cat([empty, *(detections[index].scores for index in indices)]).numpy()
-    labels = torch.cat([empty.long(), *(detections[index].labels for index in indices)]).numpy()
-    boxes = torch.cat([torch.zeros(0, 4), *(detections[index].boxes for index in indices)]).double().numpy()
+    indices, num_classes = sorted(detections), dataset.num_classes()
+    truth = _gather_ground_truth(dataset, indices)
+    nothing = Detections(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
+    columns = zip(nothing, *(detections[index] for index in indices), strict=True)
+    scores, labels, boxes = (torch.cat(column).numpy() for column in columns)
     image = np.repeat(np.array(indices, dtype=np.int64), [len(detections[index].scores) for index in indices])
     order = np.argsort(-scores, kind="stable")
     verdict = _judge(boxes[order], (image * num_classes + labels)[order], truth, iou_threshold)
@@ -144,7 +142,7 @@ def evaluate_detections(
         recall = found / max(1, num_boxes[label])
         precision = found / np.arange(1, len(found) + 1)
         results[label] = ClassResult(
-            average_precision(recall, precision, eleven_points) if num_boxes[label] else 0.0,
+            average_precision(recall, precision, VOC07_RECALLS if eleven_points else None) if num_boxes[label] else 0.0,
             int(num_boxes[label]),
             float(precision[-1]) if len(precision) else 0.0,
             float(recall[-1]) if len(recall) else 0.0,
@@ -180,10 +178,9 @@ def evaluate(
     max_detections: int = MAX_DETECTIONS,
     save_path: str | Path | None = None,
 ) -> dict[int, tuple[float, int]]:
-    """Run a model over a data set and judge it; the original's interface.
+    """Run a model over a data set and log each class's scores and mAP; the original's interface.
 
-    Each class's average precision, precision and recall, and the mean over the classes that have boxes, are
-    logged. The model is in the mode that it was in afterwards.
+    The model keeps its mode.
 
     Args:
         generator: the data set, with a Resizer among its transforms.
@@ -191,7 +188,7 @@ def evaluate(
         iou_threshold: IoU from which a box counts as found.
         score_threshold: scores must be above it.
         max_detections: detections an image.
-        save_path: folder for one picture of all precision-recall curves, `pr_curves.png`; needs matplotlib.
+        save_path: folder for the precision-recall curves, `pr_curves.png`; needs matplotlib.
 
     Returns:
         Average precision and number of boxes of each label.
