@@ -1,0 +1,92 @@
+"""All scores of a detector at once, as text and as files."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from retinanet.data.dataset import DetectionDataset
+from retinanet.evaluation import coco, errors, voc
+from retinanet.postprocess import Detections
+
+
+@dataclass
+class Evaluation:
+    """Detections and their scores.
+
+    Attributes:
+        dataset: provides the ground truth.
+        detections: of each sample index that counts.
+        iou_threshold: of VOC's scores.
+        coco: COCO's scores.
+        voc: Pascal VOC's scores of each label.
+        errors: what costs AP; None where nobody asked.
+    """
+
+    dataset: DetectionDataset
+    detections: Mapping[int, Detections]
+    iou_threshold: float
+    coco: coco.Scores
+    voc: dict[int, voc.ClassResult]
+    errors: errors.ErrorAnalysis | None
+
+    def text(self) -> str:
+        """All tables."""
+        count = sum(len(one.scores) for one in self.detections.values())
+        tables = [
+            f"{len(self.detections)} images, {count} detections\n{coco.metrics_table(self.coco.metrics)}",
+            coco.class_table(self.coco.classes),
+            f"at IoU {self.iou_threshold:g}:\n{voc.class_table(self.voc, self.dataset)}",
+        ]
+        if self.errors:
+            tables += [errors.error_table(self.errors), errors.confusion_table(self.errors, list(self.dataset.classes))]
+        return "\n\n".join(tables)
+
+    def metrics(self) -> dict:
+        """All numbers, by name."""
+        classes = [
+            {
+                **row._asdict(),
+                "VOC_AP": result.average_precision,
+                "precision": result.precision,
+                "recall": result.recall,
+            }
+            for row, result in zip(self.coco.classes, self.voc.values(), strict=True)
+        ]
+        content = {**self.coco.metrics, "mAP": voc.mean_average_precision(self.voc), "classes": classes}
+        if self.errors:
+            content["errors"] = {"AP50": self.errors.ap50, "counts": self.errors.counts, "lost_AP": self.errors.lost}
+            content["confusion"] = self.errors.confusion.tolist()
+        return content
+
+    def write(self, folder: Path) -> None:
+        """Write `detections.json`, in COCO's results format, and `metrics.json`."""
+        results = coco.coco_results(self.dataset, self.detections)
+        for name, content in (("detections.json", results), ("metrics.json", self.metrics())):
+            (folder / name).write_text(json.dumps(content, indent=1))
+
+
+def evaluate(
+    dataset: DetectionDataset,
+    detections: Mapping[int, Detections],
+    iou_threshold: float = 0.5,
+    eleven_points: bool = False,
+    analyse: bool = False,
+) -> Evaluation:
+    """Score detections by COCO's and by Pascal VOC's protocol.
+
+    Args:
+        dataset: provides the ground truth.
+        detections: of each sample index that counts, best first, boxes in pixels of the original image.
+        iou_threshold: IoU from which a box counts as found, for VOC's scores.
+        eleven_points: average precision as in VOC 2007.
+        analyse: also find out what costs AP.
+    """
+    return Evaluation(
+        dataset,
+        detections,
+        iou_threshold,
+        coco.score(dataset, detections),
+        voc.evaluate_detections(dataset, detections, iou_threshold, eleven_points),
+        errors.analyse(dataset, detections) if analyse else None,
+    )
