@@ -12,7 +12,7 @@ demo: .venv/installed
 	@echo
 	@echo "Scores on pictures that the detector never saw:"
 	@.venv/bin/python validate.py $(DATA) --model $(RUN)/best.pt
-	@echo "Its detections beside the ground truth: $(RUN)/detections.png"
+	@echo "Its detections beside the ground truth: $(RUN)/detections.png; its training: $(RUN)/curves.png"
 	@echo "Your own data:"
 	@echo "  .venv/bin/python train.py --dataset csv --csv_train train.csv --csv_val val.csv --csv_classes classes.csv"
 
@@ -23,11 +23,11 @@ lint: .venv/installed-for-tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -q -r requirements.txt
+	.venv/bin/python -m pip install -q -e ".[plots]"
 	touch $@
 
-.venv/installed-for-tests: .venv/installed setup.py pyproject.toml
+.venv/installed-for-tests: .venv/installed
 	.venv/bin/python -m pip install -q -e ".[dev,onnx,plots,yolo]"
 	touch $@
