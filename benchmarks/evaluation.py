@@ -63,7 +63,8 @@ def main() -> None:
         start = time.perf_counter()
         net.detect(batches[0][:1])
         worst = time.perf_counter() - start
-    extra = {"detections an image": sum(len(one.scores) for one in found.values()) / args.images, "worst case, one image, s": worst}
+    count = sum(len(one.scores) for one in found.values())
+    extra = {"detections an image": count / args.images, "worst case, one image, s": worst}
     report(f"evaluating {args.images} x {args.side} x {args.side}", seconds, bounds, args.json, **extra)
 
 
