@@ -1,0 +1,93 @@
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from retinanet.errors import UserError
+from retinanet.training.log import RunLog, read_log
+
+RUN_FILES = ("last.pt", "log.jsonl", "args.json", "curves.png")
+
+
+def test_a_new_run_moves_an_earlier_one_to_a_folder_of_its_own(tmp_path):
+    for number in (1, 2):
+        for name in RUN_FILES:
+            (tmp_path / name).write_text(f"run {number}")
+        for name in ("data.csv", "cat.png"):
+            (tmp_path / name).write_text("the user's")
+        RunLog(tmp_path, None, 0, False, 1)
+        assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"log.jsonl", "data.csv", "cat.png"}
+        assert (tmp_path / "log.jsonl").read_text() == ""
+    for number in (1, 2):
+        assert {(tmp_path / f"old_{number}" / name).read_text() for name in RUN_FILES} == {f"run {number}"}
+    RunLog(tmp_path, None, 0, False, 1)  # nothing is kept of a run that saved nothing
+    assert not (tmp_path / "old_3").exists()
+
+
+def test_a_run_that_cannot_start_leaves_the_earlier_one_where_it_is(tmp_path, monkeypatch):
+    (tmp_path / "last.pt").write_text("earlier")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="--tensorboard needs tensorboard"):
+        RunLog(tmp_path, None, 0, True, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_run_that_is_resumed_in_the_folder_of_another_moves_that_one(tmp_path):
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        for name in ("last.pt", "log.jsonl"):
+            (folder / name).write_text(folder.name)
+    (tmp_path / "a/best.pt").write_text("a")
+    (tmp_path / "b/best.pt").write_text("b")
+    RunLog(tmp_path / "b", tmp_path / "a/last.pt", 1, False, 1)
+    assert (tmp_path / "b/log.jsonl").read_text() == (tmp_path / "b/best.pt").read_text() == "a"
+    assert (tmp_path / "b/old_1/best.pt").read_text() == (tmp_path / "b/old_1/log.jsonl").read_text() == "b"
+
+
+def test_a_resumed_log_drops_what_came_after_the_checkpoint(tmp_path):
+    first = RunLog(tmp_path, None, 0, False, 10)
+    first.write({"epoch": 0, "step": 1, "lr": 0.5})
+    size = first.flush()
+    first.write({"epoch": 0, "step": 2, "lr": 0.4})
+    RunLog(tmp_path, tmp_path / "last.pt", size, False, 10).write({"epoch": 0, "step": 2, "lr": 0.3})
+    assert [(entry["step"], entry["lr"]) for entry in read_log(tmp_path / "log.jsonl")] == [(1, 0.5), (2, 0.3)]
+
+
+def test_a_line_that_is_being_written_is_not_read(tmp_path):
+    (tmp_path / "log.jsonl").write_text(json.dumps({"epoch": 0}) + '\n{"epo')
+    assert read_log(tmp_path / "log.jsonl") == [{"epoch": 0}]
+
+
+def test_tensorboard_gets_every_entry_once(tmp_path, monkeypatch):
+    class Writer:
+        def __init__(self, folder):
+            assert folder == tmp_path
+            self.scalars = []
+
+        def add_scalar(self, name, value, step):
+            self.scalars.append((name, value, step))
+
+        def flush(self):
+            (tmp_path / "events.out.tfevents.1").write_text("")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    first = RunLog(tmp_path, None, 0, True, 10)
+    first.write({"epoch": 1, "step": 5, "lr": 0.5})
+    first.write({"epoch": 1, "loss": 2.0})
+    again = RunLog(tmp_path, tmp_path / "last.pt", first.flush(), True, 10)
+    assert not list(tmp_path.glob("events*"))  # its entries are written again
+    again.write({"epoch": 2, "step": 1, "lr": 0.25})
+    assert again.board.scalars == [("step/lr", 0.5, 15), ("epoch/loss", 2.0, 20), ("step/lr", 0.25, 21)]
+
+
+class FullDisk:
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_is_full_is_reported(tmp_path):
+    log = RunLog(tmp_path, None, 0, False, 10)
+    log.file = FullDisk()
+    with pytest.raises(UserError, match=r"log\.jsonl: cannot be written \(No space"):
+        log.write({"epoch": 0})

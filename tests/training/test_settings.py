@@ -1,0 +1,32 @@
+import json
+
+import torch
+
+import train
+from retinanet.training.settings import Settings
+
+FLAGS = ["--dataset", "shapes", "--recipe", "paper", "--batch_size", "3", "--accumulate", "2", "--precision", "bf16"]
+
+
+def resolve(*flags):
+    return Settings.resolve(vars(train.parse_arguments([*FLAGS, *flags])), torch.device("cpu"))
+
+
+def test_the_recipe_fills_what_the_flags_leave_open():
+    settings = resolve("--recipe", "original")
+    assert settings.global_batch == 6 and settings.lr == 1e-5 * 6 / 2 and settings.clip_norm == 0.1
+    assert settings.precision == "bf16" and settings.dtype == torch.bfloat16
+    assert resolve("--recipe", "paper").clip_norm is None
+    assert resolve("--precision", "auto").precision in ("fp32", "bf16")
+
+
+def test_the_flags_come_before_the_recipe():
+    settings = resolve("--lr", "0.5", "--clip_norm", "7", "--precision", "fp32", "--checkpoint_every", "5")
+    assert (settings.lr, settings.clip_norm, settings.dtype) == (0.5, 7, torch.float32)
+    assert settings.checkpoint_every == (5, "steps")
+
+
+def test_every_flag_is_in_the_file():
+    written = json.loads(json.dumps(resolve("--ema", "0.5").as_dict()))
+    assert written.keys() == vars(train.parse_arguments(FLAGS)).keys() | {"global_batch"}
+    assert (written["ema"], written["shapes_train"], written["out_dir"]) == (0.5, 400, "runs/train")
