@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     flags.add_data_arguments(parser, training=True)
     add = parser.add_argument_group("model").add_argument
     add("--depth", type=int, choices=sorted(ARCHITECTURES), default=50, help=f"layers of the ResNet {flags.DEFAULT}")
-    add("--weights", default="imagenet", help=f"start from imagenet, imagenet_v2, none (random) or a checkpoint {flags.DEFAULT}")
+    add("--weights", default="imagenet", help=f"imagenet, imagenet_v2, none (random) or a checkpoint {flags.DEFAULT}")
     flags.add_anchor_arguments(parser)
     count, rate = flags.positive_int, flags.positive_float
     add = parser.add_argument_group("training").add_argument
