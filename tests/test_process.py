@@ -29,11 +29,12 @@ def rank_1(monkeypatch):
 # Scripts
 
 
-def test_a_script_returns_0_and_hands_on_its_arguments():
+def test_a_script_hands_on_its_arguments_and_its_status():
     seen = []
     assert process.script(seen.append)(["--a"]) == 0
     assert process.script(seen.append)() == 0
     assert seen == [["--a"], None]
+    assert process.script(lambda argv: 3)([]) == 3
 
 
 def raising(error):
@@ -43,37 +44,33 @@ def raising(error):
     return process.script(main)
 
 
-def test_a_users_mistake_is_one_message_and_status_1(capsys):
-    assert raising(UserError("a.csv:3: no"))([]) == 1
-    assert capsys.readouterr() == ("", "error: a.csv:3: no\n")
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (UserError("a.csv:3: no"), "error: a.csv:3: no\n"),
+        (UserError("one\ntwo"), "error: one\ntwo\n"),
+        (OSError(30, "Read-only file system", "runs/log.jsonl"), "error: runs/log.jsonl: Read-only file system\n"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_status_1(capsys, error, message):
+    assert raising(error)([]) == 1
+    assert capsys.readouterr() == ("", message)
 
 
-def test_a_mistake_found_by_a_worker_is_the_same_message(capsys):
-    text = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ...\n"
-    assert raising(UserError(text + "retinanet.process.UserError: b.png: cannot be read\n"))([]) == 1
-    assert capsys.readouterr() == ("", "error: b.png: cannot be read\n")
-
-
-def test_a_file_that_cannot_be_written_is_one_message_and_status_1(capsys):
-    assert raising(OSError(30, "Read-only file system", "runs/log.jsonl"))([]) == 1
-    assert capsys.readouterr() == ("", "error: runs/log.jsonl: Read-only file system\n")
-    with pytest.raises(OSError, match="no file"):
-        raising(OSError("no file"))([])
-
-
-def test_a_message_of_several_lines_is_kept(capsys):
-    assert raising(UserError("one\ntwo"))([]) == 1
-    assert capsys.readouterr().err == "error: one\ntwo\n"
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyError, RuntimeError, SystemExit])
+@pytest.mark.parametrize("error", [ValueError, KeyError, RuntimeError, SystemExit, OSError])
 def test_every_other_error_passes(error):
     with pytest.raises(error):
         raising(error("bug"))([])
 
 
-def test_a_script_may_choose_its_status():
-    assert process.script(lambda argv: 3)([]) == 3
+def test_a_rank_says_its_number_and_that_another_is_gone(capsys, rank_1):
+    assert raising(UserError("no"))([]) == 1
+    assert raising(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"))([]) == 1
+    assert capsys.readouterr().err == (
+        "error: rank 1: no\nerror: rank 1: another process of this job ended; its own message says why\n"
+    )
+    with pytest.raises(RuntimeError, match="bug"):
+        raising(RuntimeError("bug"))([])
 
 
 # Messages
@@ -104,37 +101,29 @@ def test_progress_is_for_rank_0(rank_1):
     assert process.progress(range(3), "counting").disable
 
 
-# Ranks, seeds, devices
+# Seeds
 
 
-def test_alone_this_is_rank_0_of_1():
-    assert process.get_rank() == 0 and process.get_world_size() == 1 and process.is_main_process()
+def draw():
+    return random.random(), np.random.rand(), torch.rand(1).item()
 
 
-def test_ranks_are_those_of_torch(rank_1):
-    assert process.get_rank() == 1 and process.get_world_size() == 4 and not process.is_main_process()
-
-
-def test_a_seed_decides_all_generators():
-    def draw(seed):
+def test_a_seed_determines_all_generators():
+    draws = []
+    for seed in (1, 1, 2):
         process.seed_everything(seed)
-        return random.random(), np.random.rand(), torch.rand(1).item()
-
-    first, again, other = draw(1), draw(1), draw(2)
-    assert first == again
-    assert all(a != b for a, b in zip(first, other, strict=True))
+        draws.append(draw())
+    assert draws[0] == draws[1]
+    assert all(a != b for a, b in zip(draws[0], draws[2], strict=True))
 
 
-def test_inside_seeded_numbers_follow_from_the_seed_and_afterwards_go_on():
-    def draw():
-        return random.random(), np.random.rand(), torch.rand(1).item()
-
+def test_within_seeded_numbers_follow_from_the_seed_and_afterwards_continue():
     process.seed_everything(0)
     expected = draw()
     process.seed_everything(0)
     with process.seeded(1, 2):
         first = draw()
-    assert draw() == expected
+    assert draw() == expected != first
     with process.seeded(1, 2):
         assert draw() == first
     with process.seeded(2, 1):
@@ -143,15 +132,12 @@ def test_inside_seeded_numbers_follow_from_the_seed_and_afterwards_go_on():
 
 def test_random_states_are_restored_from_a_file(tmp_path):
     torch.save(process.random_states(), tmp_path / "states.pt")
-    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    expected = draw()
     process.set_random_states(torch.load(tmp_path / "states.pt", weights_only=True))
-    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+    assert draw() == expected
 
 
-def test_alone_gathering_and_sending_are_nothing():
-    assert process.gather_objects("a") == ["a"] and process.from_main_process("a") == "a"
-    process.init_distributed(torch.device("cpu"))
-    assert not process.distributed.is_initialized()
+# Devices
 
 
 def test_auto_is_this_processs_gpu_or_else_the_cpu(monkeypatch):
@@ -161,32 +147,30 @@ def test_auto_is_this_processs_gpu_or_else_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert process.choose_device("auto") == torch.device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert process.choose_device("auto") == torch.device("cuda:3")
+    assert process.choose_device("auto") == process.choose_device("cuda") == torch.device("cuda:3")
     assert process.choose_device("cpu") == torch.device("cpu")
     assert process.choose_device("cuda:1") == torch.device("cuda:1")
 
 
-def test_a_device_that_does_not_exist_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"--device cuda.*: .*try --device cpu"):
-        process.choose_device("cuda")
-    with pytest.raises(UserError, match="--device toaster: "):
-        process.choose_device("toaster")
-    with pytest.raises(UserError, match="--device meta: only cpu and cuda"):
-        process.choose_device("meta")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match=r"no GPU 2, as this machine has 2: .*--nproc_per_node"):
-        process.choose_device("cuda:2")
+@pytest.mark.parametrize(
+    ("name", "gpus", "message"),
+    [
+        ("cuda", 0, r"--device cuda: torch sees no CUDA device; try --device cpu"),
+        ("toaster", 0, "--device toaster: "),
+        ("meta", 0, "--device meta: only cpu and cuda"),
+        ("cuda:2", 2, r"GPU 2 does not exist, as this machine has 2: .*--nproc_per_node"),
+    ],
+)
+def test_a_device_that_does_not_exist_is_an_error(monkeypatch, name, gpus, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(UserError, match=message):
+        process.choose_device(name)
 
 
 @pytest.mark.parametrize(
     ("avx512", "amx", "expected"),
-    [
-        (False, False, torch.float32),
-        (True, False, torch.bfloat16),
-        (False, True, torch.bfloat16),
-    ],
+    [(False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)],
 )
 def test_auto_precision_is_bf16_where_the_cpu_has_it(monkeypatch, avx512, amx, expected):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
@@ -202,20 +186,41 @@ def test_auto_precision_is_bf16_where_the_gpu_has_it(monkeypatch, native, expect
     assert process.choose_precision("auto", torch.device("cuda")) == expected
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_network_computes_in_the_precision_that_was_chosen(precision):
+    with process.autocast(torch.device("cpu"), precision):
+        assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == precision
+
+
+# Ranks
+
+
+def test_ranks_are_those_of_torch(rank_1):
+    assert process.get_rank() == 1 and process.get_world_size() == 4 and not process.is_main_process()
+
+
+def test_alone_this_is_rank_0_of_1_and_exchange_changes_nothing():
+    process.init_distributed(torch.device("cpu"))
+    assert not process.distributed.is_initialized()
+    assert process.get_rank() == 0 and process.get_world_size() == 1 and process.is_main_process()
+    assert process.gather_objects("a") == ["a"] and process.from_main_process("a") == "a"
+    assert process.gather_tensors(torch.tensor([1.0, 2.0])).tolist() == [[1, 2]]
+
+
 # Signals
 
 
-def test_the_first_signal_is_a_wish_and_handlers_are_put_back():
+def test_the_first_signal_is_noted_and_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM)
     with process.StopSignals() as stop:
         assert stop.signum == 0
-        for signum in (signal.SIGINT, signal.SIGTERM):  # together they are one wish
+        for signum in (signal.SIGINT, signal.SIGTERM):  # so close together they count as one
             os.kill(os.getpid(), signum)
         assert stop.signum == signal.SIGINT
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_the_death_of_a_child_waits():
+def test_the_death_of_a_child_disturbs_nothing():
     before = signal.signal(signal.SIGCHLD, lambda *_: pytest.fail("disturbed"))
     try:
         with process.undisturbed():
@@ -223,38 +228,3 @@ def test_the_death_of_a_child_waits():
         assert callable(signal.getsignal(signal.SIGCHLD))
     finally:
         signal.signal(signal.SIGCHLD, before)
-
-
-# Random states
-
-
-def test_what_is_seeded_leaves_no_trace():
-    def draw():
-        return random.random(), np.random.rand(), torch.rand(1).item()
-
-    process.seed_everything(1)
-    expected = draw()
-    process.seed_everything(1)
-    with process.seeded(3, 4):
-        inside = draw()
-    assert draw() == expected != inside
-    with process.seeded(3, 4):
-        assert draw() == inside
-    with process.seeded(4, 3):
-        assert draw() != inside
-
-
-def test_random_states_survive_a_checkpoint(tmp_path):
-    torch.save(process.random_states(), tmp_path / "a.pt")
-    expected = random.random(), np.random.rand(), torch.rand(1).item()
-    process.set_random_states(torch.load(tmp_path / "a.pt", weights_only=True))
-    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
-
-
-# Ranks without a job
-
-
-def test_alone_gathering_gives_what_is_there():
-    process.init_distributed(torch.device("cpu"))
-    assert process.gather_objects(3) == [3] and process.from_main_process(3) == 3
-    assert process.gather_tensors(torch.tensor([1.0, 2.0])).tolist() == [[1, 2]]
