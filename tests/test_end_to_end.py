@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CLASSES, coco_content, truncate, write_coco_data, write_csv_data
+from helpers import CLASSES, coco_content, write_coco_data, write_csv_data
 from PIL import Image
 
 import train
@@ -18,6 +18,7 @@ import validate
 import visualize
 from retinanet.evaluation.coco import METRICS
 from retinanet.training import checkpoint
+from retinanet.training.log import read_log
 
 SMALL = ["--device", "cpu", "--precision", "fp32", "--workers", "0"]
 TRAIN = [*SMALL, "--depth", "18", "--weights", "none", "--recipe", "scratch", "--batch_size", "2", "--min_side", "64"]
@@ -26,7 +27,7 @@ SHAPES = ["--dataset", "shapes", "--shapes_train", "4", "--shapes_val", "2"]
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Sums in a fixed order, and no quarrel over few cores."""
+    """Sums in a fixed order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,8 +43,8 @@ def run_quietly(main, *flags):
 
 
 def entries_of(folder):
-    """Those of log.jsonl: of steps, and of epochs."""
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """The entries of log.jsonl: of steps, and of epochs."""
+    entries = read_log(folder / "log.jsonl")
     return [entry for entry in entries if "step" in entry], [entry for entry in entries if "step" not in entry]
 
 
@@ -60,7 +61,7 @@ def trained(tmp_path_factory):
 # Training
 
 
-def test_training_leaves_its_files(trained):
+def test_training_writes_its_files(trained):
     folder, _ = trained
     assert {"args.json", "log.jsonl", "last.pt", "best.pt"} <= {path.name for path in folder.iterdir()}
     assert not list(folder.glob("*.tmp"))
@@ -101,11 +102,11 @@ def test_training_again_gives_the_same_numbers(trained, tmp_path):
     flags = [*TRAIN, *SHAPES, "--epochs", 1, "--log_every", 1, "--out_dir", tmp_path]
     assert run_quietly(train.main, *flags)[0] == 0
     steps, again = entries_of(trained[0])[0][:2], entries_of(tmp_path)[0]
-    for name in ("class_loss", "box_loss"):  # the second step's follow from the first step's update
-        assert [step[name] for step in again] == pytest.approx([step[name] for step in steps], rel=1e-5)
+    for name in ("class_loss", "box_loss", "grad_norm"):  # those of the second step follow from the first step's update
+        assert [step[name] for step in again] == [step[name] for step in steps]
 
 
-def test_random_weights_with_the_original_recipe_are_warned_of(tmp_path):
+def test_random_weights_with_the_original_recipe_give_a_warning(tmp_path):
     status, out, err = run_quietly(train.main, *csv_training(tmp_path), "--recipe", "original")
     assert (status, err) == (0, "")
     assert re.search("warning: .*original.*random weights.*--recipe scratch", out)
@@ -123,7 +124,7 @@ def test_coco_data_are_trained_on_and_scored(tmp_path):
     assert checkpoint.load(tmp_path / "run" / "last.pt")["class_names"] == ["car", "cat"]
 
 
-# Validation and pictures
+# Validation and images
 
 
 def test_validation_prints_the_twelve_numbers(trained):
@@ -249,15 +250,6 @@ GOOD = "a.png,4,8,24,40,rectangle"
 def test_a_bad_csv_line_stops_training_with_file_and_line(tmp_path, line, parts):
     status, _, err = run_quietly(train.main, *csv_training(tmp_path, [GOOD, line, "b.png,,,,,"]))
     assert_one_message(status, err, *parts)
-    assert not list(tmp_path.glob("run/*.pt*"))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_truncated_picture_stops_training_with_its_name(tmp_path, workers):
-    flags = csv_training(tmp_path)
-    truncate(tmp_path / "b.png")
-    status, _, err = run_quietly(train.main, *flags, "--workers", workers)
-    assert_one_message(status, err, str(tmp_path / "b.png"))
     assert not list(tmp_path.glob("run/*.pt*"))
 
 
