@@ -14,26 +14,33 @@ CLASSES = ["circle", "rectangle", "triangle"]
 
 
 def gradient(height, width):
-    """A smooth RGB picture in which no two sides, corners or channels look alike."""
+    """A smooth RGB image in which no two sides, corners or channels look alike."""
     ys, xs = np.mgrid[:height, :width]
     red, green = 40 + 180 * xs / width, 200 - 150 * ys / height
     return np.stack([red, green, (red + green) / 3], axis=2).astype(np.uint8)
 
 
 def save(array, path, **options):
-    """Write a picture; returns its path as text."""
+    """Write an image; returns its path as text."""
     Image.fromarray(array).save(path, **options)
     return str(path)
 
 
+def exif(orientation):
+    """EXIF tags that hold an orientation alone."""
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
 def truncate(path, share=0.5):
-    """Cut a file off."""
+    """Truncate a file."""
     content = Path(path).read_bytes()
     Path(path).write_bytes(content[: int(len(content) * share)])
 
 
 def write_csv_data(folder, lines=None):
-    """Two pictures, `a.png` (48 high, 64 wide, two boxes) and `b.png` (64 x 48, none), and their CSV files.
+    """Two images, `a.png` (48 high, 64 wide, two boxes) and `b.png` (64 x 48, none), and their CSV files.
 
     Returns the paths of `data.csv` and `classes.csv`.
     """
@@ -48,7 +55,7 @@ def write_csv_data(folder, lines=None):
 
 
 def coco_content():
-    """A COCO annotation file: three pictures, not in the order of their ids, and classes whose ids have gaps."""
+    """A COCO annotation file: three images, not in the order of their ids, and classes whose ids have gaps."""
     return {
         "images": [
             {"id": 42, "file_name": "b.png", "height": 64, "width": 48},
@@ -65,9 +72,9 @@ def coco_content():
     }
 
 
-def write_coco_data(folder, content=None, set_name="val2017", pictures="images"):
-    """The pictures and the annotation file of `coco_content`, in COCO's layout; returns the root folder."""
-    images = folder / pictures / set_name
+def write_coco_data(folder, content=None, set_name="val2017", folder_name="images"):
+    """The images and the annotation file of `coco_content`, in COCO's layout; returns the root folder."""
+    images = folder / folder_name / set_name
     images.mkdir(parents=True, exist_ok=True)
     (folder / "annotations").mkdir(exist_ok=True)
     for name, size in (("a.png", (48, 64)), ("b.png", (64, 48)), ("empty.png", (48, 48))):
@@ -75,3 +82,17 @@ def write_coco_data(folder, content=None, set_name="val2017", pictures="images")
     content = coco_content() if content is None else content
     (folder / "annotations" / f"instances_{set_name}.json").write_text(json.dumps(content))
     return str(folder)
+
+
+def detections(*rows):
+    """Detections of one image, from rows of score, label, x1, y1, x2, y2."""
+    table = torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
+    return Detections(table[:, 0], table[:, 1].long(), table[:, 2:])
+
+
+def in_memory(annotations, image_index=None, num_images=1, class_names=("a", "b"), difficult=None):
+    """A data set without images: annotations [N, 5], by default all of image 0."""
+    annotations = np.array(annotations, dtype=np.float32).reshape(-1, 5)
+    image_index = np.zeros(len(annotations), dtype=int) if image_index is None else np.array(image_index, dtype=int)
+    names = [f"{index}.png" for index in range(num_images)]
+    return DetectionDataset(names, annotations, image_index, list(class_names), difficult=difficult)

@@ -154,7 +154,7 @@ def test_a_folder_is_its_pictures_in_the_order_of_their_numbers(pictures):
         "frame1.png", "frame10.png", "sub/frame1.png", "frame2.jpg"
     ]  # fmt: skip
     for nothing in ("nowhere.jpg", f"{pictures}/*.gif"):
-        with pytest.raises(UserError, match="no such pictures"):
+        with pytest.raises(UserError, match="no such images exist"):
             find_images([nothing])
 
 

@@ -3,7 +3,7 @@
 import argparse
 
 from retinanet.commands import flags
-from retinanet.data.checks import PICTURES, check_dataset, check_overlap, summary
+from retinanet.data.checks import DEPTHS, check_dataset, check_overlap, summary
 from retinanet.data.report import DataError, Report
 from retinanet.errors import UserError
 from retinanet.process import log, script, setup_logging
@@ -15,7 +15,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flags.add_data_arguments(parser, training=True)
     group = parser.add_argument_group("check")
     text = "what to read of images: none (do they exist?), quick (some headers), headers (all), decode (all pixels)"
-    group.add_argument("--images", choices=PICTURES, default="decode", help=f"{text} {flags.DEFAULT}")
+    group.add_argument("--images", choices=DEPTHS, default="decode", help=f"{text} {flags.DEFAULT}")
     text = f"threads that decode images {flags.DEFAULT}"
     group.add_argument("--workers", type=flags.non_negative_int, default=2, help=text)
     parser.set_defaults(seed=0)

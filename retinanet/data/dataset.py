@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from retinanet.data.ground_truth import GroundTruth, coco_content, from_arrays, quiet_coco
 from retinanet.data.images import read_image, read_image_size
 from retinanet.data.report import DROPPED, MIN_SIDE, Report
-from retinanet.errors import UserError
+from retinanet.errors import UserError, shown
 from retinanet.process import log, progress
 
 if TYPE_CHECKING:
@@ -106,6 +106,10 @@ class DetectionDataset(Dataset):
         """The image's file; None where it does not exist."""
         path = str(self.image_files[index])
         return path if os.path.isfile(path) else None  # noqa: PTH113, pathlib takes several times as long
+
+    def explain_missing(self, index: int) -> str:
+        """Why `find_image` finds nothing, for messages."""
+        return f"image {shown(self.image_path(index))} does not exist"
 
     def load_image(self, index: int) -> np.ndarray:
         """[H, W, 3] uint8 RGB."""

@@ -1,4 +1,4 @@
-"""Picture files -> arrays, whatever their kind, and whatever is wrong with them."""
+"""Image files -> arrays, whatever their kind, and whatever is wrong with them."""
 
 import contextlib
 import glob
@@ -7,76 +7,73 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
+from retinanet.data.report import FileError
 from retinanet.errors import UserError
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # torchvision 0.29 announces that it will go; Pillow gives the same pixels, a little later
+except ImportError:  # torchvision 0.29 announces that it will go; Pillow gives the same pixels, more slowly
     decode_jpeg = None
 
-# Formats of pictures that are read. Pillow knows more; some of them start other programs, or hold other files.
+# Formats that are read. Pillow knows more; some of them start other programs, or hold other files.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 IMAGE_SUFFIXES = {
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
     *(".tif", ".tiff", ".webp"),
 }
-MAX_PIXELS = 178_956_970  # of a picture; from here on Pillow, too, takes it for a decompression bomb
+MAX_PIXELS = 178_956_970  # of an image; from here on Pillow, too, takes it for a decompression bomb
 # What the readers of Pillow and torchvision raise for one broken file or another.
 BROKEN_IMAGE = (
     OSError, RuntimeError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
     AssertionError, EOFError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
-
-EXIF_ORIENTATION = 0x0112
-# How a picture [H, W, 3] with each EXIF orientation is turned upright; other values mean nothing.
-TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    1: lambda image: image,
-    2: lambda image: image[:, ::-1],
-    3: lambda image: image[::-1, ::-1],
-    4: lambda image: image[::-1],
-    5: lambda image: image.transpose(1, 0, 2),
-    6: lambda image: image.transpose(1, 0, 2)[:, ::-1],
-    7: lambda image: image.transpose(1, 0, 2)[::-1, ::-1],
-    8: lambda image: image.transpose(1, 0, 2)[::-1],
+# What turns an image of each EXIF orientation upright. ImageOps.exif_transpose also rewrites EXIF, and fails where
+# that is broken.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 
 
 @contextlib.contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
-    """Inside, whatever a broken picture raises becomes a UserError that names the file."""
+    """Inside, whatever a broken image raises becomes a FileError that names the file."""
     try:
-        if not os.path.exists(path):  # noqa: PTH110, for it answers even where a path cannot be
-            raise UserError(f"{path}: cannot be read as a picture (there is no such file)")
+        if not os.path.exists(path):  # noqa: PTH110, pathlib raises errors of its own for impossible names
+            raise FileNotFoundError("the file does not exist")
         if not Path(path).is_file():
-            raise UserError(f"{path}: cannot be read as a picture (it is no file)")
+            raise OSError("it is not a file")
         yield
-    except UserError:
+    except FileError:
         raise
     except BROKEN_IMAGE as error:
         reason = str(error).split("\n")[0][:200] or type(error).__name__
-        raise UserError(f"{path}: cannot be read as a picture ({reason})") from error
+        raise FileError(str(path), f"cannot be read as an image ({reason})") from error
 
 
 def _check_pixels(path: str | Path, image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
-        raise UserError(
-            f"{path}: has {image.width} x {image.height} pixels, more than the limit of {MAX_PIXELS:,} "
-            "(retinanet.data.images.MAX_PIXELS)"
-        )
+        limit = f"the limit of {MAX_PIXELS:,} (retinanet.data.images.MAX_PIXELS)"
+        raise FileError(str(path), f"has {image.width} x {image.height} pixels, more than {limit}")
 
 
 def _exif_orientation(image: Image.Image) -> Any:
-    """What EXIF says, as far as it is known; 1 where it says nothing. Pillow turns TIFF files by itself."""
-    # The method of the base class, because PNG's own decodes the whole picture to find EXIF at its end.
-    return 1 if image.format == "TIFF" else Image.Image.getexif(image).get(EXIF_ORIENTATION, 1)
+    """What EXIF says, whatever that is; 1 where it says nothing. Pillow turns TIFF files by itself."""
+    # The method of the base class, because PNG's own decodes the whole image to find EXIF at its end.
+    return 1 if image.format == "TIFF" else Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
 
 
 def valid_orientation(orientation: Any) -> int:
@@ -85,27 +82,27 @@ def valid_orientation(orientation: Any) -> int:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Read a picture of any common kind as RGB, turned upright as its EXIF orientation says.
+    """Read an image of any common kind as RGB, turned upright as its EXIF orientation says.
 
-    Grey, palette, CMYK, 16-bit pictures and those with an alpha channel are converted.
+    Grey, palette, CMYK and 16-bit images and those with an alpha channel are converted.
 
     Returns:
         [H, W, 3] uint8.
 
     Raises:
-        UserError: the file is missing, truncated, larger than MAX_PIXELS, or no picture; the message names it.
+        FileError: the file is missing, truncated, larger than MAX_PIXELS, or not an image.
     """
     with _naming(path):
         data = np.fromfile(path, dtype=np.uint8)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_pixels(path, image)
+            orientation = valid_orientation(_exif_orientation(image))
             is_whole = image.format in ("JPEG", "MPO") and data[-2:].tobytes() == b"\xff\xd9"
-            if is_whole and decode_jpeg is not None:  # the fast way
-                pixels = decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB).permute(1, 2, 0).numpy()
-            else:
-                image.load()
-                pixels = _to_rgb(image)
-            return np.ascontiguousarray(TURNS[valid_orientation(_exif_orientation(image))](pixels))
+            if is_whole and orientation == 1 and decode_jpeg is not None:  # the fast way
+                pixels = decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB)
+                return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+            image.load()
+            return _to_rgb(image if orientation == 1 else image.transpose(TURNS[orientation]))
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
@@ -113,11 +110,11 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper 8
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.asarray(image.convert("RGB")).copy()
+    return np.array(image.convert("RGB"))
 
 
 class ImageHeader(NamedTuple):
-    """What a picture's file says of it before it is decoded.
+    """What an image's file says before it is decoded.
 
     Attributes:
         height: pixels, as `read_image` turns it.
@@ -131,10 +128,10 @@ class ImageHeader(NamedTuple):
 
 
 def read_header(path: str | Path) -> ImageHeader:
-    """Read a picture's header.
+    """Read an image's header.
 
     Raises:
-        UserError: the file is missing, larger than MAX_PIXELS, or no picture.
+        FileError: the file is missing, larger than MAX_PIXELS, or not an image.
     """
     with _naming(path), Image.open(path, formats=FORMATS) as image:
         _check_pixels(path, image)
@@ -145,28 +142,28 @@ def read_header(path: str | Path) -> ImageHeader:
 
 
 def read_image_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of a picture, from its header alone, turned as `read_image` turns it.
+    """Height and width of an image, from its header alone, turned as `read_image` turns it.
 
     Raises:
-        UserError: the file is missing, larger than MAX_PIXELS, or no picture.
+        FileError: the file is missing, larger than MAX_PIXELS, or not an image.
     """
     return read_header(path)[:2]
 
 
 def list_images(folder: Path, wanted: Container[str] | None = None) -> dict[str, Path]:
-    """The pictures of a folder, and of those in it, by their paths from there without ending, sorted.
+    """The images of a folder and its subfolders, by their relative paths without suffix, sorted.
 
     Args:
-        folder: where they lie.
-        wanted: the names that must be of one picture alone; by default all.
+        folder: that is searched.
+        wanted: the names that must be unique; by default all.
 
     Raises:
-        UserError: the folder cannot be read, or two pictures of a wanted name differ in their endings alone.
+        UserError: the folder cannot be read, or two images of a wanted name differ only in their suffixes.
     """
     try:
         next(folder.iterdir(), None)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read as a folder of pictures ({error.strerror})") from error
+        raise UserError(f"{folder}: cannot be read as a folder of images ({error.strerror})") from error
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
@@ -174,18 +171,18 @@ def list_images(folder: Path, wanted: Container[str] | None = None) -> dict[str,
             continue
         name = relative.with_suffix("").as_posix()
         if name in found and (wanted is None or name in wanted):
-            raise UserError(f"{path}: differs from {found[name].name} in nothing but its ending; remove one of them")
+            raise UserError(f"{path}: differs from {found[name].name} only in its suffix; remove one of them")
         found[name] = path
     return found
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
-    """The files that `--images` means, each once: files by name, folders' pictures, matches of patterns.
+    """The files of `--images`, each once: files by name, images of folders, matches of patterns.
 
-    Frames of a video come in the order of their numbers: frame2 before frame10.
+    Numbers in names are sorted as numbers: frame2 before frame10.
 
     Raises:
-        UserError: a pattern means no file.
+        UserError: a pattern matches no file.
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
@@ -198,7 +195,7 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
         else:
             matches = [Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()]  # noqa: PTH207
         if not matches:
-            raise UserError(f"--images {pattern}: there are no such pictures")
+            raise UserError(f"--images {pattern}: no such images exist")
         files |= dict.fromkeys(sorted(matches, key=_natural_order))
     return list(files)
 

@@ -1,4 +1,4 @@
-"""What the formats' readers share: text and JSON files, class lists, and checks of boxes."""
+"""What the readers of all formats share: text and JSON files, class lists, and checks of boxes."""
 
 import contextlib
 import gc
@@ -9,36 +9,34 @@ from typing import Any
 
 import numpy as np
 
-from retinanet.data.report import MIN_SIDE, Report
+from retinanet.data.report import MIN_SIDE, FileError, Report
 from retinanet.errors import UserError, shown, suggestion
 
-MAX_JSON_BYTES = 8 * 2**30  # parsed, a file takes five times its size of memory
 MAX_NAME = 1024  # characters of an image's path
 MAX_COORDINATE = 1e6  # pixels; float32 still tells sixteenths of a pixel apart there
 
 
-def read_text(path: Path, report: Report) -> str:
-    """The text of a file in UTF-8, without its byte order mark, which is noted.
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark.
 
     Raises:
-        UserError: it is missing, or no such text; the message names the line.
+        FileError: it is missing, or not such a text.
     """
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+        raise FileError(str(path), f"cannot be read ({error})") from error
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path}: is in UTF-16; save it as UTF-8")
+        raise FileError(str(path), "is in UTF-16; save it as UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        message = f"{path}:{line}: is not in UTF-8 (byte {data[error.start]:#04x}, {error.reason}); save it as UTF-8"
-        raise UserError(message) from error
+        message = f"is not in UTF-8 (byte {data[error.start]:#04x}, {error.reason}); save it as UTF-8"
+        raise FileError(f"{path}:{line}", message) from error
     if "\0" in text:
-        raise UserError(f"{path}:{text.count(chr(10), 0, text.index(chr(0))) + 1}: holds a zero byte, so it is no text")
-    if data.startswith(b"\xef\xbb\xbf"):
-        report.add("byte order mark", f"{path}:1", "the file begins with one")
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise FileError(f"{path}:{line}", "holds a zero byte, so it is not a text file")
     return text
 
 
@@ -62,14 +60,7 @@ def load_json(path: Path) -> Any:
         UserError: it is missing, too large, too deep, or not JSON.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise UserError(f"{path}: has {size:,} bytes, more than the limit of {MAX_JSON_BYTES:,}")
-        if not size:
-            raise UserError(f"{path}: is empty")
         return json.loads(path.read_bytes())
-    except UserError:
-        raise
     except json.JSONDecodeError as error:
         hint = "; does the file hold two documents?" if error.msg == "Extra data" else ""
         raise UserError(f"{path}:{error.lineno}: is not valid JSON ({error}){hint}") from error
@@ -82,12 +73,12 @@ def load_json(path: Path) -> Any:
         raise UserError(f"{path}: is not valid JSON, or too deep or too large to be read ({reason})") from error
 
 
-def read_class_list(root: Path, report: Report) -> list[str] | None:
-    """The class names of `root`/classes.txt, one a line; None where there is no such file."""
+def read_class_list(root: Path) -> list[str] | None:
+    """The class names of `root`/classes.txt, one a line; None where the file does not exist."""
     path = root / "classes.txt"
     if not path.is_file():
         return None
-    names = [line.strip() for line in read_text(path, report).splitlines() if line.strip()]
+    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not names or len(set(names)) < len(names):
         raise UserError(f"{path}: needs one class name a line, each once")
     return names
@@ -108,16 +99,16 @@ def check_boxes(
     zero_area: str,
     show: Callable[[int], str] | None = None,
 ) -> np.ndarray:
-    """Report what is wrong with boxes in themselves, whatever the size of their pictures.
+    """Report what is wrong with boxes in themselves, whatever the sizes of their images.
 
     Args:
         report: gets the problems.
         boxes: [N, 4] float64 xyxy, pixels.
         labels: [N] int.
         image_index: [N] int: the image of each box.
-        where: file and line of a row, or the like.
-        zero_area: the kind of problem that a box of no width or height is: "inverted box" or "sub-pixel box".
-        show: the four numbers of a row, as they stand in the file; default: those of `boxes`.
+        where: file and line of a box, or the like.
+        zero_area: what a box of no width or height is: "inverted box" or "sub-pixel box".
+        show: the four numbers of a box as in its file; default: those of `boxes`.
 
     Returns:
         [N] bool: the boxes that stay, where nothing is fatal.
@@ -127,48 +118,40 @@ def check_boxes(
     with np.errstate(invalid="ignore", over="ignore"):
         side = (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf)  # the shorter one
     inverted = finite & ((side <= 0) if zero_area == "inverted box" else (side < 0))
-    small = finite & ~inverted & (side < MIN_SIDE)
     valid = finite & ~inverted
-    report.add_rows(
-        "not finite",
-        np.flatnonzero(~finite),
-        where,
-        lambda row: f"a box needs finite numbers of at most {MAX_COORDINATE:,.0f}, found {show(row)}",
-    )
-    report.add_rows(
-        "inverted box",
-        np.flatnonzero(inverted),
-        where,
-        lambda row: f"a box needs x1 < x2 and y1 < y2, or a width and height above 0, found {show(row)}",
-    )
+    small = valid & (side < MIN_SIDE)
+    twin = valid & ~small & (labels >= 0)
+    twin[twin] = _repeated([*boxes[twin].T, labels[twin], image_index[twin]])
     tiny = valid & (np.abs(boxes) <= 1).all(axis=1)
-    if tiny.any() and (tiny.sum() == valid.sum() or (tiny.sum() > valid.sum() / 2 and (boxes[tiny] % 1).any())):
-        first = int(np.flatnonzero(tiny)[0])
-        report.add(
-            "looks normalised",
-            where(first),
-            f"{tiny.sum():,} of {len(boxes):,} boxes, such as {show(first)}, lie from 0 to 1; boxes are wanted in "
-            "pixels: multiply by the picture's width and height",
-        )
-    else:
-        report.add_rows(
-            "sub-pixel box", np.flatnonzero(small), where, lambda row: f"is less than 1 pixel wide or high: {show(row)}"
-        )
-    twin = _repeated([*boxes.T, labels, image_index]) & valid & ~small & (labels >= 0)
-    report.add_rows(
-        "duplicate box", np.flatnonzero(twin), where, lambda row: f"the same box {show(row)} stands there before"
+    normalised = tiny.any() and (
+        tiny.sum() == valid.sum() or (tiny.sum() > valid.sum() / 2 and (boxes[tiny] % 1).any())
     )
+    if normalised:
+        first = int(np.flatnonzero(tiny)[0])
+        message = (
+            f"{tiny.sum():,} of {len(boxes):,} boxes, such as {show(first)}, lie between 0 and 1; boxes must be in "
+            "pixels: multiply by the image's width and height"
+        )
+        report.add("looks normalised", where(first), message)
+    for kind, mask, message in (
+        ("not finite", ~finite, f"a box needs finite numbers of at most {MAX_COORDINATE:,.0f}, found"),
+        ("inverted box", inverted, "a box needs x1 < x2 and y1 < y2, or a width and height above 0, found"),
+        ("sub-pixel box", small & (not normalised), "is less than 1 pixel wide or high:"),
+        ("duplicate box", twin, "repeats a box of the same image and class:"),
+    ):
+        report.add_rows(kind, np.flatnonzero(mask), where, lambda row, message=message: f"{message} {show(row)}")
     return valid & ~small & ~twin
 
 
 def _repeated(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """Whether each row stood there before: [N] bool."""
-    with np.errstate(all="ignore"):
-        key = sum(column * np.sqrt(prime) for column, prime in zip(columns, (2, 3, 5, 7, 11, 13), strict=True))
-    order = np.argsort(key, kind="stable")
-    alike = np.flatnonzero(key[order[1:]] == key[order[:-1]])
-    suspects = np.unique(order[np.concatenate([alike, alike + 1])])  # sorting these alone by all columns is quick
-    order = suspects[np.lexsort([column[suspects] for column in columns])]  # stable: the first of the file comes first
-    repeated = np.zeros(len(key), dtype=bool)
-    repeated[order[1:]] = np.all([column[order[1:]] == column[order[:-1]] for column in columns], axis=0)
+    """[N] bool: whether each row equals an earlier one; the last column is the image."""
+    x1, image = columns[0], columns[-1]
+    # NumPy's unique rows of all would take several times as long as sorting by two columns to find candidates.
+    order = np.lexsort([x1, image])
+    alike = (x1[order[1:]] == x1[order[:-1]]) & (image[order[1:]] == image[order[:-1]])
+    candidates = np.union1d(order[1:][alike], order[:-1][alike])
+    rows = np.column_stack([column[candidates] for column in columns])
+    repeated = np.zeros(len(x1), dtype=bool)
+    repeated[candidates] = True
+    repeated[candidates[np.unique(rows, axis=0, return_index=True)[1]]] = False  # the first of each
     return repeated

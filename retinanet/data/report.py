@@ -1,7 +1,7 @@
-"""What can be wrong with annotations and pictures, what is done about each, and reports of it."""
+"""What can be wrong with annotations and images, what is done about each, and reports of it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,50 +10,27 @@ from retinanet.errors import UserError
 MAX_EXAMPLES = 20  # of each kind of problem in a report
 MIN_SIDE = 0.995  # pixels: a box of one pixel stays, though its numbers, or YOLO's fractions, were rounded
 
-# What is done about each kind of problem. FATAL: nothing is read until it is mended. The others are warnings,
-# which `--strict` makes fatal, save NOTED: there nothing is changed or guessed.
-FATAL, DROPPED, CLIPPED, WARNED, NOTED = "fatal", "dropped", "clipped", "warned", "noted"
-POLICIES = {
-    "wrong column count": FATAL,
-    "not a number": FATAL,
-    "not finite": FATAL,
-    "inverted box": FATAL,
-    "looks like x, y, width, height": FATAL,
-    "looks like x1, y1, x2, y2": FATAL,
-    "looks normalised": FATAL,
-    "looks swapped": FATAL,
-    "unknown class": FATAL,
-    "class list": FATAL,
-    "bad entry": FATAL,
-    "unknown image": FATAL,
-    "duplicate image id": FATAL,
-    "bad name": FATAL,
-    "missing image": FATAL,
-    "unreadable image": FATAL,
-    "no boxes": FATAL,
-    "header row": DROPPED,
-    "sub-pixel box": DROPPED,
-    "duplicate box": DROPPED,
-    "box outside": DROPPED,
-    "box partly outside": CLIPPED,
-    "spaces": WARNED,
-    "separator": WARNED,
-    "unused class": WARNED,
-    "crowd-only image": WARNED,
-    "annotation ids": WARNED,
-    "same image": WARNED,
-    "stray file": WARNED,
-    "declared size": WARNED,
-    "EXIF rotation": WARNED,
-    "invalid EXIF orientation": WARNED,
-    "byte order mark": NOTED,
-    "CRLF": NOTED,
-    "quoted fields": NOTED,
+# What is done about each kind of problem. FATAL: nothing is read until it is fixed. The others are warnings,
+# which `--strict` makes fatal.
+FATAL, DROPPED, CLIPPED, WARNED = "fatal", "dropped", "clipped", "warned"
+KINDS = {
+    FATAL: (
+        *("wrong column count", "not a number", "not finite", "inverted box"),
+        *("looks like x, y, width, height", "looks like x1, y1, x2, y2", "looks normalised", "looks swapped"),
+        *("unknown class", "class list", "bad entry", "unknown image", "duplicate image id", "bad name"),
+        *("missing image", "unreadable image", "no boxes"),
+    ),
+    DROPPED: ("header row", "sub-pixel box", "duplicate box", "box outside"),
+    CLIPPED: ("box partly outside",),
+    WARNED: (
+        *("spaces", "separator", "unused class", "crowd-only image", "annotation ids", "same image", "stray file"),
+        *("declared size", "EXIF rotation", "invalid EXIF orientation"),
+    ),
 }
+POLICIES = {kind: policy for policy, kinds in KINDS.items() for kind in kinds}
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One thing that is wrong.
 
     Attributes:
@@ -84,16 +61,15 @@ class Report:
     def add_rows(
         self, kind: str, rows: Sequence[int] | np.ndarray, where: Callable[[int], str], message: Callable[[int], str]
     ) -> None:
-        """Add a problem of many rows; `where` and `message` are asked only for those that are kept as examples."""
+        """Add a problem of many rows; `where` and `message` are called only for those that are kept as examples."""
         assert kind in POLICIES, kind
         if len(rows):
             self.counts[kind] = self.counts.get(kind, 0) + len(rows)
             examples = self.examples.setdefault(kind, [])
-            for row in rows[: MAX_EXAMPLES - len(examples)]:
-                examples.append(Problem(kind, where(row), message(row)))
+            examples += [Problem(kind, where(row), message(row)) for row in rows[: MAX_EXAMPLES - len(examples)]]
 
     def merge(self, other: "Report") -> None:
-        """Take over what another report holds."""
+        """Add the problems of another report."""
         for kind, examples in other.examples.items():
             kept = self.examples.setdefault(kind, [])
             kept += examples[: MAX_EXAMPLES - len(kept)]
@@ -104,12 +80,12 @@ class Report:
         return [kind for kind in POLICIES if kind in self.counts and POLICIES[kind] in policies]
 
     def errors(self, strict: bool = False) -> list[str]:
-        """The kinds that were found and are fatal; `strict` makes all fatal that are not merely noted."""
-        return self.kinds(FATAL, DROPPED, CLIPPED, WARNED) if strict else self.kinds(FATAL)
+        """The kinds that were found and are fatal; `strict` makes all fatal."""
+        return self.kinds(*KINDS) if strict else self.kinds(FATAL)
 
     def warnings(self, strict: bool = False) -> list[str]:
         """The other kinds that were found."""
-        return [kind for kind in self.kinds(*set(POLICIES.values())) if kind not in self.errors(strict)]
+        return [] if strict else self.kinds(DROPPED, CLIPPED, WARNED)
 
     def text(self, kinds: Iterable[str], max_examples: int = MAX_EXAMPLES) -> str:
         """These kinds, each with its count, what is done about it, and examples; one problem alone as one line."""
@@ -136,8 +112,20 @@ class Report:
 
 
 class DataError(UserError):
-    """Annotations or pictures that cannot be used as they are; `report` holds everything that was found."""
+    """Annotations or images that cannot be used as they are; `report` holds everything that was found."""
 
     def __init__(self, report: Report, strict: bool = False):
         super().__init__(report.text(report.errors(strict)))
         self.report = report
+
+
+class FileError(UserError):
+    """A file that cannot be read; `where` names it, perhaps with a line, and `message` says why."""
+
+    def __init__(self, where: str, message: str):
+        super().__init__(where, message)
+        self.where = where
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"

@@ -46,7 +46,7 @@ class VOCDataset(DetectionDataset):
         self.set_name = set_name
         list_file = self.root_dir / "ImageSets" / "Main" / f"{set_name}.txt"
         report = Report()
-        lines = [line.strip() for line in read_text(list_file, report).splitlines() if line.strip()]
+        lines = [line.strip() for line in read_text(list_file).splitlines() if line.strip()]
         if not lines:
             raise UserError(f"{list_file}: lists no images")
         folder = self.root_dir / "JPEGImages"
@@ -59,7 +59,7 @@ class VOCDataset(DetectionDataset):
             lambda name: f"there is no picture {shown(name)} in {folder}",
         )
         if class_names is None:
-            class_names = read_class_list(self.root_dir, report) or _class_names(self.root_dir / "Annotations")
+            class_names = read_class_list(self.root_dir) or _class_names(self.root_dir / "Annotations")
         files = [self.root_dir / "Annotations" / f"{name}.xml" for name in image_names]
         found = [(index, *row) for index, path in enumerate(files) for row in _read_objects(path, class_names, report)]
         table = np.array(found, dtype=np.float64).reshape(-1, 8)

@@ -41,7 +41,7 @@ class YoloDataset(DetectionDataset):
         if not labels.is_dir():
             raise UserError(f"{labels}: there is no such folder; it holds the boxes")
         report = Report()
-        class_names = _read_class_names(self.root_dir, report)
+        class_names = _read_class_names(self.root_dir)
         pictures = list_images(folder)
         if not pictures:
             raise UserError(f"{folder}: holds no pictures")
@@ -84,17 +84,17 @@ class YoloDataset(DetectionDataset):
         return f"{self.label_files[self.image_index[row]]}:{self.annotation_ids[row]}"
 
 
-def _read_class_names(root: Path, report: Report) -> list[str]:
+def _read_class_names(root: Path) -> list[str]:
     """Class names from `classes.txt`, or else from `data.yaml`."""
-    names = read_class_list(root, report)
+    names = read_class_list(root)
     if names is not None:
         return names
     if not (root / "data.yaml").is_file():
         raise UserError(f"{root}: has neither classes.txt nor data.yaml, which name the classes")
-    return _read_yaml_names(root / "data.yaml", report)
+    return _read_yaml_names(root / "data.yaml")
 
 
-def _read_yaml_names(path: Path, report: Report) -> list[str]:
+def _read_yaml_names(path: Path) -> list[str]:
     try:
         import yaml  # an extra: nothing else needs it
     except ModuleNotFoundError as error:
@@ -103,7 +103,7 @@ def _read_yaml_names(path: Path, report: Report) -> list[str]:
             f"{path.parent / 'classes.txt'}, one a line"
         ) from error
     try:
-        content = yaml.load(read_text(path, report), yaml.BaseLoader)  # which leaves texts: no `no` becomes False
+        content = yaml.load(read_text(path), yaml.BaseLoader)  # which leaves texts: no `no` becomes False
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is not valid YAML ({error})") from error
     names = content.get("names") if isinstance(content, dict) else None
@@ -126,7 +126,7 @@ def _key_numbers(path: Path) -> int:
 def _read_boxes(path: Path, num_classes: int, key_numbers: int, report: Report) -> Iterator[tuple[float, ...]]:
     """Number from 1, (x1, y1, x2, y2) in fractions of the picture's size, and label of each line."""
     try:
-        lines = read_text(path, report).splitlines() if path.is_file() else []
+        lines = read_text(path).splitlines() if path.is_file() else []
     except UserError as error:
         report.add("bad entry", *str(error).split(": ", 1))
         return

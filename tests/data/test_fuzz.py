@@ -1,6 +1,6 @@
 """Files broken at random: each is read rightly, or answered by a message of ours that names it.
 
-A sample runs with the other tests. All of them, in less than a minute: `FUZZ=all python -m pytest tests/test_fuzz.py`.
+A sample runs with the other tests. All of them, in less than a minute: `FUZZ=all python -m pytest tests/data/test_fuzz.py`.
 """
 
 import contextlib
@@ -28,7 +28,6 @@ from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset
 from retinanet.data.images import read_header, read_image
 from retinanet.errors import UserError
-from retinanet.evaluation.coco import ground_truth
 from retinanet.training import checkpoint
 
 HANG = 10  # seconds
@@ -170,8 +169,7 @@ def test_csv_files(tmp_path_factory, files):
         return
     assert np.isfinite(data.annotations).all() and (data.annotations[:, 2:4] - data.annotations[:, :2] > 0).all()
     lines = fields_of(files[0])
-    image_index = np.repeat(np.arange(len(data)), np.diff(data.offsets))
-    for row, line, index in zip(data.annotations, data.annotation_ids, image_index, strict=True):
+    for row, line, index in zip(data.annotations, data.annotation_ids, data.image_index, strict=True):
         name, *numbers, label = lines[line]
         np.testing.assert_array_equal(row[:4], np.array([float(number) for number in numbers], dtype=np.float32))
         assert data.label_to_name(int(row[4])) == label and data.image_files[index] == name
@@ -254,12 +252,11 @@ def test_coco_files(tmp_path_factory, content):
             label = data.coco_label_to_label(entry["category_id"])
             row = np.array([x, y, x + width, y + height, label], dtype=np.float32)
             expected.add((data.image_ids.index(entry["image_id"]), entry["id"], *row.tolist()))
-    image_index = np.repeat(np.arange(len(data)), np.diff(data.offsets)).tolist()
-    found = zip(image_index, data.annotation_ids.tolist(), data.annotations.tolist(), strict=True)
+    found = zip(data.image_index.tolist(), data.annotation_ids.tolist(), data.annotations.tolist(), strict=True)
     assert {(index, entry, *row) for index, entry, row in found} == expected
     assert sorted(data.image_ids) == sorted(image["id"] for image in parsed["images"])
     answer(folder, lambda: check_dataset(data, "headers").raise_errors())
-    truth = ground_truth(data)
+    truth = data.coco
     assert len(truth.anns) == len(parsed["annotations"]) and 0 not in truth.anns
     assert all(math.isfinite(entry["area"]) for entry in truth.anns.values())
 

@@ -4,117 +4,208 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
-from helpers import gradient, save, truncate, write_csv_data
-from PIL import Image
+from helpers import exif, gradient, save, truncate, write_csv_data
+from PIL import Image, ImageOps
 
-from retinanet.data import checks
-from retinanet.data import images as pictures
+from retinanet.data import checks, images
 from retinanet.data.csv import CSVDataset
-from retinanet.data.images import read_header, read_image
-from retinanet.data.loader import make_loader
+from retinanet.data.images import list_images, read_header, read_image, read_image_size
 from retinanet.errors import UserError
 
-
-def tiff_exif(value, kind=3):
-    """An EXIF block that holds an orientation alone, of a TIFF type: 2 text, 3 short, 4 long."""
-    return b"Exif\0\0II*\0" + struct.pack("<IHHHIII", 8, 1, 0x0112, kind, 1, value, 0)
+GRADIENT = gradient(24, 40)
 
 
-def jpeg_with(exif, path, size=(24, 40)):
-    """Save a JPEG with an EXIF block put in as it is."""
-    buffer = io.BytesIO()
-    Image.fromarray(gradient(*size)).save(buffer, "JPEG", quality=95)
-    content = buffer.getvalue()
-    path.write_bytes(content[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + content[2:])
+def png_chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(path, width, height, bits, data):
+    """Write an RGB PNG whose header says what it will."""
+    kind = {8: 0, 16: 2}[bits]
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
+    end = png_chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(data)) + end)
     return path
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_pillow_reads_a_jpeg_as_torchvision_does(tmp_path, monkeypatch, mode):
+# Pixels
+
+
+def palette():
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 0])
+    image.putpixel((1, 0), 1)
+    return image, [[[10, 20, 30], [200, 100, 0]]]
+
+
+def black_and_white():
+    image = Image.new("1", (2, 1))
+    image.putpixel((1, 0), 1)
+    return image, [[[0] * 3, [255] * 3]]
+
+
+def with_alpha(pixels, alpha):
+    return Image.fromarray(np.concatenate([pixels, np.full((24, 40, 1), alpha, np.uint8)], axis=2))
+
+
+GREY16 = Image.fromarray(np.array([[0x0000, 0x00FF, 0x1234, 0xFFFF]], dtype=np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "expected"),
+    [
+        ("rgb.png", Image.fromarray(GRADIENT), GRADIENT),
+        ("grey.png", Image.fromarray(GRADIENT[..., 0]), GRADIENT[..., [0, 0, 0]]),
+        ("grey_alpha.png", with_alpha(GRADIENT[..., :1], 99), GRADIENT[..., [0, 0, 0]]),
+        *((f"alpha{alpha}.png", with_alpha(GRADIENT, alpha), GRADIENT) for alpha in (0, 128, 255)),
+        ("palette.png", *palette()),
+        ("bits.png", *black_and_white()),
+        ("grey16.png", GREY16, [[[0] * 3, [0] * 3, [0x12] * 3, [0xFF] * 3]]),  # the upper 8 bits
+        ("grey16.tif", GREY16, [[[0] * 3, [0] * 3, [0x12] * 3, [0xFF] * 3]]),
+    ],
+)
+def test_every_mode_becomes_rgb(tmp_path, name, image, expected):
+    image.save(tmp_path / name)
+    pixels = read_image(tmp_path / name)
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, expected)
+
+
+def test_16_bit_rgb_keeps_its_upper_8_bits(tmp_path):
+    row = struct.pack(">B3H", 0, 0x1234, 0x8000, 0xFFFF)  # no filter, one pixel
+    assert read_image(png(tmp_path / "a.png", 1, 1, 16, row)).tolist() == [[[0x12, 0x80, 0xFF]]]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_both_readers_of_jpeg_give_the_pixels_of_pillow(tmp_path, monkeypatch, mode):
     path = tmp_path / "a.jpg"
-    Image.fromarray(gradient(33, 50)).convert(mode).save(path)
-    expected = read_image(path)
-    monkeypatch.setattr(pictures, "decode_jpeg", None)
-    np.testing.assert_array_equal(read_image(path), expected)
+    source = Image.fromarray(gradient(33, 50)).convert(mode)
+    source.save(path, quality=95)
+    with Image.open(path) as saved:
+        assert saved.mode == mode
+        expected = np.asarray(saved.convert("RGB"))
+    fast = read_image(path)
+    assert np.abs(fast.astype(int) - expected).max() <= 2
+    assert np.abs(fast.astype(int) - np.asarray(source.convert("RGB"))).mean() < 3  # and not inverted
+    monkeypatch.setattr(images, "decode_jpeg", None)
+    np.testing.assert_array_equal(read_image(path), fast)
 
 
-@pytest.mark.parametrize(("value", "kind"), [(0, 3), (9, 3), (65535, 3), (65537, 4), (65542, 4), (6, 2), (6, 99)])
-@pytest.mark.parametrize("whole", [True, False])
-def test_an_invalid_orientation_does_not_turn_and_is_reported(tmp_path, value, kind, whole):
-    path = jpeg_with(tiff_exif(value, kind), tmp_path / "a.jpg")
-    if not whole:  # something after its end: the other reader
-        path.write_bytes(path.read_bytes() + b"trailer")
-    assert read_image(path).shape == (24, 40, 3) and read_header(path)[:2] == (24, 40)
-    files = write_csv_data(tmp_path, ["a.jpg,1,1,9,9,circle"])
-    expected = {} if kind == 99 else {"invalid EXIF orientation": 1}  # Pillow skips an unknown type
-    report = checks.check_dataset(CSVDataset(*files), training=False)
-    assert report.counts == expected
+def test_images_can_be_written_to(tmp_path):
+    for name in ("a.png", "a.jpg", "a.bmp"):
+        read_image(save(gradient(4, 4), tmp_path / name))[:] = 0
 
 
-@pytest.mark.parametrize("kind", [3, 4])
-@pytest.mark.parametrize("trailer", [b"", b"trailer"])
-def test_both_jpeg_readers_turn_alike(tmp_path, kind, trailer):
-    path = jpeg_with(tiff_exif(6, kind), tmp_path / "a.jpg")
-    path.write_bytes(path.read_bytes() + trailer)
-    expected = np.rot90(gradient(24, 40), -1)
-    image = read_image(path)
-    assert image.shape == expected.shape == (40, 24, 3)
-    assert np.abs(image.astype(int) - expected).max() < 12
-    assert read_header(path) == (40, 24, 6)
-
-
-@pytest.mark.parametrize("suffix", ["tif", "webp"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_other_formats_are_turned_once(tmp_path, suffix, orientation):
-    tags = Image.Exif()
-    tags[0x0112] = orientation
-    path = save(
-        gradient(24, 40), tmp_path / f"a.{suffix}", exif=tags, **({"lossless": True} if suffix == "webp" else {})
-    )
-    undo = pictures.TURNS[{6: 8, 8: 6}.get(orientation, orientation)]
-    np.testing.assert_array_equal(undo(read_image(path)), gradient(24, 40))
-    assert read_header(path)[:2] == read_image(path).shape[:2]
-
-
-def test_what_a_file_is_counts_not_what_it_is_called(tmp_path):
-    for name, format in (("a.jpg", "PNG"), ("b.png", "JPEG"), ("no suffix", "BMP")):
-        Image.fromarray(gradient(24, 40)).save(tmp_path / name, format)
-        assert np.abs(read_image(tmp_path / name).astype(int) - gradient(24, 40)).max() < 16
+def test_the_content_decides_not_the_name(tmp_path):
+    for name, kind in (("a.jpg", "PNG"), ("b.png", "JPEG"), ("no suffix", "BMP")):
+        Image.fromarray(GRADIENT).save(tmp_path / name, kind)
+        assert np.abs(read_image(tmp_path / name).astype(int) - GRADIENT).max() < 16
 
 
 @pytest.mark.parametrize("name", ["a#b=c d.png", "ä é 日本.jpg", " a.png", "%41;.png"])
-def test_names_may_hold_any_sign(tmp_path, name):
-    save(gradient(24, 40), tmp_path / name)
+def test_names_may_hold_any_character(tmp_path, name):
+    save(GRADIENT, tmp_path / name)
     data = CSVDataset(*write_csv_data(tmp_path / "data", [f"{tmp_path}/{name},1,1,9,9,circle"]))
     assert data[0]["img"].shape == (24, 40, 3)
 
 
-def test_the_first_picture_of_an_mpo_counts(tmp_path):
-    first, second = Image.fromarray(gradient(24, 40)), Image.fromarray(gradient(10, 10))
-    first.save(tmp_path / "a.mpo", save_all=True, append_images=[second], quality=95)
+def test_the_first_image_of_an_mpo_is_read(tmp_path):
+    others = [Image.fromarray(gradient(10, 10))]
+    Image.fromarray(GRADIENT).save(tmp_path / "a.mpo", save_all=True, append_images=others, quality=95)
     with Image.open(tmp_path / "a.mpo") as image:
         assert image.format == "MPO" and image.n_frames == 2
-    assert np.abs(read_image(tmp_path / "a.mpo").astype(int) - gradient(24, 40)).max() < 12
+    assert np.abs(read_image(tmp_path / "a.mpo").astype(int) - GRADIENT).max() < 12
 
 
-def png_of_size(width, height, path):
-    """A PNG that says that it is large, and holds one row."""
+# Orientation
 
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(width + 1))) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path, suffix, orientation):
+    path = save(GRADIENT, tmp_path / f"a.{suffix}", exif=exif(orientation), quality=100)
+    upright = Image.fromarray(GRADIENT)
+    upright.getexif().update(exif(orientation))
+    expected = np.asarray(ImageOps.exif_transpose(upright))
+    pixels = read_image(path)
+    assert read_image_size(path) == pixels.shape[:2] == expected.shape[:2]
+    assert np.abs(pixels.astype(int) - expected).max() < 12
+
+
+def test_orientation_6_is_turned_clockwise(tmp_path):
+    half = np.zeros((16, 32, 3), dtype=np.uint8)
+    half[:, :16] = 255  # left half white
+    pixels = read_image(save(half, tmp_path / "a.png", exif=exif(6)))
+    assert pixels.shape == (32, 16, 3)
+    assert (pixels[:16] == 255).all() and (pixels[16:] == 0).all()  # upper half white
+
+
+def jpeg_with(path, value, kind):
+    """Save a JPEG with an EXIF block of an orientation alone, of a TIFF type: 2 text, 3 short, 4 long."""
+    block = b"Exif\0\0II*\0" + struct.pack("<IHHHIII", 8, 1, 0x0112, kind, 1, value, 0)
+    buffer = io.BytesIO()
+    Image.fromarray(GRADIENT).save(buffer, "JPEG", quality=95)
+    content = buffer.getvalue()
+    path.write_bytes(content[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + content[2:])
     return path
 
 
+@pytest.mark.parametrize(("value", "kind"), [(0, 3), (9, 3), (65535, 3), (65537, 4), (65542, 4), (6, 2), (6, 99)])
+@pytest.mark.parametrize("trailer", [b"", b"trailer"])  # with one, Pillow reads the image
+def test_an_invalid_orientation_does_not_turn_and_is_reported(tmp_path, value, kind, trailer):
+    path = jpeg_with(tmp_path / "a.jpg", value, kind)
+    path.write_bytes(path.read_bytes() + trailer)
+    assert read_image(path).shape == (24, 40, 3) and read_header(path)[:2] == (24, 40)
+    files = write_csv_data(tmp_path, ["a.jpg,1,1,9,9,circle"])
+    expected = {} if kind == 99 else {"invalid EXIF orientation": 1}  # Pillow skips an unknown type
+    assert checks.check_dataset(CSVDataset(*files), training=False).counts == expected
+
+
+@pytest.mark.parametrize("kind", [3, 4])
+def test_an_orientation_may_be_a_short_or_a_long_number(tmp_path, kind):
+    path = jpeg_with(tmp_path / "a.jpg", 6, kind)
+    assert np.abs(read_image(path).astype(int) - np.rot90(GRADIENT, -1)).max() < 12
+    assert read_header(path) == (40, 24, 6)
+
+
+# Broken files
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.bmp", "a.gif", "a.tif", "a.webp"])
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.9])
+def test_a_truncated_image_is_an_error_that_names_it(tmp_path, name, share):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    truncate(save(noise, tmp_path / name), share)
+    with pytest.raises(UserError, match=f"{name}: cannot be read as an image"):
+        read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("read", [read_image, read_image_size])
+def test_what_is_not_an_image_is_an_error_that_names_it(tmp_path, read):
+    (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "hollow.jpg").write_bytes(b"\xff\xd8 a JPEG's ends, and nothing between \xff\xd9")
+    Image.fromarray(GRADIENT).save(tmp_path / "program.eps")  # Pillow starts a program to read these
+    for name in (
+        "text.jpg",
+        "hollow.jpg",
+        "program.eps",
+        "missing.jpg",
+        ".",
+        "/dev/zero",
+        "a\0b",
+        "\ud800",
+        "x" * 5000,
+    ):
+        with pytest.raises(UserError, match="cannot be read as an image") as error:
+            read(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value)
+
+
 @pytest.mark.parametrize("read", [read_image, read_header])
-def test_a_picture_above_the_limit_is_refused_with_the_limit(tmp_path, read, monkeypatch):
+def test_an_image_above_the_limit_is_refused_with_the_limit(tmp_path, read, monkeypatch):
     with pytest.raises(UserError, match=r"bomb\.png: .*limit of 178,?956,?970"):
-        read(png_of_size(60_000, 60_000, tmp_path / "bomb.png"))
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 100)
+        read(png(tmp_path / "bomb.png", 60_000, 60_000, 8, bytes(60_001)))
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
     for name in ("a.png", "a.jpg"):
         save(gradient(10, 10), tmp_path / name)
         assert read(tmp_path / name)[0] is not None
@@ -124,42 +215,23 @@ def test_a_picture_above_the_limit_is_refused_with_the_limit(tmp_path, read, mon
 
 
 def test_a_compressed_text_bomb_is_refused(tmp_path):
-    path = png_of_size(4, 1, tmp_path / "text.png")
+    path = png(tmp_path / "text.png", 4, 1, 8, bytes(5))
     content = path.read_bytes()
-    text = b"zTXt" + b"a\0\0" + zlib.compress(bytes(100_000_000))
-    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
-    path.write_bytes(content[:33] + chunk + content[33:])
-    with pytest.raises(UserError, match=r"text\.png: cannot be read as a picture"):
+    text = png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(100_000_000)))
+    path.write_bytes(content[:33] + text + content[33:])
+    with pytest.raises(UserError, match=r"text\.png: cannot be read as an image"):
         read_image(path)
 
 
-def test_formats_whose_readers_start_programs_are_refused(tmp_path):
-    Image.fromarray(gradient(24, 40)).save(tmp_path / "a.eps")
-    with pytest.raises(UserError, match=r"a\.eps: cannot be read as a picture"):
-        read_image(tmp_path / "a.eps")
+# Lists of files
 
 
-def test_what_is_no_file_is_refused(tmp_path):
-    for path in ("/dev/zero", tmp_path, "a\0b", "\ud800", "x" * 5000):
-        with pytest.raises(UserError, match="cannot be read as a picture"):
-            read_image(path)
-
-
-def test_an_error_in_a_worker_names_the_picture(tmp_path):
-    data = CSVDataset(*write_csv_data(tmp_path, ["a.png,1,1,9,9,circle", "b.png,1,1,9,9,circle"]))
-    truncate(tmp_path / "b.png")
-    with pytest.raises(UserError, match=r"b\.png: cannot be read as a picture"):
-        list(make_loader(data, 1, workers=1))
-
-
-def test_boxes_are_clipped_to_the_picture_and_dropped_outside_it(tmp_path):
-    lines = [
-        "a.png,-3,-4,10,12,circle",
-        "a.png,50,40,90,80,circle",
-        "a.png,64,10,70,20,circle",
-        "a.png,63.5,1,80,9,circle",
-    ]
-    data = CSVDataset(*write_csv_data(tmp_path, lines))  # a.png is 64 wide, 48 high
-    assert data[0]["annot"].tolist() == [[0, 0, 10, 12, 0], [50, 40, 64, 48, 0]]
-    assert len(data.load_annotations(0)) == 4
-    assert torch.as_tensor(data[0]["annot"]).dtype == torch.float32
+def test_images_of_a_folder_are_listed_by_path_without_suffix(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.png", "sub/a.jpg", "._b.png", "b.bmp"):  # ._b.png: of macOS, not an image of its own
+        save(GRADIENT, tmp_path / name) if name[0] != "." else (tmp_path / name).write_text("")
+    assert list(list_images(tmp_path, {"sub/a"})) == ["b", "sub/a"]
+    with pytest.raises(UserError, match=r"b\.png: differs from b\.bmp only in its suffix"):
+        list_images(tmp_path)
+    with pytest.raises(UserError, match="none: cannot be read as a folder of images"):
+        list_images(tmp_path / "none")
