@@ -1,3 +1,8 @@
+import copy
+import sys
+import types
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,9 +18,21 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from retinanet.anchors import Anchors
 from retinanet.boxes import DELTA_STD
 from retinanet.errors import UserError
-from retinanet.training import checkpoint
+from retinanet.model import resnet18 as retinanet_resnet18
+from retinanet.training import checkpoint, foreign_weights
+
+
+def assert_same_model(net, original):
+    assert net.state_dict().keys() == original.state_dict().keys()
+    for key, value in original.state_dict().items():
+        assert torch.equal(net.state_dict()[key], value), key
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        for output, expected in zip(net.heads(image), original.heads(image), strict=True):
+            assert torch.equal(output, expected)
 
 
 @torch.no_grad()
@@ -177,15 +194,131 @@ def test_unknown_layers_are_refused_by_name(tmp_path, with_p6_on_c5):
         checkpoint.load_model(save(state, tmp_path / "m.pth"))
 
 
-def test_a_classifier_gives_its_trunk(tmp_path):
-    from retinanet import model
-
+def test_a_classifier_gives_its_backbone(tmp_path):
     source = resnet18(weights=None)
     path = save(source.state_dict(), tmp_path / "resnet18.pth")
-    net = model.resnet18(2)
+    net = retinanet_resnet18(2)
     head = net.classificationModel.conv1.weight.clone()
     assert "a backbone alone" in checkpoint.load_weights(net, path)
     assert torch.equal(net.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
     assert torch.equal(net.classificationModel.conv1.weight, head)
     with pytest.raises(UserError, match="backbone of a ResNet-18"):
         checkpoint.load_model(path)
+
+
+# Models of the original
+
+
+class Original(nn.Module):
+    """A module of the original's shape, whose class this library does not have."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.inplanes = 512
+        for name, child in net.named_children():
+            self.add_module(name, child)
+        self.anchors = nn.Module()
+        self.anchors.ratios = np.array([0.5, 1, 2])
+        self.anchors.sizes = [32, 64]
+        self.scale = np.float64(2.0)
+
+
+def rename(module, name):
+    """Let a module's class pickle under another name, as files of the original have it."""
+    kind = type(name.rpartition(".")[2], (nn.Module,), {"__module__": name.rpartition(".")[0]})
+    module.__class__ = kind
+    sys.modules.setdefault(kind.__module__, types.ModuleType(kind.__module__))
+    setattr(sys.modules[kind.__module__], kind.__name__, kind)
+
+
+@pytest.fixture
+def originals_model(filled_net, monkeypatch):
+    """`filled_net` as a model of the original's old code, whose modules were no package (`import model`)."""
+    for name in ("model", "anchors", "losses"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    whole = Original(copy.deepcopy(filled_net))
+    rename(whole, "model.ResNet")
+    rename(whole.fpn, "model.PyramidFeatures")
+    rename(whole.regressionModel, "model.RegressionModel")
+    rename(whole.classificationModel, "model.ClassificationModel")
+    rename(whole.anchors, "anchors.Anchors")
+    rename(whole.focalLoss, "losses.FocalLoss")
+    return whole
+
+
+@pytest.mark.parametrize(("prefix", "new_format"), [("", True), ("module.", False), ("module._orig_mod.", True)])
+def test_a_state_dict_of_the_original_is_a_model(filled_net, tmp_path, prefix, new_format):
+    state = {prefix + key: value for key, value in filled_net.state_dict().items()}
+    torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=new_format)
+    net, info = checkpoint.load_model(tmp_path / "a.pt")
+    assert_same_model(net, filled_net)
+    assert info["class_names"] == ["class 0", "class 1", "class 2"]
+    assert (info["min_side"], info["max_side"]) == (608, 1024)
+
+
+def test_a_state_dict_without_batch_counters_or_in_a_wrapper_is_a_model(filled_net, tmp_path):
+    state = {key: value for key, value in filled_net.state_dict().items() if "num_batches" not in key}
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "a.pt")
+    assert_same_model(checkpoint.load_model(tmp_path / "a.pt")[0], filled_net)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_whole_pickled_model_of_the_original_is_read_without_its_code(
+    filled_net, originals_model, tmp_path, monkeypatch, caplog, parallel
+):
+    torch.save(nn.DataParallel(originals_model) if parallel else originals_model, tmp_path / "a.pt")
+    for name in ("model", "anchors", "losses"):
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ModuleNotFoundError):
+        torch.load(tmp_path / "a.pt", weights_only=False)  # what the original's users meet
+    with caplog.at_level("INFO", logger="retinanet"):
+        net, _ = checkpoint.load_model(tmp_path / "a.pt")
+    assert_same_model(net, filled_net)
+    assert "a whole pickled model, of which only the weights were read, ResNet-18, 3 classes" in caplog.text
+
+
+@pytest.mark.parametrize("anchors", [Anchors(ratios=[1.0, 3.0], scales=[1.0]), foreign_weights.torchvision_anchors()])
+def test_a_whole_pickled_model_of_this_library_keeps_its_anchors(tmp_path, anchors):
+    net = retinanet_resnet18(2, anchors=anchors).eval()
+    torch.save(net, tmp_path / "a.pt")
+    again, _ = checkpoint.load_model(tmp_path / "a.pt")
+    assert again.num_classes == 2 and again.anchors.settings() == net.anchors.settings()
+    assert_same_model(again, net)
+
+
+def test_another_pickled_module_is_no_retinanet(tmp_path):
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: holds a pickled Sequential, which is no whole RetinaNet"):
+        checkpoint.load_model(tmp_path / "a.pt")
+
+
+def test_a_stand_in_can_do_nothing(filled_net, tmp_path):
+    torch.save(filled_net, tmp_path / "a.pt")
+    content = checkpoint.load(tmp_path / "a.pt")
+    assert isinstance(content, foreign_weights.StandIn) and not isinstance(content, nn.Module)
+    assert not set(foreign_weights.STAND_INS) & set(torch.serialization.get_safe_globals())  # nothing stays admitted
+
+
+# Files of other programs
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"model_state_dict": state, "epoch": 3, "optimizer_state_dict": {"state": {}}},
+        lambda state: {"model": state, "epoch": 3},
+        lambda state: {"state_dict": state, "metrics": {"loss": torch.ones(1)}},
+        lambda state: {"state_dict": {f"model.{key}": value for key, value in state.items()}},
+        lambda state: {"net": {f"module.net.{key}": value for key, value in state.items()}},
+    ],
+)
+def test_weights_of_other_training_programs_are_found(filled_net, tmp_path, wrap):
+    torch.save(wrap(filled_net.state_dict()), tmp_path / "a.pt")
+    again, _ = checkpoint.load_model(tmp_path / "a.pt")
+    assert torch.equal(again.fpn.P3_1.weight, filled_net.fpn.P3_1.weight)
+
+
+def test_two_sets_of_weights_are_an_error_that_names_them(filled_net, tmp_path):
+    torch.save({"net": filled_net.state_dict(), "ema": filled_net.state_dict()}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: holds other things than the weights of a model: 'net, ema'"):
+        checkpoint.load_model(tmp_path / "a.pt")
