@@ -1,11 +1,15 @@
-"""Small data sets on disk."""
+"""Small data sets, on disk and in memory, and detections."""
 
 import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import _utils
+
+from retinanet.data.dataset import DetectionDataset
+from retinanet.postprocess import Detections
 
 # After an error in a data-loading worker, torch waits so many seconds for it to end; its own value is 5.
 _utils.MP_STATUS_CHECK_INTERVAL = 0.2

@@ -3,94 +3,45 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers import detections, in_memory
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from retinanet.data.coco import CocoDataset
-from retinanet.data.dataset import DetectionDataset
+from retinanet.data.shapes import ShapesDataset
+from retinanet.data.transforms import Resizer
 from retinanet.errors import UserError
-from retinanet.evaluation import coco as coco_eval
+from retinanet.evaluation import coco
 from retinanet.postprocess import Detections
 
-
-def dataset(rows, image_index, num_images=3):
-    names = [f"{index}.png" for index in range(num_images)]
-    return DetectionDataset(names, np.array(rows, dtype=np.float32), np.array(image_index), ["a", "b"])
+BOXES = [[10, 10, 60, 60, 0], [100, 100, 140, 130, 1], [5, 5, 205, 205, 1], [3, 3, 13, 13, 0]]
+DATA = in_memory(BOXES, [0, 0, 2, 2], num_images=3)
 
 
-DATA = dataset([[10, 10, 60, 60, 0], [100, 100, 140, 130, 1], [5, 5, 205, 205, 1], [3, 3, 13, 13, 0]], [0, 0, 2, 2])
-
-
-def truth_as_detections(data):
+def perfect(dataset):
+    """The ground truth as detections."""
     found = {}
-    for index in range(len(data)):
-        rows = torch.from_numpy(data.load_annotations(index))
-        found[index] = Detections(torch.ones(len(rows)), rows[:, 4].long(), rows[:, :4])
+    for index in range(len(dataset)):
+        annotations = torch.from_numpy(dataset.load_annotations(index))
+        found[index] = Detections(torch.ones(len(annotations)), annotations[:, 4].long(), annotations[:, :4])
     return found
 
 
-def score(data, found):
-    return coco_eval.score(coco_eval.ground_truth(data), coco_eval.coco_results(data, found), data.image_ids).metrics
-
-
-def test_the_truth_scores_one():
-    metrics = score(DATA, truth_as_detections(DATA))
-    assert list(metrics) == list(coco_eval.METRICS)
-    assert [metrics[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")] == pytest.approx([1] * 7)
-
-
-def test_nothing_found_scores_zero():
-    nothing = Detections(torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, 4))
-    assert score(DATA, dict.fromkeys(range(3), nothing))["AP"] == 0
-    assert score(DATA, {})["AP"] == 0
-
-
-def test_no_ground_truth_scores_minus_one():
-    empty = dataset(np.zeros((0, 5)), np.zeros(0, dtype=int))
-    assert score(empty, {})["AP"] == -1
-
-
-def test_images_without_detections_and_without_boxes_count():
-    found = truth_as_detections(DATA)
-    del found[2]
-    assert score(DATA, found)["AP50"] == pytest.approx((0.5 + 0.5) / 2, abs=0.01)
-    found = truth_as_detections(DATA)
-    # A false positive in the image without boxes, better than the truth: at first precision 1/2, then 2/3.
-    found[1] = Detections(torch.tensor([1.5]), torch.tensor([0]), torch.tensor([[0.0, 0.0, 50.0, 50.0]]))
-    assert score(DATA, found)["AP50"] == pytest.approx((2 / 3 + 1) / 2, abs=1e-6)
-
-
-def test_results_are_in_cocos_format():
-    results = coco_eval.coco_results(DATA, truth_as_detections(DATA))
-    assert results[1] == {"image_id": 0, "category_id": 1, "bbox": [100, 100, 40, 30], "score": 1}
-    json.dumps(results)
-
-
-def test_table_shows_all_twelve():
-    metrics = {name: index / 100 for index, name in enumerate(coco_eval.METRICS)}
-    table = coco_eval.metrics_table(metrics)
-    assert all(f"{name} {value:.3f}" in table for name, value in metrics.items())
-
-
-def noisy(data, seed=0):
+def noisy(dataset):
     """Detections around the boxes, some of the wrong class."""
-    rng = np.random.default_rng(seed)
-    found = {}
-    for index in range(len(data)):
-        rows = np.repeat(data.load_annotations(index), 4, axis=0)
-        boxes = rows[:, :4] + rng.normal(0, 8, (len(rows), 4))
-        labels = np.where(rng.random(len(rows)) < 0.8, rows[:, 4], 0)
-        scores = np.sort(rng.random(len(rows)))[::-1]
-        tensors = (
-            torch.tensor(np.ascontiguousarray(values), dtype=torch.float32) for values in (scores, labels, boxes)
-        )
-        scores, labels, boxes = tensors
-        found[index] = Detections(scores, labels.long(), boxes)
+    rng, found = np.random.default_rng(0), {}
+    for index in range(len(dataset)):
+        annotations = np.repeat(dataset.load_annotations(index), 4, axis=0)
+        boxes = annotations[:, :4] + rng.normal(0, 8, (len(annotations), 4))
+        labels = np.where(rng.random(len(annotations)) < 0.8, annotations[:, 4], 0)
+        scores = np.sort(rng.random(len(annotations)))[::-1]
+        found[index] = detections(*np.column_stack([scores, labels, boxes]).tolist())
     return found
 
 
-def coco_folder(tmp_path):
-    """COCO's layout, without pictures: a crowd, a small box whose `area` says large, an image without boxes."""
+@pytest.fixture
+def coco_data(tmp_path):
+    """COCO's layout, without images: a crowd, a small box whose `area` says large, an image without boxes."""
     boxes = [[10, 10, 50, 50], [100, 100, 40, 30], [5, 5, 200, 200], [30, 30, 20, 20]]
     annotations = [
         {"id": 7 + i, "image_id": 30 - 10 * (i // 2), "category_id": [3, 9][i % 2], "bbox": box, "iscrowd": int(i == 1)}
@@ -107,34 +58,90 @@ def coco_folder(tmp_path):
     return CocoDataset(tmp_path, "val")
 
 
-def pycocotools_alone(path, results):
-    truth = COCO(path)
+def metrics(dataset, found):
+    return coco.score(dataset, found).metrics
+
+
+def test_the_ground_truth_scores_one():
+    scores = metrics(DATA, perfect(DATA))
+    assert list(scores) == list(coco.METRICS)
+    assert [scores[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")] == pytest.approx([1] * 7)
+
+
+def test_nothing_found_scores_zero_and_no_ground_truth_minus_one():
+    assert metrics(DATA, dict.fromkeys(range(3), detections()))["AP"] == 0
+    assert metrics(in_memory([]), {0: detections()})["AP"] == -1
+    assert metrics(in_memory([]), {0: detections([0.9, 0, 0, 0, 9, 9])})["AP"] == -1
+
+
+def test_numbers_are_those_of_pycocotools(coco_data, tmp_path):
+    on_crowd = {"image_id": 30, "category_id": 9, "bbox": [105, 105, 10, 10], "score": 0.99}
+    results = [*coco.coco_results(coco_data, noisy(coco_data)), on_crowd, {**on_crowd, "image_id": 10}]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    scores = coco.score(coco_data, coco.read_detections(coco_data, path))
+    truth = COCO(coco_data.annotation_file)
     evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
-    return evaluation.stats.tolist()
-
-
-def test_numbers_are_pycocotools_own(tmp_path):
-    data = coco_folder(tmp_path)
-    results = coco_eval.coco_results(data, noisy(data))
-    on_crowd = {"image_id": 30, "category_id": 9, "bbox": [105, 105, 10, 10], "score": 0.99}
-    results += [on_crowd, {**on_crowd, "image_id": 10}]
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(results))
-    scores = coco_eval.score(coco_eval.ground_truth(data), coco_eval.read_results(path, data.coco), data.image_ids)
-    expected = pycocotools_alone(data.annotation_file, results)
-    assert list(scores.metrics.values()) == pytest.approx(expected, abs=1e-12)
+    assert list(scores.metrics.values()) == pytest.approx(evaluation.stats.tolist(), abs=1e-12)
     assert 0 < scores.metrics["AP"] < 1
     assert [(row.name, row.boxes) for row in scores.classes] == [("a", 2), ("b", 1)]  # the crowd is no box
     assert np.mean([row.AP for row in scores.classes]) == pytest.approx(scores.metrics["AP"])
 
 
-def test_results_and_detections_are_the_same_thing(tmp_path):
-    data = coco_folder(tmp_path)
-    found = noisy(data)
-    again = coco_eval.detections_of(data, coco_eval.coco_results(data, found))
+def test_images_without_detections_and_images_without_boxes_count():
+    found = perfect(DATA)
+    found[2] = detections()
+    assert metrics(DATA, found)["AP50"] == pytest.approx((0.5 + 0.5) / 2, abs=0.01)
+    found = perfect(DATA)
+    # A false positive in the image without boxes, better than the others: at first precision 1/2, then 2/3.
+    found[1] = detections([1.5, 0, 0, 0, 50, 50])
+    assert metrics(DATA, found)["AP50"] == pytest.approx((2 / 3 + 1) / 2, abs=1e-6)
+
+
+def test_only_the_images_that_were_looked_at_count():
+    found = perfect(DATA)
+    scores = coco.score(DATA, {0: found[0]})
+    assert scores.metrics["AP"] == pytest.approx(1) and [row.boxes for row in scores.classes] == [1, 1]
+
+
+def test_the_hundred_best_detections_count():
+    dataset = in_memory([[10, 10, 60, 60, 0]])
+    for better, expected in ((99, 0.01), (100, 0.0)):
+        boxes = torch.tensor([[200.0, 200.0, 250.0, 250.0]] * better + [[10.0, 10.0, 60.0, 60.0]])
+        found = Detections(torch.linspace(1, 0.5, len(boxes)), torch.zeros(len(boxes), dtype=torch.int64), boxes)
+        assert metrics(dataset, {0: found})["AP"] == pytest.approx(expected)
+
+
+def test_difficult_boxes_are_ignored():
+    dataset = in_memory([[10, 10, 60, 60, 0], [100, 100, 160, 160, 0]], difficult=np.array([False, True]))
+    assert metrics(dataset, {0: detections([0.9, 0, 100, 100, 160, 160], [0.8, 0, 10, 10, 60, 60])})[
+        "AP"
+    ] == pytest.approx(1)
+
+
+def test_curves_and_tables(coco_data):
+    scores = coco.score(coco_data, perfect(coco_data))
+    curves = scores.curves(5)
+    assert curves["a"].shape == (2, 101) and curves["a"][1].mean() == 1
+    assert coco.score(DATA, {1: detections()}).curves(0)["a"].shape == (2, 0)
+    assert coco.class_table(scores.classes).splitlines()[1].split() == ["a", "1.000", "1.000", "1.000", "2"]
+    numbers = {name: index / 100 for index, name in enumerate(coco.METRICS)}
+    table = coco.metrics_table(numbers)
+    assert all(f"{name} {value:.3f}" in table for name, value in numbers.items())
+
+
+def test_results_are_in_cocos_format():
+    results = coco.coco_results(DATA, perfect(DATA))
+    assert results[1] == {"image_id": 0, "category_id": 1, "bbox": [100, 100, 40, 30], "score": 1}
+
+
+def test_reading_results_is_the_inverse_of_writing_them(coco_data, tmp_path):
+    found, path = noisy(coco_data), tmp_path / "results.json"
+    path.write_text(json.dumps(coco.coco_results(coco_data, found)))
+    again = coco.read_detections(coco_data, path)
     assert sorted(again) == [0, 1, 2]
     for index in range(3):
         for ours, expected in zip(again[index], found[index], strict=True):
@@ -145,57 +152,42 @@ GOOD = {"image_id": 10, "category_id": 3, "bbox": [0, 0, 5, 5], "score": 0.5}
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    ("content", "message"),
     [
-        ([GOOD, {**GOOD, "image_id": 11}], "entry 1: there is no image 11"),
-        ([{**GOOD, "image_id": [10]}], "entry 0: there is no image"),
-        ([{**GOOD, "category_id": 1}], "there is no category 1"),
+        ([GOOD, {**GOOD, "image_id": 11}], "entry 1: image_id 11 does not exist"),
+        ([{**GOOD, "image_id": [10]}], r"entry 0: image_id \[10\] does not exist"),
+        ([{**GOOD, "category_id": 1}], "category_id 1 does not exist"),
         ([{**GOOD, "bbox": [0, 0, 5]}], "bbox must be 4 numbers"),
         ([{**GOOD, "bbox": [0, 0, 5, "5"]}], "bbox must be 4 numbers"),
         ([{**GOOD, "bbox": [0, 0, 5, float("nan")]}], "bbox must be 4 numbers"),
         ([{**GOOD, "score": None}], "score must be a number"),
         ([{**GOOD, "score": True}], "score must be a number"),
-        ([GOOD, 5], "entry 1: is no detection"),
-        ({"annotations": [GOOD]}, "not a list"),
+        ([GOOD, 5], "entry 1: is not a detection"),
+        ({"annotations": [GOOD]}, "is not a list"),
     ],
 )
-def test_wrong_results_files_are_named(tmp_path, content, message):
-    data = coco_folder(tmp_path)
+def test_wrong_results_files_are_named(coco_data, tmp_path, content, message):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message) as caught:
-        coco_eval.read_results(path, data.coco)
+        coco.read_detections(coco_data, path)
     assert str(path) in str(caught.value)
 
 
-def test_missing_and_broken_results_files_are_named(tmp_path):
-    data = coco_folder(tmp_path)
+def test_missing_results_files_are_named(coco_data, tmp_path):
     with pytest.raises(UserError, match=r"nothing\.json: cannot be read"):
-        coco_eval.read_results(tmp_path / "nothing.json", data.coco)
-    (tmp_path / "broken.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match="not valid JSON"):
-        coco_eval.read_results(tmp_path / "broken.json", data.coco)
+        coco.read_detections(coco_data, tmp_path / "nothing.json")
 
 
-def test_curves_and_tables(tmp_path):
-    data = coco_folder(tmp_path)
-    scores = coco_eval.score(data.coco, coco_eval.coco_results(data, truth_as_detections(data)), data.image_ids)
-    curves = coco_eval.recall_precision(scores, 5)
-    assert curves["a"].shape == (2, 101) and curves["a"][1].mean() == 1
-    table = coco_eval.class_table(scores.classes)
-    assert table.splitlines()[1].split() == ["a", "1.000", "1.000", "1.000", "2"]
-
-
-def test_the_hundred_best_detections_count():
-    data = dataset([[10, 10, 60, 60, 0]], [0], 1)
-    for better, expected in ((99, 0.01), (100, 0.0)):
-        boxes = torch.tensor([[200.0, 200.0, 250.0, 250.0]] * better + [[10.0, 10.0, 60.0, 60.0]])
-        found = Detections(torch.linspace(1, 0.5, len(boxes)), torch.zeros(len(boxes), dtype=torch.int64), boxes)
-        assert score(data, {0: found})["AP"] == pytest.approx(expected)
-
-
-def test_difficult_boxes_are_ignored():
-    rows = np.array([[10, 10, 60, 60, 0], [100, 100, 160, 160, 0]], dtype=np.float32)
-    data = DetectionDataset(["0.png"], rows, np.array([0, 0]), ["a"], difficult=np.array([False, True]))
-    found = Detections(torch.tensor([0.9, 0.8]), torch.tensor([0, 0]), torch.from_numpy(rows[[1, 0], :4].copy()))
-    assert score(data, {0: found})["AP"] == pytest.approx(1)
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluate_coco_keeps_the_mode(filled_net, training):
+    net = filled_net.train(training)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    try:
+        assert list(coco.evaluate_coco(ShapesDataset(2, transform=Resizer(64, 64)), net, threshold=0.2)) == [
+            *coco.METRICS
+        ]
+        assert net.training == training and net.bn1.training == training
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    finally:
+        filled_net.eval()

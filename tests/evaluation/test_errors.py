@@ -1,26 +1,18 @@
 import numpy as np
 import pytest
-import torch
+from helpers import detections, in_memory
 
-from retinanet.data.dataset import DetectionDataset
-from retinanet.evaluation import coco as coco_eval
+from retinanet.evaluation import coco
 from retinanet.evaluation.errors import KINDS, analyse, confusion_table, error_table, judge
-from retinanet.postprocess import Detections
 
 BOX = [0, 0, 100, 100]
 OTHER = [200, 0, 300, 100]
 TRUTH = [[*BOX, 0], [*OTHER, 1]]
 
 
-def dataset(rows, difficult=None):
-    rows = np.array(rows, dtype=np.float32).reshape(-1, 5)
-    return DetectionDataset(["0.png"], rows, np.zeros(len(rows), dtype=int), ["a", "b"], difficult=difficult)
-
-
-def run(*rows, truth=TRUTH, **settings):
-    """Rows of score, label, x1, y1, x2, y2, best first, in one image."""
-    table = torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
-    return analyse(dataset(truth, **settings), {0: Detections(table[:, 0], table[:, 1].long(), table[:, 2:])})
+def run(*rows, truth=TRUTH, difficult=None):
+    """Analyse detections in one image: rows of score, label, x1, y1, x2, y2, best first."""
+    return analyse(in_memory(truth, difficult=difficult), {0: detections(*rows)})
 
 
 @pytest.mark.parametrize(
@@ -32,7 +24,7 @@ def run(*rows, truth=TRUTH, **settings):
         ("background", [0.9, 0, 500, 500, 600, 600]),
     ],
 )
-def test_each_kind_is_told(kind, wrong):
+def test_each_kind_is_recognised(kind, wrong):
     analysis = run(wrong, [0.8, 1, *OTHER])
     counts = {name: analysis.counts[name] for name in KINDS if name != "missed"}
     assert counts == {name: int(name == kind) for name in counts}
@@ -40,25 +32,25 @@ def test_each_kind_is_told(kind, wrong):
     assert analysis.counts["missed"] == (kind not in ("class", "location"))
 
 
-def test_duplicates_are_told():
+def test_duplicates_are_recognised():
     analysis = run([0.9, 0, *BOX], [0.8, 0, *BOX], [0.7, 1, *OTHER])
     assert analysis.counts == {**dict.fromkeys(KINDS, 0), "duplicate": 1}
     assert analysis.ap50 == 1 and analysis.lost["duplicate"] == 0  # it comes after the box was found
 
 
-def test_mending_by_hand():
+def test_fixing_by_hand():
     # a: a wrong one on nothing before the right one, so precision 1/2 throughout; b: never found.
     analysis = run([0.9, 0, 500, 500, 600, 600], [0.8, 0, *BOX])
     assert analysis.ap50 == pytest.approx(0.25)
     assert analysis.lost["background"] == pytest.approx(0.25)  # a becomes 1
-    assert analysis.lost["missed"] == pytest.approx(0.25)  # b is not asked for, so the mean is a's 1/2
+    assert analysis.lost["missed"] == pytest.approx(0.25)  # b is not counted, so the mean is a's 1/2
     assert analysis.lost["class"] == 0
 
 
-def test_mending_classes_and_locations_makes_the_best_one_right():
+def test_fixing_a_class_makes_the_best_candidate_right():
     analysis = run([0.9, 1, *BOX], [0.8, 1, *BOX], [0.7, 1, *OTHER])
     assert analysis.counts["class"] == 2
-    # a: none -> the better of the two is mended to it: 1. b: 1/3 -> 1, for the others vanish.
+    # a: 0 -> 1, as the better of the two becomes its detection. b: 1/3 -> 1, as the others are removed.
     assert analysis.lost["class"] == pytest.approx((1 - 0 + 1 - 1 / 3) / 2)
 
 
@@ -66,15 +58,13 @@ def test_ap50_is_cocos():
     rng = np.random.default_rng(0)
     truth = [[x, y, x + 60, y + 60, label] for x, y, label in rng.integers(0, [400, 400, 2], (12, 3))]
     rows = [
-        [score, truth[i % 12][4], *(np.array(truth[i % 12][:4]) + rng.normal(0, 9, 4))]
-        for i, score in enumerate(np.linspace(0.99, 0.1, 40))
+        [score, truth[i % 12][4], *(np.array(truth[i % 12][:4]) + rng.normal(0, 9, 4)).tolist()]
+        for i, score in enumerate(np.linspace(0.99, 0.1, 40).tolist())
     ]
-    table = torch.tensor(np.array(rows), dtype=torch.float32)
-    difficult = np.arange(12) % 4 == 3
-    data, found = dataset(truth, difficult), {0: Detections(table[:, 0], table[:, 1].long(), table[:, 2:])}
-    scores = coco_eval.score(coco_eval.ground_truth(data), coco_eval.coco_results(data, found), [0])
-    assert 0.1 < scores.metrics["AP50"] < 1
-    assert analyse(data, found).ap50 == pytest.approx(scores.metrics["AP50"])
+    dataset, found = in_memory(truth, difficult=np.arange(12) % 4 == 3), {0: detections(*rows)}
+    expected = coco.score(dataset, found).metrics["AP50"]
+    assert 0.1 < expected < 1
+    assert analyse(dataset, found).ap50 == pytest.approx(expected, abs=1e-12)
 
 
 def test_confusion_matrix():
@@ -108,18 +98,16 @@ def test_nothing_found_and_nothing_there():
 
 def test_a_hundred_detections_of_each_class_count():
     wrong = [[0.9, 0, 500, 500, 600, 600]] * 100
-    assert run(*wrong, [0.8, 1, *OTHER], [0.7, 0, *BOX]).ap50 == pytest.approx(
-        0.5
-    )  # BOX comes too late, OTHER does not
+    # BOX comes too late, OTHER does not.
+    assert run(*wrong, [0.8, 1, *OTHER], [0.7, 0, *BOX]).ap50 == pytest.approx(0.5)
 
 
-def test_judge_names_right_detections_and_found_boxes():
-    table = torch.tensor([[0.9, 0, *BOX], [0.8, 0, *BOX], [0.7, 0, *OTHER], [0.3, 1, *OTHER]])
-    found = {0: Detections(table[:, 0], table[:, 1].long(), table[:, 2:])}
-    detections, right, hit = judge(dataset(TRUTH), found)[0]
+def test_judge():
+    found = {0: detections([0.9, 0, *BOX], [0.8, 0, *BOX], [0.7, 0, *OTHER], [0.3, 1, *OTHER])}
+    _, right, hit = judge(in_memory(TRUTH), found)[0]
     assert right.tolist() == [True, False, False, True] and hit.tolist() == [True, True]
-    detections, right, hit = judge(dataset(TRUTH), found, score_threshold=0.7 + 1e-6)[0]
-    assert len(detections.scores) == len(detections.boxes) == 2
+    above, right, hit = judge(in_memory(TRUTH), found, score_threshold=0.75)[0]
+    assert len(above.scores) == len(above.boxes) == 2
     assert right.tolist() == [True, False] and hit.tolist() == [True, False]
-    _, right, hit = judge(dataset([]), found)[0]
+    _, right, hit = judge(in_memory([]), found)[0]
     assert not right.any() and hit.shape == (0,)

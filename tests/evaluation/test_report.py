@@ -1,0 +1,28 @@
+import json
+
+from helpers import detections, in_memory
+
+from retinanet.evaluation import coco, report
+
+BOX, FAR = [0, 0, 10, 10], [50, 50, 60, 60]
+DATA = in_memory([[*BOX, 0], [*FAR, 1]])
+FOUND = {0: detections([0.9, 0, *BOX], [0.8, 0, *FAR])}
+
+
+def test_an_evaluation_as_text():
+    text = report.evaluate(DATA, FOUND, iou_threshold=0.4).text()
+    for part in ("1 images, 2 detections\nAP ", *(f"{name} " for name in coco.METRICS), "IoU 0.4", "mAP 0.5000"):
+        assert part in text
+    assert "missed" not in text and "1 x  b found as a" in report.evaluate(DATA, FOUND, analyse=True).text()
+
+
+def test_an_evaluation_as_files(tmp_path):
+    evaluation = report.evaluate(DATA, FOUND, analyse=True)
+    evaluation.write(tmp_path)
+    assert json.loads((tmp_path / "detections.json").read_text()) == coco.coco_results(DATA, FOUND)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics == evaluation.metrics() and set(coco.METRICS) <= set(metrics) and metrics["mAP"] == 0.5
+    names = ["name", "AP", "AP50", "AR", "boxes", "VOC_AP", "precision", "recall"]
+    assert [list(row) for row in metrics["classes"]] == [names, names]
+    assert metrics["errors"]["counts"]["class"] == 1 and metrics["confusion"] == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
+    assert "errors" not in report.evaluate(DATA, FOUND).metrics()
