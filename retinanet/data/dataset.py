@@ -104,7 +104,7 @@ class DetectionDataset(Dataset):
 
     def find_image(self, index: int) -> str | None:
         """The image's file; None where it does not exist."""
-        path = str(self.image_files[index])
+        path = self.image_path(index)
         return path if os.path.isfile(path) else None  # noqa: PTH113, pathlib takes several times as long
 
     def explain_missing(self, index: int) -> str:
