@@ -142,7 +142,7 @@ def show_inputs(
         elif args.show == "anchors":
             save_image(anchor_views.draw_anchors(image, boxes, anchors), path)
         elif args.show == "matches":
-            grid = anchors(torch.empty(1, 3, *image.shape[:2]))[0]
+            grid = anchors.of_size(*image.shape[:2])
             save_image(anchor_views.draw_matches(image, boxes, grid, names, args.best_match_iou), path)
         elif args.show == "pyramid":
             heatmaps.draw_pyramid(net, images, image, path)

@@ -12,6 +12,7 @@ import visualize
 from retinanet.data.images import find_images
 from retinanet.errors import UserError
 from retinanet.training import checkpoint
+from retinanet.visual import heatmaps
 from retinanet.visual.drawing import class_colour
 
 SHAPES = ["--device", "cpu", "--workers", "0", "--dataset", "shapes", "--shapes_val", "3", "--shapes_train", "6"]
@@ -98,10 +99,8 @@ def test_pyramid_and_loss(model_path, tmp_path):
 
 def test_the_loss_is_that_of_the_matching_rule_of_the_flags(model_path, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    from retinanet.visual import heatmaps
-
     seen = []
-    monkeypatch.setattr(heatmaps, "draw_cumulative_loss", lambda _, labels, *__: seen.append(torch.cat(labels)))
+    monkeypatch.setattr(heatmaps, "draw_cumulative_loss", lambda results, *_: seen.append(results[0].labels))
     flags = [*SHAPES, "--show", "loss", "--model", model_path, "--limit", 1, "--min_side", 32, "--out_dir", tmp_path]
     for rule in ([], ["--best_match_iou", 0.01]):
         assert run(*flags, *rule)[0] == 0
@@ -177,7 +176,7 @@ def test_images_become_pictures_and_one_json(model_path, pictures, tmp_path):
     limits = ["--score_threshold", 0.01, "--max_detections", 3]
     flags = ["--device", "cpu", "--model", model_path, *limits, "--out_dir", out]
     status, text, err = run("--images", pictures, *flags)
-    assert (status, err) == (0, "") and "3 pictures" in text
+    assert (status, err) == (0, "") and "3 images" in text
     assert names(out) == {"frame1.png", "frame2.png", "frame10.png", "detections.json"}
     content = json.loads((out / "detections.json").read_text())
     assert [entry["file"].rsplit("/")[-1] for entry in content["images"]] == ["frame1.png", "frame2.jpg", "frame10.png"]
@@ -202,8 +201,8 @@ def test_unreadable_images_are_listed_at_the_end(model_path, pictures, tmp_path)
     (pictures / "frame10.png").write_text("no picture")
     flags = ["--device", "cpu", "--model", model_path, "--out_dir", tmp_path / "out"]
     status, text, err = run("--images", pictures, *flags)
-    assert status == 1 and "1 pictures" in text
-    assert "2 of 3 pictures were skipped" in err and "frame2.jpg" in err and "frame10.png" in err
+    assert status == 1 and "1 images" in text
+    assert "2 of 3 images were skipped" in err and "frame2.jpg" in err and "frame10.png" in err
     content = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert len(content["images"]) == 1 and len(content["unreadable"]) == 2
 

@@ -104,8 +104,7 @@ def draw_anchors(image: np.ndarray, annotations: np.ndarray, anchors: Anchors) -
     height, width = image.shape[:2]
     boxes = torch.as_tensor(annotations[:, :4])
     shapes = anchors.level_shapes(height, width)
-    counts = [rows * columns * anchors.num_anchors for rows, columns in shapes]
-    levels = anchors(torch.empty(1, 3, height, width))[0].split(counts)
+    levels = anchors.of_size(height, width).split(anchors.level_sizes(height, width))
     panels = []
     for level, stride, (rows, columns), of_level in zip(
         anchors.pyramid_levels, anchors.strides, shapes, levels, strict=True

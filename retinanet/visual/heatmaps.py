@@ -146,10 +146,9 @@ def draw_loss(
         size,
     )
     shapes, names = net.anchors.level_shapes(*size), [f"P{level}" for level in net.anchors.pyramid_levels]
-    level_sizes = [rows * columns * net.anchors.num_anchors for rows, columns in shapes]
     _draw_map(axes[0, 0], picture, size, "the network's input and the annotations")
     for row, (kind, chosen) in enumerate(kinds.items()):
-        parts = torch.where(chosen, result.losses, 0).split(level_sizes)
+        parts = torch.where(chosen, result.losses, 0).split(net.anchors.level_sizes(*size))
         # The loss at each location, all levels on one colour scale.
         maps = [part.reshape(*shape, -1).sum(dim=2) for part, shape in zip(parts, shapes, strict=True)]
         scale = {"cmap": "inferno", "vmin": 0, "vmax": max(float(values.max()) for values in maps) or 1.0}

@@ -65,12 +65,13 @@ def load_font(text: str, size: float) -> ImageFont.FreeTypeFont:
 
 def find_font(text: str) -> str | None:
     """The file of a font that has all the letters; "" for Pillow's own font, None if none is installed."""
-    return "" if text.isascii() else _find_font(frozenset(text))
+    return "" if text.isascii() else font_with(frozenset(text))
 
 
 @functools.cache
-def _find_font(letters: frozenset[str]) -> str | None:
-    for path in ["", *_installed_fonts()]:
+def font_with(letters: frozenset[str]) -> str | None:
+    """As `find_font`, for a set of letters."""
+    for path in ["", *installed_fonts()]:
         with contextlib.suppress(OSError):
             font = _load_font(path, 20)
             missing = bytes(font.getmask(UNASSIGNED))
@@ -80,7 +81,7 @@ def _find_font(letters: frozenset[str]) -> str | None:
 
 
 @functools.cache
-def _installed_fonts() -> list[str]:
+def installed_fonts() -> list[str]:
     """Font files, regular ones first; the one that matplotlib brings is the first of all."""
     found = [path for folder in FONT_FOLDERS for path in Path(folder).expanduser().rglob("*.[to]t[fc]")]
     styles = ("Bold", "Italic", "Oblique", "Mono", "Light")

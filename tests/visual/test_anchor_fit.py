@@ -1,38 +1,16 @@
-import json
-import logging
-
 import numpy as np
 import pytest
 import torch
+from boxes_data import make_dataset, plates, random_boxes
 from helpers import write_csv_data
-from PIL import Image
 
 from retinanet.anchors import Anchors
 from retinanet.boxes import box_iou
 from retinanet.data.csv import CSVDataset
-from retinanet.data.dataset import DetectionDataset
 from retinanet.data.transforms import Resizer
 from retinanet.matcher import match_anchors
+from retinanet.training.foreign_weights import CellAnchors
 from retinanet.visual import anchor_fit
-
-
-def make_dataset(boxes, labels=None, size=(480, 640), num_images=1, names=("plate", "other")):
-    """Boxes [N, 4], dealt to pictures of one size that are in no file."""
-    boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
-    labels = np.zeros(len(boxes)) if labels is None else np.asarray(labels)
-    rows = np.concatenate([boxes, labels[:, None]], axis=1)
-    files = [f"{index}.jpg" for index in range(num_images)]
-    dataset = DetectionDataset(files, rows, np.arange(len(rows)) % num_images, names)
-    dataset.image_sizes = np.tile(size, (num_images, 1))
-    return dataset
-
-
-def random_boxes(count, size=(480, 640), widths=(8, 500), ratio=(0.2, 5.0)):
-    width = np.exp(np.random.uniform(*np.log(widths), count))
-    height = width / np.exp(np.random.uniform(*np.log(ratio), count))
-    width, height = width.clip(2, size[1] - 2), height.clip(2, size[0] - 2)
-    x, y = np.random.rand(count) * (size[1] - width), np.random.rand(count) * (size[0] - height)
-    return np.stack([x, y, x + width, y + height], axis=1)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +18,7 @@ def random_boxes(count, size=(480, 640), widths=(8, 500), ratio=(0.2, 5.0)):
     [
         Anchors(),
         Anchors(ratios=[0.3, 1.7], scales=[0.5]),
-        Anchors(cells=[[[-10.0, -20.0, 50.0, 14.0], [0.0, 0.0, 30.0, 30.0]]] * 5),  # off the middle of their location
+        CellAnchors([[[-10.0, -20.0, 50.0, 14.0], [0.0, 0.0, 30.0, 30.0]]] * 5),  # off the middle of their location
     ],
     ids=["default", "others", "explicit"],
 )
@@ -97,41 +75,11 @@ def test_the_best_match_rule_reaches_more():
     assert anchor_fit.measure(dataset, Anchors(), 480, 1024, best_match_iou=0.4).unreachable_share == 0
 
 
-def test_training_is_warned_of_boxes_out_of_reach(caplog):
-    big, tiny = [[100, 100, 164, 164]] * 19, [[10, 10, 14, 14]] * 2
-    with caplog.at_level(logging.INFO, "retinanet"):
-        anchor_fit.log_summary(make_dataset(big + tiny[:1]), Anchors(), 480, 1024)  # 5 %: not more
-        assert len(caplog.records) == 1 and "95.0 % of the boxes" in caplog.text
-        caplog.clear()
-        anchor_fit.log_summary(make_dataset(big + tiny), Anchors(), 480, 1024)
-    assert "warning: 2 of 21 boxes (9.5 %)" in caplog.text and "--show anchor_fit" in caplog.text
-
-
-def test_a_data_set_without_boxes_has_a_summary():
-    assert "no boxes" in anchor_fit.summary(anchor_fit.measure(make_dataset([]), Anchors(), 480, 1024))
-
-
-@pytest.fixture(scope="module")
-def plates():
-    """Wide, small number plates: the fit of the default anchors, the one that the search finds, and the data set."""
-    np.random.seed(1)
-    dataset = make_dataset(random_boxes(300, widths=(24, 60), ratio=(3, 4)), num_images=10)
-    fit = anchor_fit.measure(dataset, Anchors(), 608, 1024)
-    return fit, anchor_fit.search(fit), dataset
-
-
-def test_the_search_reaches_wide_boxes(plates):
-    fit, better, _ = plates
+def test_the_search_reaches_wide_boxes():
+    fit, better, _ = plates()
     assert better.unreachable_share <= fit.unreachable_share - 0.2
     assert better.anchors.num_anchors == fit.anchors.num_anchors and better.anchors.sizes == fit.anchors.sizes
     np.testing.assert_allclose(better.iou, anchor_fit.best_ious(fit.boxes, better.anchors))
-
-
-def test_the_advised_flags_give_the_advised_anchors(plates):
-    words = anchor_fit.flags(plates[1].anchors).split()
-    assert [words[0], words[4]] == ["--anchor_scales", "--anchor_ratios"]
-    again = Anchors(scales=list(map(float, words[1:4])), ratios=list(map(float, words[5:])))
-    assert torch.equal(again.cells, plates[1].anchors.cells)
 
 
 def test_the_search_keeps_anchors_that_fit():
@@ -141,31 +89,6 @@ def test_the_search_keeps_anchors_that_fit():
     fit = anchor_fit.measure(make_dataset(inside.numpy(), size=(256, 256)), Anchors(), 256, 1024)
     assert fit.iou.min() == pytest.approx(1, abs=1e-4)
     assert anchor_fit.search(fit) is fit
-
-
-def test_the_report_names_boxes_out_of_reach_and_the_advice(plates):
-    fit, better, dataset = plates
-    text = anchor_fit.report(fit, better, dataset, limit=5)
-    assert f"{fit.unreachable.sum()} boxes can never be learned" in text
-    assert text.count(" px after resizing, in ") == 5 and f"and {fit.unreachable.sum() - 5} more" in text
-    assert f"use {anchor_fit.flags(better.anchors)}" in text
-    content = json.loads(json.dumps(anchor_fit.as_dict(fit, better, dataset)))
-    assert len(content["unreachable"]) == fit.unreachable.sum()
-    row = np.flatnonzero(fit.unreachable)[0]
-    assert content["unreachable"][0]["file"] == f"{fit.boxes.image_index[row]}.jpg"
-    assert content["unreachable"][0]["box"] == pytest.approx(dataset.annotations[row, :4].tolist(), abs=0.02)
-    assert Anchors(**{k: v for k, v in content["advised"].items() if k != "flags"}).ratios == better.anchors.ratios
-    assert "keep these anchors" in anchor_fit.report(fit, fit, dataset)
-
-
-def test_the_chart_shows_boxes_out_of_reach_in_red(plates, tmp_path):
-    pytest.importorskip("matplotlib")
-    anchor_fit.draw(*plates[:2], tmp_path / "fit.png")
-    with Image.open(tmp_path / "fit.png") as picture:
-        pixels = np.asarray(picture.convert("RGB")).astype(int)
-    assert min(pixels.shape[:2]) > 600
-    lower_right = pixels[pixels.shape[0] // 2 :, pixels.shape[1] // 2 :]
-    assert ((lower_right[..., 0] - lower_right[..., 1:].max(axis=2)) > 60).sum() > 50
 
 
 def test_boxes_are_measured_as_training_sees_them(tmp_path):

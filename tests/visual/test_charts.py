@@ -1,0 +1,58 @@
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("matplotlib")
+from boxes_data import make_dataset
+
+from retinanet.data.shapes import ShapesDataset
+from retinanet.visual import charts
+from retinanet.visual.drawing import class_colour
+
+
+def read(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def test_names_are_shown_as_they_are():
+    assert charts.chart_names(["$x_$", "_front", "a\x1bb"]) == [r"\$x_\$", " _front", "a b"]
+
+
+def test_the_label_chart_has_bars_in_the_colours_of_the_classes(tmp_path):
+    dataset = ShapesDataset(6)
+    charts.draw_label_chart(dataset, tmp_path / "labels.png")
+    pixels = read(tmp_path / "labels.png")
+    counts = np.bincount(dataset.annotations[:, 4].astype(int), minlength=3)
+    areas = np.array([(pixels == class_colour(label)).all(axis=2).sum() for label in range(3)])
+    np.testing.assert_allclose(areas / areas.sum(), counts / counts.sum(), atol=0.05)
+
+
+@pytest.mark.parametrize("names", [["car", "car "], ["$a$", "$a"], ["x" * 300 + "1", "x" * 300 + "2"]])
+def test_classes_with_names_that_look_alike_keep_bars_of_their_own(tmp_path, names):
+    dataset = make_dataset([[10, 10, 60, 60]] * 10, [0, 1] * 5, names=names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        charts.draw_label_chart(dataset, tmp_path / "labels.png")
+    pixels = read(tmp_path / "labels.png")
+    areas = [(pixels == class_colour(label)).all(axis=2).sum() for label in range(2)]
+    assert areas[0] == pytest.approx(areas[1], rel=0.05) and areas[0] > 1000
+
+
+def test_a_data_set_without_boxes_has_a_label_chart(tmp_path):
+    charts.draw_label_chart(make_dataset([]), tmp_path / "labels.png")
+    assert read(tmp_path / "labels.png").std() > 1
+
+
+def test_a_hidden_or_formula_like_name_is_in_the_legend(tmp_path):
+    curve = np.array([[0, 1], [1, 0.5]])
+    blank = None
+    for number, name in enumerate(["_front", "$x_$"]):
+        charts.draw_curves({"IoU 0.5": {name: curve}}, tmp_path / f"{number}.png")
+        pixels = read(tmp_path / f"{number}.png")
+        legend = pixels[:80, -200:].min(axis=2) < 100
+        assert legend.sum() > 40
+        assert blank is None or not np.array_equal(legend, blank)
+        blank = legend
