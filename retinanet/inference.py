@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from retinanet.boxes import clip_boxes
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.images import read_image
+from retinanet.data.images import read_image, to_rgb
 from retinanet.data.loader import collater, explained, make_loader
 from retinanet.data.transforms import Resizer, normalize
 from retinanet.model import RetinaNet
@@ -102,10 +102,8 @@ def as_array(image: AnyImage) -> np.ndarray:
     if isinstance(image, str | Path):
         return read_image(image)
     if isinstance(image, Image.Image):
-        if not image.mode.startswith("I"):
-            return np.array(image.convert("RGB"))
-        image = np.asarray(image).clip(0, 2**16 - 1).astype(np.uint16)
-    elif isinstance(image, Tensor):
+        return to_rgb(image)
+    if isinstance(image, Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
         image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image

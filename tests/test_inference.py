@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 import retinanet
-from retinanet.data.dataset import read_image
+from retinanet.data.images import read_image
 from retinanet.data.transforms import Resizer, normalize
 from retinanet.errors import UserError
 from retinanet.inference import as_array, detect, detect_images, predict
@@ -17,14 +17,6 @@ from retinanet.postprocess import Detections
 from retinanet.training import checkpoint
 
 LIMITS = {"score_threshold": 0.05, "max_detections": 20, "min_side": 96, "max_side": 160}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_same(a, b):
@@ -47,7 +39,7 @@ def test_the_package_exports_it_and_stays_light():
         _ = retinanet.nonsense
 
 
-def test_all_kinds_of_a_picture_give_the_same(filled_net, tmp_path):
+def test_all_kinds_of_images_give_the_same(filled_net, tmp_path):
     array = gradient(64, 90)
     path = save(array, tmp_path / "a.png")
     tensor = torch.from_numpy(array).permute(2, 0, 1)
@@ -68,7 +60,7 @@ def test_all_kinds_of_a_picture_give_the_same(filled_net, tmp_path):
     assert_same(predict(filled_net, tensor[None].repeat(2, 1, 1, 1), **LIMITS)[1], predictions[0])
 
 
-def test_boxes_are_pixels_of_the_picture(filled_net):
+def test_boxes_are_pixels_of_the_image(filled_net):
     array = gradient(64, 90)
     prediction = predict(filled_net, array, **LIMITS)[0]
     resized = Resizer(96, 160)({"img": array, "annot": np.zeros((0, 5))})
@@ -81,14 +73,14 @@ def test_boxes_are_pixels_of_the_picture(filled_net):
     assert prediction.class_names == [str(label) for label in prediction.labels.tolist()]
 
 
-def test_pictures_of_all_sizes_come_back_in_order_and_do_not_see_each_other(filled_net):
-    pictures = [gradient(64, 90), gradient(64, 90)[::-1], gradient(90, 64), gradient(64, 90), gradient(50, 50)]
-    together = predict(filled_net, iter(pictures), batch_size=4, **LIMITS)
-    for picture, prediction in zip(pictures, together, strict=True):
-        assert_same(prediction, predict(filled_net, picture, **LIMITS)[0])
+def test_images_of_all_sizes_come_back_in_order_and_do_not_affect_each_other(filled_net):
+    images = [gradient(64, 90), gradient(64, 90)[::-1], gradient(90, 64), gradient(64, 90), gradient(50, 50)]
+    together = predict(filled_net, iter(images), batch_size=4, **LIMITS)
+    for image, prediction in zip(images, together, strict=True):
+        assert_same(prediction, predict(filled_net, image, **LIMITS)[0])
 
 
-def test_a_checkpoint_brings_names_and_sizes(filled_net, tmp_path):
+def test_names_and_sizes_are_those_of_the_checkpoint(filled_net, tmp_path):
     path = tmp_path / "model.pt"
     checkpoint.save(path, checkpoint.model_entries(filled_net, ["cat", "dog", "bird"], 96, 160))
     array = gradient(64, 90)
@@ -99,7 +91,7 @@ def test_a_checkpoint_brings_names_and_sizes(filled_net, tmp_path):
     assert_same(predict(checkpoint.load_model(path), array, 0.05, 20)[0], expected)
 
 
-def test_the_model_stays_in_its_mode(filled_net):
+def test_detect_images_keeps_the_mode(filled_net):
     assert not filled_net.training
     filled_net.train()
     filled_net.freeze_bn()
@@ -111,7 +103,7 @@ def test_the_model_stays_in_its_mode(filled_net):
         filled_net.eval()
 
 
-def test_a_file_is_turned_upright_and_a_pillow_image_is_taken_as_it_stands(filled_net, tmp_path):
+def test_a_file_is_turned_upright_and_a_pillow_image_is_not(filled_net, tmp_path):
     array = gradient(40, 60)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -150,11 +142,11 @@ def test_grey_alpha_and_16_bits():
         (np.zeros((4, 5, 3), dtype=np.int64), "int64"),
         (np.zeros((4, 5, 2), dtype=np.uint8), "channels"),
         (torch.zeros(8, 5, 3), "first in a tensor"),
-        (np.zeros((0, 5, 3), dtype=np.uint8), "a picture is"),
-        (42, "a picture is"),
+        (np.zeros((0, 5, 3), dtype=np.uint8), "an image is"),
+        (42, "an image is"),
     ],
 )
-def test_what_is_no_picture_is_refused(image, message):
+def test_what_is_not_an_image_is_refused(image, message):
     with pytest.raises(ValueError, match=message):
         as_array(image)
 
@@ -164,13 +156,13 @@ def test_a_missing_file_is_named(filled_net):
         predict(filled_net, "nowhere.jpg")
 
 
-def test_what_predict_takes_besides(filled_net):
-    picture = gradient(64, 96)
-    expected = predict(filled_net, picture, 0.02, min_side=64)[0]
-    found = predict(torch.nn.DataParallel(filled_net), picture, 0.02, min_side=64, precision="fp32")[0]
+def test_other_arguments_of_predict(filled_net):
+    image = gradient(64, 96)
+    expected = predict(filled_net, image, 0.02, min_side=64)[0]
+    found = predict(torch.nn.DataParallel(filled_net), image, 0.02, min_side=64, precision="fp32")[0]
     assert len(found.scores) > 3 and torch.equal(found.boxes, expected.boxes)
     with pytest.raises(ValueError, match="class_names has 1 names, but the model 3 classes"):
-        predict(filled_net, picture, class_names=["cat"])
+        predict(filled_net, image, class_names=["cat"])
     assert "predict" in dir(retinanet)
 
 
@@ -200,7 +192,7 @@ def finder_batch(*values, first_index=0):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_detect_gives_original_pixels_and_leaves_the_mode(training):
+def test_detect_returns_original_pixels_and_keeps_the_mode(training):
     model = Finder().train(training)
     found = detect(model, [finder_batch(1, 2)], torch.device("cpu"))
     assert sorted(found) == [0, 1]
@@ -212,7 +204,7 @@ def test_detect_gives_original_pixels_and_leaves_the_mode(training):
     assert model.training == training
 
 
-def test_detect_stops_when_asked_to():
+def test_detect_stops_on_request():
     answers = iter([False, False, True])
     batches = [finder_batch(1, first_index=index) for index in range(5)]
     assert sorted(detect(Finder(), batches, torch.device("cpu"), stop=lambda: next(answers))) == [0, 1]

@@ -102,10 +102,10 @@ def read_image(path: str | Path) -> np.ndarray:
                 pixels = decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB)
                 return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
             image.load()
-            return _to_rgb(image if orientation == 1 else image.transpose(TURNS[orientation]))
+            return to_rgb(image if orientation == 1 else image.transpose(TURNS[orientation]))
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> np.ndarray:
     """A Pillow image of any mode -> [H, W, 3] uint8."""
     if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper 8
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
