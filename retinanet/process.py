@@ -129,9 +129,7 @@ def choose_device(name: str) -> torch.device:
     Raises:
         UserError: the device does not exist here.
     """
-    chosen = name
-    if name == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     if chosen == "cuda":
         chosen = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:

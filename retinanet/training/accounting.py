@@ -32,12 +32,6 @@ class Progress:
         self.sums = [self.sums[0] + class_loss, self.sums[1] + box_loss]
         self.recent = [self.recent[0] + class_loss, self.recent[1] + box_loss, self.recent[2] + 1]
 
-    def take_recent(self) -> tuple[float, float]:
-        """Mean class loss and box loss since the last call."""
-        class_loss, box_loss, steps = self.recent
-        self.recent = [0.0, 0.0, 0]
-        return class_loss / steps, box_loss / steps
-
 
 class Meter:
     """Counts the steps of an epoch, and reports them: in a progress bar, and every `log_every` steps in the log.
@@ -45,11 +39,11 @@ class Meter:
     Args:
         progress: where the epoch starts; kept up to date.
         num_steps: optimizer steps of the whole epoch.
-        log_every: optimizer steps.
-        log_step: called with each entry of the log.
+        log_every: steps from one entry of the log to the next.
+        log_step: called with each entry.
 
     Attributes:
-        bar: yields the steps that are left, counted from 0.
+        bar: yields the numbers of the steps that are left.
     """
 
     def __init__(
@@ -62,13 +56,9 @@ class Meter:
         self.start = self.recent_start = time.perf_counter()
 
     def count(self, losses: Tensor, group: list[dict[str, Any]], lr: float, norm: Callable[[], float]) -> None:
-        """Count a step.
+        """Count a step with `losses` [ranks, batches, 2] of the batches `group`.
 
-        Args:
-            losses: [ranks, batches, 2] class loss and box loss, on the CPU.
-            group: the step's batches.
-            lr: the step's learning rate.
-            norm: gives the gradient's norm; called for an entry of the log alone, because it may wait for the device.
+        `norm` gives the gradient's norm; it is only called for an entry of the log, because it may wait for the device.
         """
         progress = self.progress
         progress.add(*losses.double().mean(dim=(0, 1)).tolist())
@@ -77,7 +67,9 @@ class Meter:
         self.recent_images += num_images
         if progress.step % self.log_every and progress.step != self.num_steps:
             return
-        class_loss, box_loss = progress.take_recent()
+        class_loss, box_loss, steps = progress.recent
+        progress.recent = [0.0, 0.0, 0]
+        class_loss, box_loss = class_loss / steps, box_loss / steps
         entry = {"epoch": progress.epoch, "step": progress.step, "class_loss": class_loss, "box_loss": box_loss}
         entry |= {"lr": lr, "grad_norm": norm()}
         speed = entry["images_per_second"] = self.recent_images / (time.perf_counter() - self.recent_start)

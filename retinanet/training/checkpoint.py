@@ -27,11 +27,7 @@ CLASS_OUTPUT = "classificationModel.output.bias"  # its length is anchors x clas
 
 
 def save(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint: to a temporary name, flushed, then renamed, so that `path` is never half a file.
-
-    Args:
-        path: the checkpoint.
-        content: tensors and plain types; `model_entries` gives those that describe a model.
+    """Write tensors and plain types: to a temporary name, flushed, then renamed, so that `path` is never half a file.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written to; `path` is as it was.
@@ -119,8 +115,7 @@ def infer_depth(state: Mapping[str, Tensor]) -> int | None:
 def _read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights of any kind of checkpoint under this library's names, and what else is known of the model.
 
-    The latter is at least `found` (the kind of file), `class_names` (None where the file has none), `anchors`,
-    `min_side` and `max_side`.
+    That is at least `found` (the kind of file), `class_names` (None without any), `anchors`, `min_side`, `max_side`.
     """
     content = load(path)
     info = {"class_names": None, "anchors": {}, "min_side": 608, "max_side": 1024}
@@ -134,11 +129,7 @@ def _read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _load_state(net: RetinaNet, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load all weights; the pyramid becomes torchvision's where P6 was trained on P5.
-
-    Raises:
-        UserError: the weights are not those of such a model.
-    """
+    """Load all weights; the pyramid becomes torchvision's where P6 was trained on P5."""
     p6 = net.fpn.P6
     if "fpn.P6.weight" in state and state["fpn.P6.weight"].shape[1] == p6.out_channels != p6.in_channels:
         net.fpn = PyramidFromP5(*net.out_channels).to(p6.weight.device)

@@ -11,11 +11,7 @@ from retinanet.process import gather_tensors, get_rank
 
 
 class NotFiniteError(UserError):
-    """A loss or a gradient is not finite.
-
-    Attributes:
-        batches: those of this process in which it happened.
-    """
+    """A loss or a gradient is not finite, in `batches` of this process."""
 
     def __init__(self, message: str, batches: list[dict[str, Any]]):
         super().__init__(message)
@@ -38,11 +34,7 @@ def _send(values: Tensor) -> Callable[[], Tensor]:
 
 
 def send_losses(values: list[Tensor], number: int) -> Callable[[], tuple[Tensor, int]]:
-    """Send the losses of one optimizer step, and a number, to all ranks.
-
-    Args:
-        values: class loss and box loss [2] of each batch.
-        number: not negative.
+    """Send the losses of an optimizer step, class loss and box loss [2] of each batch, and a number to all ranks.
 
     Returns:
         A function that waits for the losses of all ranks, [ranks, batches, 2] on the CPU, and their largest `number`.
@@ -57,12 +49,9 @@ def send_losses(values: list[Tensor], number: int) -> Callable[[], tuple[Tensor,
 
 
 def check_losses(losses: Tensor, where: str, group: list[dict[str, Any]]) -> None:
-    """Raise NotFiniteError, on all ranks, if a loss of any of them is not finite.
+    """Raise NotFiniteError on all ranks if one of `losses` [ranks, batches, 2] is not finite.
 
-    Args:
-        losses: [ranks, batches, 2] class loss and box loss.
-        where: epoch and step, for the message.
-        group: this rank's batches.
+    The message says `where` (epoch and step), and names the images of `group`, this rank's batches.
     """
     finite = losses.isfinite().all(dim=2)  # [ranks, batches]
     if finite.all():
@@ -84,7 +73,7 @@ def clip_gradient(
     """Limit the gradient's norm to `clip_norm`.
 
     Returns:
-        A function that gives the norm before clipping, and raises NotFiniteError if that is not finite.
+        A function that waits for the norm before clipping, and raises NotFiniteError if it is not finite.
     """
     if clip_norm is None:
         norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])

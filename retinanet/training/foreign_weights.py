@@ -1,7 +1,4 @@
-"""Weights that other programs saved -> the weights of this library's RetinaNet, with equal outputs.
-
-The original's come as a state dict or as a whole pickled model, torchvision's as a state dict of other names.
-"""
+"""Weights that other programs saved -> the weights of this library's RetinaNet, with equal outputs."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -68,30 +65,21 @@ class CellAnchors(Anchors):
 
     Args:
         cells: [levels, A, 4] xyxy, pixels, around the centre of a location.
-        pyramid_levels: as in `Anchors`, like all that follow; sizes, ratios and scales only describe the cells.
     """
 
-    def __init__(
-        self,
-        cells: Sequence[Sequence[Sequence[float]]],
-        pyramid_levels: Sequence[int] | None = None,
-        strides: Sequence[int] | None = None,
-        sizes: Sequence[float] | None = None,
-        ratios: Sequence[float] | None = None,
-        scales: Sequence[float] | None = None,
-    ):
-        super().__init__(pyramid_levels, strides, sizes, ratios, scales)
+    def __init__(self, cells: Sequence[Sequence[Sequence[float]]]):
+        super().__init__()
         self.explicit = {"cells": cells}
         self.cells = torch.tensor(cells, device="cpu")
 
     def settings(self) -> dict[str, list]:
-        """The constructor's arguments as plain lists, so that a checkpoint can carry them."""
+        """What `make_anchors` takes, so that a checkpoint can carry it."""
         return super().settings() | self.explicit
 
 
 def make_anchors(settings: Mapping[str, list]) -> Anchors:
-    """The anchors whose `settings()` a checkpoint carries; the default ones for no settings."""
-    return CellAnchors(**settings) if "cells" in settings else Anchors(**settings)
+    """The anchors of a checkpoint's `settings()`; the default ones for no settings."""
+    return CellAnchors(settings["cells"]) if "cells" in settings else Anchors(**settings)
 
 
 class PyramidFromP5(PyramidFeatures):
@@ -108,12 +96,9 @@ class PyramidFromP5(PyramidFeatures):
 
 
 def read(path: str | Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Find the weights in a file of another program.
+    """Find the weights in what `checkpoint.load` read from `path`, a file of another program.
 
-    Args:
-        path: for messages.
-        content: what `checkpoint.load` read: a state dict, also within a dict or with DataParallel's prefix, or a
-            whole pickled model.
+    They may be a state dict, also within a dict or with DataParallel's prefix, or a whole pickled model.
 
     Returns:
         The weights under this library's names, and what is known of the model: always `found` (the kind of file);
@@ -202,14 +187,7 @@ def torchvision_anchors() -> CellAnchors:
 
 
 def convert_torchvision(path: str | Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Convert a state dict of torchvision's RetinaNet.
-
-    Args:
-        path: for messages.
-        state: of a model with any of the five ResNets, with P6 from C5 or P5, and with plain heads.
-
-    Returns:
-        As `read`.
+    """Convert a state dict of torchvision's RetinaNet on any of the five ResNets, with P6 from C5 or P5.
 
     Raises:
         UserError: it has layers that this library's RetinaNet lacks, such as the GroupNorm of torchvision's v2.

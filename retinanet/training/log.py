@@ -72,11 +72,7 @@ class RunLog:
             self.board.add_scalar(f"{kind}/{name}", entry[name], step)
 
     def write(self, entry: Mapping[str, float]) -> None:
-        """Add an entry.
-
-        Raises:
-            UserError: it cannot be written.
-        """
+        """Add an entry; a UserError if it cannot be written."""
         try:
             self.file.write(json.dumps(entry) + "\n")
         except OSError as error:

@@ -42,48 +42,26 @@ class Recipe:
     double_bias: bool
 
 
+# fmt: off
 RECIPES = {
     # train.py of yhenon/pytorch-retinanet.
     "original": Recipe(
-        optimizer="adam",
-        lr=1e-5,
-        reference_batch=2,
-        weight_decay=0.0,
-        schedule="plateau",
-        warmup_steps=0,
-        clip_norm=0.1,
-        train_bn=False,
-        best_match_iou=None,
-        double_bias=False,
+        optimizer="adam", lr=1e-5, reference_batch=2, weight_decay=0.0, schedule="plateau", warmup_steps=0,
+        clip_norm=0.1, train_bn=False, best_match_iou=None, double_bias=False,
     ),
     # Section 4.1, "Optimization" (90k steps, a tenth at 60k and 80k); what the paper leaves out, from Detectron.
     "paper": Recipe(
-        optimizer="sgd",
-        lr=0.01,
-        reference_batch=16,
-        weight_decay=1e-4,
-        schedule="steps",
-        warmup_steps=500,
-        clip_norm=None,
-        train_bn=False,
-        best_match_iou=0.4,
-        double_bias=True,
+        optimizer="sgd", lr=0.01, reference_batch=16, weight_decay=1e-4, schedule="steps", warmup_steps=500,
+        clip_norm=None, train_bn=False, best_match_iou=0.4, double_bias=True,
     ),
     # Normalised activations and a per-parameter step are what random weights need (He, Girshick and Dollar,
     # "Rethinking ImageNet Pre-training", 2018); the numbers were found on small data sets.
     "scratch": Recipe(
-        optimizer="adamw",
-        lr=5e-4,
-        reference_batch=4,
-        weight_decay=0.05,
-        schedule="one_cycle",
-        warmup_steps=0,
-        clip_norm=10.0,
-        train_bn=True,
-        best_match_iou=0.4,
-        double_bias=False,
+        optimizer="adamw", lr=5e-4, reference_batch=4, weight_decay=0.05, schedule="one_cycle", warmup_steps=0,
+        clip_norm=10.0, train_bn=True, best_match_iou=0.4, double_bias=False,
     ),
 }
+# fmt: on
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:

@@ -10,14 +10,7 @@ import torch
 from retinanet.data.dataset import DetectionDataset, check_classes
 from retinanet.errors import UserError
 from retinanet.model import RetinaNet
-from retinanet.process import (
-    from_main_process,
-    is_main_process,
-    log,
-    random_states,
-    set_random_states,
-    undisturbed,
-)
+from retinanet.process import from_main_process, is_main_process, log, random_states, set_random_states, undisturbed
 from retinanet.training import checkpoint
 from retinanet.training.accounting import Progress
 from retinanet.training.log import RunLog
@@ -40,18 +33,6 @@ class Run:
         net: the model that it trains; changed as the recipe says, and moved to `device`.
         device: that the run computes on.
         train_set: gives the class names and the number of images.
-
-    Attributes:
-        ema: averaged weights of `net`, with `--ema`.
-        optimizer: of the weights of `net`.
-        schedule: of the optimizer's rate.
-        steps_per_epoch: optimizer steps.
-        log: where numbers are written to; None on all ranks but 0.
-        progress: how far it has come.
-        best: AP of best.pt; -1 without one.
-        stale: validations since then.
-        metrics: of the last validation.
-        saved_at: when a checkpoint was last written or the run was started, by `time.monotonic`.
     """
 
     def __init__(self, settings: Settings, net: RetinaNet, device: torch.device, train_set: DetectionDataset):
@@ -67,11 +48,11 @@ class Run:
         self.steps_per_epoch = -(-self.num_images // settings.global_batch)
         self.ema = EMA(net, settings.ema) if settings.ema is not None else None
         self.schedule = Schedule(self.optimizer, recipe, settings.epochs * self.steps_per_epoch)
-        self.log: RunLog | None = None
+        self.log: RunLog | None = None  # on rank 0
         self.progress = Progress()
-        self.best = -1.0
-        self.stale = 0
-        self.metrics: dict[str, float] = {}
+        self.best = -1.0  # AP of best.pt
+        self.stale = 0  # validations since then
+        self.metrics: dict[str, float] = {}  # of the last validation
         self.saved_at = time.monotonic()
 
     @property
@@ -188,16 +169,10 @@ def find_checkpoint(settings: Settings) -> Path | None:
 
 
 def check_resume(path: Path, settings: Settings, content: dict[str, Any], train_set: DetectionDataset) -> None:
-    """Make sure that a run can continue as it began.
-
-    Args:
-        path: the checkpoint.
-        settings: of the program that resumes it.
-        content: of the checkpoint, from `load_model`.
-        train_set: of the program that resumes it.
+    """Make sure that `settings` and `train_set` are those of the run whose checkpoint `load_model` read from `path`.
 
     Raises:
-        UserError: it cannot; the message lists all differences.
+        UserError: they are not; the message lists all differences.
     """
     if "training" not in content:
         raise UserError(f"{path}: holds a model, but no state of a training; start from it with --weights {path}")

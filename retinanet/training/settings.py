@@ -12,29 +12,10 @@ from retinanet.training.recipes import RECIPES
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run trains. All values are plain types, so that args.json and checkpoints can carry them.
+    """How a run trains: one value for each flag of train.py, whose help says what it means.
 
-    Attributes:
-        out_dir: folder of the run.
-        resume: `auto`, the path of a checkpoint, or None.
-        recipe: a name in RECIPES.
-        epochs: passes over the training set.
-        batch_size: images a batch, of each process.
-        accumulate: batches averaged for one optimizer step.
-        global_batch: images of an optimizer step, over all processes.
-        lr: peak learning rate.
-        clip_norm: limit of the gradient's norm; None for no limit.
-        ema: decay of the averaged weights; None for no average.
-        early_stop: validations without a better AP after which the run stops; None for no limit.
-        seed: of weights, order and augmentation.
-        min_side: pixels of the resized short side.
-        max_side: limit of the resized long side, pixels.
-        precision: fp32 or bf16.
-        checkpoint_every: a number, and `steps` or `minutes`.
-        val_every: epochs from one validation to the next.
-        log_every: optimizer steps from one entry of log.jsonl to the next.
-        tensorboard: write the log for TensorBoard as well.
-        other: the other flags, of data, model and augmentation.
+    All are plain types, so that args.json and checkpoints can carry them. `global_batch` is the number of images of
+    an optimizer step, over all processes; `other` holds the flags of data, model, augmentation and machine.
     """
 
     out_dir: str
@@ -63,7 +44,7 @@ class Settings:
         """Derive from the recipe, the device and the number of processes what the flags leave open.
 
         Args:
-            flags: name -> value, with None or `auto` where they leave it open.
+            flags: name -> value; None or `auto` leaves it open.
             device: that the run computes on.
         """
         recipe = RECIPES[flags["recipe"]]

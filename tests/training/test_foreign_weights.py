@@ -84,7 +84,7 @@ def with_p6_on_p5():
 
 @torch.no_grad()
 def assert_equal_heads(source, net, labels):
-    """Logits of the `labels` that were kept, and deltas, on a picture with odd sides."""
+    """Logits of the `labels` that were kept, and deltas, on an image with odd sides."""
     image = torch.randn(1, 3, 70, 100)
     expected = source.head(list(source.backbone(image).values()))
     logits, deltas, _ = net.heads(image)
@@ -117,14 +117,14 @@ def test_a_torchvision_model_finds_the_same(tmp_path, with_p6_on_p5):
     source.transform.min_size, source.transform.max_size = (128,), 256
     source.detections_per_img = 10**6
     net, _ = checkpoint.load_model(save(source.state_dict(), tmp_path / "tv.pth"))
-    picture = torch.rand(3, 128, 256)  # torchvision's strides are the paper's where 128 divides the sides
-    expected = source([picture])[0]
+    image = torch.rand(3, 128, 256)  # torchvision's strides are the paper's where 128 divides the sides
+    expected = source([image])[0]
     inside = (expected["boxes"][:, 2:] > expected["boxes"][:, :2]).all(dim=1)  # it keeps what clipping made a line
     expected = {key: values[inside] for key, values in expected.items()}
     mean, std = (
         torch.tensor(values)[:, None, None] for values in (source.transform.image_mean, source.transform.image_std)
     )
-    found = net.detect(((picture - mean) / std)[None], max_detections=None)[0]
+    found = net.detect(((image - mean) / std)[None], max_detections=None)[0]
     assert len(found.scores) == len(expected["scores"]) > 20
     torch.testing.assert_close(found.scores, expected["scores"], rtol=1e-4, atol=1e-5)
     assert torch.equal(found.labels, expected["labels"])
