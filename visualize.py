@@ -56,17 +56,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--split", choices=["train", "val"], help="which set (default: val; anchor_fit: train)")
     group.add_argument("--indices", type=flags.non_negative_int, nargs="+", help="images of the set by number, from 0")
     group.add_argument(
-        "--limit",
-        type=flags.positive_int,
-        default=12,
-        help=f"number of images, without --indices {flags.DEFAULT}",
+        "--limit", type=flags.positive_int, default=12, help=f"number of images, without --indices {flags.DEFAULT}"
     )
     group.add_argument("--augment", action="store_true", help="augment as in the first epoch of training with --seed")
     group.add_argument(
-        "--seed",
-        type=flags.non_negative_int,
-        default=0,
-        help=f"of augmentation, shapes and search {flags.DEFAULT}",
+        "--seed", type=flags.non_negative_int, default=0, help=f"of augmentation, shapes and search {flags.DEFAULT}"
     )
     group.add_argument("--min_side", type=flags.positive_int, help="short side, pixels (default: the model's, or 608)")
     group.add_argument("--max_side", type=flags.positive_int, help="long side's limit (default: the model's, or 1024)")

@@ -70,7 +70,7 @@ def draw_matches(
     reached = f"{np.count_nonzero(counts)} of {len(boxes)} boxes"
     background = len(anchors) - len(positive) - len(ignored)
     titles = [
-        f"{len(positive)} positive anchors, for {reached} (each box is marked with its number)",
+        f"{len(positive)} positive anchors, for {reached}",
         f"{len(ignored)} ignored anchors (blue); the other {background} are background",
     ]
     return side_by_side(pictures, titles)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.util
+import os
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,8 +12,8 @@ from PIL import ImageFont
 
 NAME_LIMIT = 24  # characters of a class name; the rest is cut
 FONT_FOLDERS = (
-    "/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts",
-    "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts",
+    "/usr/share/fonts", "/usr/local/share/fonts", "$HOME/.local/share/fonts", "$HOME/.fonts",
+    "/System/Library/Fonts", "/Library/Fonts", "$HOME/Library/Fonts", "C:/Windows/Fonts",
 )  # fmt: skip
 UNASSIGNED = "\uffff"  # never a character: a font draws it as it draws everything that it lacks
 
@@ -83,7 +84,7 @@ def font_with(letters: frozenset[str]) -> str | None:
 @functools.cache
 def installed_fonts() -> list[str]:
     """Font files, regular ones first; the one that matplotlib brings is the first of all."""
-    found = [path for folder in FONT_FOLDERS for path in Path(folder).expanduser().rglob("*.[to]t[fc]")]
+    found = [path for folder in FONT_FOLDERS for path in Path(os.path.expandvars(folder)).rglob("*.[to]t[fc]")]
     styles = ("Bold", "Italic", "Oblique", "Mono", "Light")
     found.sort(key=lambda path: (any(style in path.name for style in styles), path.name))
     if matplotlib := importlib.util.find_spec("matplotlib"):

@@ -1,5 +1,6 @@
 """Detections beside the ground truth: right ones solid, false ones dashed, missed boxes dotted."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -41,25 +42,13 @@ def draw_detections(
     captions = [f"{names[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
     captions += [f"missed {names[label]}" for label in true_labels[missed]]
     zoom = legible_zoom(image.shape[:2], [*true_captions, *captions]) if zoom is None else zoom
+    draw = functools.partial(draw_boxes, image, zoom=zoom, class_names=class_names)
+    true_styles = ["solid" if hit else "dotted" for hit in found]
+    styles = ["solid" if hit else "dashed" for hit in right] + ["dotted"] * missed.sum()
+    drawn_boxes, drawn_labels = np.concatenate([boxes, annotations[missed, :4]]), [*labels, *true_labels[missed]]
     panels = [
-        draw_boxes(
-            image,
-            annotations[:, :4],
-            true_labels,
-            true_captions,
-            ["solid" if hit else "dotted" for hit in found],
-            zoom=zoom,
-            class_names=class_names,
-        ),
-        draw_boxes(
-            image,
-            np.concatenate([boxes, annotations[missed, :4]]),
-            [*labels, *true_labels[missed]],
-            captions,
-            ["solid" if hit else "dashed" for hit in right] + ["dotted"] * missed.sum(),
-            zoom=zoom,
-            class_names=class_names,
-        ),
+        draw(annotations[:, :4], true_labels, true_captions, true_styles),
+        draw(drawn_boxes, drawn_labels, captions, styles),
     ]
     counts = f"{right.sum()} right (solid), {(~right).sum()} false (dashed), {missed.sum()} missed (dotted)"
     return side_by_side(panels, [f"ground truth: {len(annotations)}", f"detections: {counts}"])

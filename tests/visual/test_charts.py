@@ -56,3 +56,22 @@ def test_a_hidden_or_formula_like_name_is_in_the_legend(tmp_path):
         assert legend.sum() > 40
         assert blank is None or not np.array_equal(legend, blank)
         blank = legend
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_training_curves_show_losses_rate_and_scores(tmp_path, scored):
+    steps = [{"epoch": 0, "step": step, "class_loss": 1 / step, "box_loss": 1.0, "lr": 0.01} for step in (1, 2, 3)]
+    scores = {"AP": 0.5, "AP50": 0.8, "AP75": 0.4} if scored else {}
+    epochs = [{"epoch": 0, "class_loss": 0.5, "box_loss": 1.0, **scores}]
+    charts.draw_training_curves([*steps, *epochs], 3, tmp_path / "curves.png")
+    pixels = read(tmp_path / "curves.png")
+    assert pixels.shape[1] == (1650 if scored else 1100)
+    assert all((pixels == colour).all(axis=2).any() for colour in ((31, 119, 180), (255, 127, 14), (44, 160, 44)))
+
+
+def test_bars_are_as_long_as_their_values(tmp_path):
+    charts.draw_bars({"class": 0.1, "missed": 0.2}, "AP50 lost", tmp_path / "bars.png")
+    bars = (read(tmp_path / "bars.png") == (0x48, 0x78, 0xCF)).all(axis=2).sum(axis=1)
+    lengths = np.unique(bars[bars > 20])
+    assert lengths.max() == pytest.approx(2 * lengths.min(), rel=0.05)
+    charts.draw_bars({"class": 0.0}, "nothing lost", tmp_path / "none.png")
