@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import gradient, save
+from helpers import coco_content, gradient, save, write_coco_data
 from pycocotools.coco import COCO
 
 from retinanet.commands import convert
@@ -12,7 +12,7 @@ from retinanet.data.csv import CSVDataset
 from retinanet.data.voc import VOCDataset
 from retinanet.data.yolo import YoloDataset
 
-NAMES = ["wolf", "bear", "fox"]  # not sorted, and no picture has a fox
+NAMES = ["wolf", "bear", "fox"]  # not sorted, and no image has a fox
 BOXES = {
     "a.png": [[3.25, 4.5, 40.75, 30.125, "bear"], [0, 0, 64, 48, "wolf"]],
     "b.png": [],
@@ -22,7 +22,7 @@ BOXES = {
 
 @pytest.fixture
 def source(tmp_path):
-    """CSV data: boxes with fractions, at the border, of one pixel; a picture without any; names to quote."""
+    """CSV data: boxes with fractions, at the border, of one pixel; an image without any; names to quote."""
     folder = tmp_path / "source"
     (folder / "sub, folder").mkdir(parents=True)
     lines = []
@@ -48,12 +48,15 @@ def run(kind, source, to, out, *flags):
 
 
 def content(dataset):
-    """Boxes by the picture's name and class name, in the order of the boxes; and the difficult ones."""
+    """Sorted boxes by the image's name and the class name; the difficult ones apart."""
     boxes = {}
     for index in range(len(dataset)):
-        for rows, difficult in ((dataset.load_annotations(index), ""), (dataset.load_difficult(index), " (difficult)")):
-            for *box, label in rows.tolist():
-                key = Path(dataset.image_path(index)).name, dataset.label_to_name(int(label)) + difficult
+        for annotations, mark in (
+            (dataset.load_annotations(index), ""),
+            (dataset.load_difficult(index), " (difficult)"),
+        ):
+            for *box, label in annotations.tolist():
+                key = Path(dataset.image_path(index)).name, dataset.label_to_name(int(label)) + mark
                 boxes.setdefault(key, []).append(box)
     return {key: np.array(sorted(value)) for key, value in boxes.items()}
 
@@ -88,7 +91,7 @@ def test_errors_do_not_add_up(source, tmp_path, chain):
     assert (tmp_path / "0").exists() and any(path.is_symlink() for path in root.rglob("*.png"))
 
 
-def test_difficult_boxes_travel_where_there_is_a_mark_for_them(source, tmp_path, capsys):
+def test_difficult_boxes_are_kept_where_the_format_can_mark_them(source, tmp_path, capsys):
     run("csv", source, "voc", tmp_path / "voc")
     path = tmp_path / "voc" / "Annotations" / "a.xml"
     path.write_text(path.read_text().replace("<difficult>0", "<difficult>1", 1))
@@ -116,8 +119,6 @@ def test_pycocotools_reads_what_is_written(source, tmp_path):
 
 
 def test_coco_keeps_its_ids(tmp_path):
-    from helpers import write_coco_data
-
     write_coco_data(tmp_path / "coco", set_name="val")
     assert run("coco", tmp_path / "coco", "coco", tmp_path / "again") == 0
     before, after = read("coco", tmp_path / "coco"), read("coco", tmp_path / "again")
@@ -147,28 +148,28 @@ def test_names_that_clash_get_their_folders(tmp_path):
     assert [voc.load_image(index).shape[1] for index in (0, 1)] == [30, 40]
 
 
-def test_two_pictures_that_differ_only_in_their_ending_are_an_error(tmp_path, capsys):
+def test_images_that_differ_only_in_their_suffix_are_an_error(tmp_path, capsys):
     for name in ("a.png", "a.bmp"):
         save(gradient(20, 30), tmp_path / name)
     (tmp_path / "val.csv").write_text("a.png,1,2,3,4,cat\na.bmp,,,,,\n")
     (tmp_path / "classes.csv").write_text("cat,0\n")
     assert run("csv", tmp_path, "voc", tmp_path / "voc") == 1
-    assert "a.png: two pictures of one folder differ in nothing but their ending" in capsys.readouterr().err
+    assert "a.png: two images of one folder have this name, or differ only in their suffix" in capsys.readouterr().err
 
 
-def test_nothing_is_overwritten_by_something_else(source, tmp_path, capsys):
+def test_nothing_is_overwritten_with_other_content(source, tmp_path, capsys):
     assert run("csv", source, "voc", tmp_path / "out") == 0
     assert run("csv", source, "voc", tmp_path / "out") == 0  # the same again is fine
     save(gradient(48, 64)[::-1], source / "a.png")
     assert run("csv", source, "voc", tmp_path / "out") == 1
-    assert "a.png: is there already, and is not" in capsys.readouterr().err
+    assert "a.png: exists and differs from" in capsys.readouterr().err
     save(gradient(48, 64), source / "a.png")
     (source / "classes.csv").write_text("bear,0\nwolf,1\n")
     assert run("csv", source, "voc", tmp_path / "out") == 1
-    assert "classes.txt: is there already, with other content" in capsys.readouterr().err
+    assert "classes.txt: exists with other content" in capsys.readouterr().err
 
 
-def test_missing_pictures_are_an_error(source, tmp_path, capsys):
+def test_missing_images_are_an_error(source, tmp_path, capsys):
     (source / "b.png").unlink()
     assert run("csv", source, "coco", tmp_path / "out") == 1
     assert "b.png" in capsys.readouterr().err
@@ -181,21 +182,22 @@ def test_usage_errors(tmp_path, capsys):
         assert error.value.code == 2 and message in capsys.readouterr().err
 
 
-def one_picture(folder, name, *rows, size=(48, 64), classes="cat,0\n"):
-    """CSV data of one picture; returns the flags that convert it."""
+def one_image(folder, name, *annotations, size=(48, 64), classes="cat,0\n"):
+    """CSV data of one image; returns the flags that convert it."""
     folder.mkdir()
     save(gradient(*size), folder / name)
-    (folder / "val.csv").write_text("".join(f"{name},{row}\n" for row in rows))
+    (folder / "val.csv").write_text("".join(f"{name},{row}\n" for row in annotations))
     (folder / "classes.csv").write_text(classes)
     return ["--from", "csv", "--source", str(folder / "val.csv"), "--csv_classes", str(folder / "classes.csv")]
 
 
 @pytest.mark.parametrize(
-    ("ending", "message"), [("png", "a.xml: is there already"), ("bmp", "holds a.png, from which a.bmp differs")]
+    ("suffix", "message"),
+    [("png", "a.xml: exists with other content"), ("bmp", "holds a.png, which differs from a.bmp only in its suffix")],
 )
-def test_a_second_set_does_not_overwrite_the_first(tmp_path, capsys, ending, message):
-    first = one_picture(tmp_path / "x", "a.png", "1,2,30,40,cat")
-    second = one_picture(tmp_path / "y", f"a.{ending}", "5,6,7,8,cat")
+def test_a_second_set_does_not_overwrite_the_first(tmp_path, capsys, suffix, message):
+    first = one_image(tmp_path / "x", "a.png", "1,2,30,40,cat")
+    second = one_image(tmp_path / "y", f"a.{suffix}", "5,6,7,8,cat")
     out = ["--to", "voc", "--out", str(tmp_path / "voc")]
     assert convert.main([*first, *out, "--out_set", "train"]) == 0
     assert convert.main([*second, *out]) == 1
@@ -204,26 +206,24 @@ def test_a_second_set_does_not_overwrite_the_first(tmp_path, capsys, ending, mes
 
 
 def test_the_source_is_not_overwritten(tmp_path, capsys):
-    from helpers import write_coco_data
-
     root = write_coco_data(tmp_path / "coco", set_name="val")
     before = (tmp_path / "coco/annotations/instances_val.json").read_text()
     assert run("coco", root, "coco", root) == 1
-    assert "instances_val.json: is there already" in capsys.readouterr().err
+    assert "instances_val.json: exists with other content" in capsys.readouterr().err
     assert (tmp_path / "coco/annotations/instances_val.json").read_text() == before
 
 
-def test_pictures_of_an_earlier_run_do_not_become_empty_ones(source, tmp_path, capsys):
-    flags = one_picture(tmp_path / "x", "other.png", "1,2,30,40,wolf", classes="wolf,0\nbear,1\nfox,2\n")
+def test_images_of_an_earlier_run_do_not_become_empty_ones(source, tmp_path, capsys):
+    flags = one_image(tmp_path / "x", "other.png", "1,2,30,40,wolf", classes="wolf,0\nbear,1\nfox,2\n")
     assert run("csv", source, "yolo", tmp_path / "yolo") == 0
     assert convert.main([*flags, "--to", "yolo", "--out", str(tmp_path / "yolo")]) == 1
-    assert "images/val: holds other pictures, such as a;" in capsys.readouterr().err
+    assert "images/val: holds other images, such as a;" in capsys.readouterr().err
     assert len(read("yolo", tmp_path / "yolo")) == 3  # nothing was copied
 
 
 @pytest.mark.parametrize("kind", ["csv", "coco", "voc", "yolo"])
-def test_names_of_pictures_and_classes_may_hold_spaces_commas_and_quotes(tmp_path, kind):
-    flags = one_picture(tmp_path / "x", "IMG 1 1.png", '1,2,30,40,"tench, ""Tinca"" 🐟"')
+def test_names_may_hold_spaces_commas_and_quotes(tmp_path, kind):
+    flags = one_image(tmp_path / "x", "IMG 1 1.png", '1,2,30,40,"tench, ""Tinca"" 🐟"')
     (tmp_path / "x/classes.csv").write_text('"tench, ""Tinca"" 🐟",0\n')
     assert convert.main([*flags, "--to", kind, "--out", str(tmp_path / "out")]) == 0
     data = read(kind, tmp_path / "out")
@@ -231,17 +231,15 @@ def test_names_of_pictures_and_classes_may_hold_spaces_commas_and_quotes(tmp_pat
 
 
 @pytest.mark.parametrize("link", [[], ["--link"]])
-def test_a_linked_picture_keeps_its_name(tmp_path, link):
-    flags = one_picture(tmp_path / "x", "a.png", "1,2,30,40,cat")
+def test_a_linked_image_keeps_its_name(tmp_path, link):
+    flags = one_image(tmp_path / "x", "a.png", "1,2,30,40,cat")
     (tmp_path / "x/a.png").rename(tmp_path / "0123abcd")
     (tmp_path / "x/a.png").symlink_to("../0123abcd")
     assert convert.main([*flags, "--to", "yolo", "--out", str(tmp_path / "out"), *link]) == 0
     assert Path(read("yolo", tmp_path / "out").image_path(0)).name == "a.png"
 
 
-def test_the_pictures_sizes_count_not_the_declared_ones(tmp_path):
-    from helpers import coco_content, write_coco_data
-
+def test_sizes_are_those_of_the_images_not_the_declared_ones(tmp_path):
     content = coco_content()
     for image in content["images"]:
         image["height"], image["width"] = image["width"], image["height"]
@@ -258,8 +256,8 @@ def as_csv(tmp_path):
     return folder / "val.csv", folder / "classes.csv"
 
 
-def test_boxes_that_get_lost_are_counted(tmp_path, capsys):
-    flags = one_picture(tmp_path / "x", "a.png", "1,2,30,40,cat", "10.1,10,20,20,cat", "10.3,10,20,20,cat")
+def test_lost_boxes_are_counted(tmp_path, capsys):
+    flags = one_image(tmp_path / "x", "a.png", "1,2,30,40,cat", "10.1,10,20,20,cat", "10.3,10,20,20,cat")
     assert convert.main([*flags, "--to", "voc", "--out", str(tmp_path / "voc")]) == 0
     printed = capsys.readouterr().out
-    assert "1 boxes are left out" in printed and "1 pictures, 2 boxes (and 0 difficult), 1 classes" in printed
+    assert "1 boxes are left out" in printed and "1 images, 2 boxes (and 0 difficult), 1 classes" in printed
