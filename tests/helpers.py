@@ -43,6 +43,19 @@ def truncate(path, share=0.5):
     Path(path).write_bytes(content[: int(len(content) * share)])
 
 
+class Ratios:
+    """A data set that knows only the shapes of its images."""
+
+    def __init__(self, ratios):
+        self.ratios = ratios
+
+    def __len__(self):
+        return len(self.ratios)
+
+    def image_aspect_ratio(self, index):
+        return self.ratios[index]
+
+
 def write_csv_data(folder, lines=None):
     """Two images, `a.png` (48 high, 64 wide, two boxes) and `b.png` (64 x 48, none), and their CSV files.
 

@@ -1,6 +1,7 @@
 """From files to batches.
 
-`images` reads image files; `dataset` is what all data sets share; `csv`, `coco`, `voc`, `yolo` and `shapes` are the
-formats, each a reader and its class; `transforms` change samples; `sampler` and `loader` make batches. `report` and
-`checks` say what is wrong with a data set.
+In reading order: `dataset` is the base of all data sets; `csv`, `coco`, `voc`, `yolo` and `shapes` are the formats,
+each its class and reader in one file; `images` reads image files; `transforms` change samples; `sampler` and `loader`
+make batches. `reading` is what the readers share, `ground_truth` what COCO's evaluation takes of any data set,
+`report` and `checks` say what is wrong with a data set.
 """

@@ -1,4 +1,4 @@
-"""Samples -> batches. The data sets and transforms are here too, where the original's users import them from."""
+"""Samples -> batches, read by worker processes."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from retinanet.process import get_rank, get_world_size, leave_process_group, see
 
 
 def collater(data: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Stack samples to a batch; pictures and annotations are padded to the largest.
+    """Stack samples to a batch, with images and annotations padded to the largest.
 
     Args:
         data: dicts with `img` [H, W, 3] and `annot` [G, 5], usually from Resizer.
@@ -58,14 +58,12 @@ class _KeySampler(Sampler[list[tuple[int, int]]]):
 
 
 class _Reader(Dataset):
-    """A data set as a loader's workers read it.
-
-    A key is an index, or (epoch, index): then all that is random in the sample follows from the seed, the epoch
-    and the index alone, whichever process reads it, and in whatever order.
+    """A data set as a loader reads it.
 
     Args:
         dataset: gives samples.
-        seed: of the augmentations.
+        seed: of the augmentations, for keys (epoch, index); a key that is only an index takes random numbers as they
+            come.
         workers: processes that read.
     """
 
@@ -88,23 +86,7 @@ class _Reader(Dataset):
         except UserError as error:
             if worker is None:
                 raise
-            return error  # DataLoader would hand on only the text of its traceback
-
-    def image_path(self, index: int) -> str:
-        """Where the picture of a sample is, or its number where the data set does not say."""
-        return self.dataset.image_path(index) if hasattr(self.dataset, "image_path") else f"sample {index}"
-
-    def explain_death(self, message: str) -> str | None:
-        """What a dead worker was reading, from DataLoader's error message; None if it is about something else."""
-        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", message)
-        if found is None:
-            return None
-        dead = {int(pid) for pid in found[1].split(",")}
-        paths = [self.image_path(index) for pid, index in self.reading.tolist() if pid in dead]
-        return (
-            f"a data-loading worker {found[2].strip().rstrip('.')} while it read {', '.join(paths) or 'nothing yet'}: "
-            "look at that picture; if memory ran out, lower --workers"
-        )
+            return error  # DataLoader would pass on only the text of its traceback
 
 
 def _collate(samples: Sequence[dict[str, Any] | UserError]) -> dict[str, Any] | UserError:
@@ -121,6 +103,19 @@ class _Loader(DataLoader):
                 raise batch
             yield batch
 
+    def explain_death(self, message: str) -> str | None:
+        """What a dead worker was reading, from DataLoader's error message; None if it is about something else."""
+        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", message)
+        if found is None:
+            return None
+        dead = {int(pid) for pid in found[1].split(",")}
+        reader = self.dataset
+        paths = [reader.dataset.image_path(index) for pid, index in reader.reading.tolist() if pid in dead]
+        return (
+            f"a data-loading worker {found[2].strip().rstrip('.')} while it read {', '.join(paths) or 'nothing yet'}: "
+            "look at that image; if memory ran out, lower --workers"
+        )
+
 
 def make_loader(
     dataset: DetectionDataset,
@@ -130,19 +125,18 @@ def make_loader(
     indices: Sequence[int] | None = None,
     device: torch.device | None = None,
 ) -> DataLoader:
-    """A loader of batches: those of `batch_sampler` for training, else all samples, or `indices` in order.
+    """A loader of batches: for training those of `batch_sampler`, else all samples, or `indices` in order.
 
-    All samples come sorted by their shapes, so that the pictures of a batch need little padding.
-
-    Under an AspectRatioBasedSampler, augmentations follow from its seed, the epoch and the image alone. Without a
-    `batch_sampler`, each process of a torchrun job gets its share of the batches; `engine.detect` gathers them.
+    All samples are sorted by shape, so that the images of a batch need little padding. Without a `batch_sampler`,
+    each process of a torchrun job gets its share of the batches; `inference.detect` gathers the detections.
 
     Args:
         dataset: gives samples.
-        batch_size: images a batch, where there is no `batch_sampler`.
-        workers: processes that read pictures; 0 reads them in this one.
-        batch_sampler: yields lists of indices.
-        indices: which samples, where there is no `batch_sampler`.
+        batch_size: images a batch, without a `batch_sampler`.
+        workers: processes that read images; 0 reads them in this one.
+        batch_sampler: yields lists of indices. With an AspectRatioBasedSampler, augmentations follow from its seed,
+            the epoch and the image alone.
+        indices: which samples, without a `batch_sampler`; default: all.
         device: where the batches will go; a GPU takes them from pinned memory.
     """
     seed, generator = 0, None
@@ -152,11 +146,9 @@ def make_loader(
         generator = torch.Generator()
         batch_sampler = _KeySampler(batch_sampler)
     elif batch_sampler is None:
-        chosen = indices
-        if chosen is None:
-            chosen = (
-                range(len(dataset)) if batch_size == 1 else sorted(range(len(dataset)), key=dataset.image_aspect_ratio)
-            )
+        chosen = range(len(dataset)) if indices is None else indices
+        if indices is None and batch_size > 1:
+            chosen = sorted(chosen, key=dataset.image_aspect_ratio)
         batch_sampler = [list(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
         batch_sampler = batch_sampler[get_rank() :: get_world_size()]
     return _Loader(
@@ -172,14 +164,19 @@ def make_loader(
 
 
 class WorkerDiedError(UserError):
-    """A data-loading worker ended before its time."""
+    """A data-loading worker ended unexpectedly."""
 
 
 @contextlib.contextmanager
 def explained(loader: Iterable, precision: torch.dtype) -> Iterator[dict[str, Any]]:
-    """Turn what the machine says when it fails into what the user can do.
+    """Turn errors about memory and dead workers into messages that say what to do.
 
-    The body puts a batch's `shape` in, and takes it out before it waits for the next batch.
+    Args:
+        loader: of the batches.
+        precision: of the computation, for the message.
+
+    Yields:
+        A dict, in which the body keeps the `shape` of the batch that it computes with.
     """
     seen: dict[str, Any] = {}
     try:
@@ -187,14 +184,13 @@ def explained(loader: Iterable, precision: torch.dtype) -> Iterator[dict[str, An
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             if "shape" not in seen:
-                raise UserError("out of memory while pictures were read: lower --workers, or shrink them") from error
+                raise UserError("out of memory while images were read: lower --workers, or shrink them") from error
             batch, _, height, width = seen["shape"]
             raise UserError(
                 f"out of memory with {batch} images of {height} x {width} pixels a batch in {precision}: lower "
                 "--batch_size (in training, raise --accumulate as much) or the images' size, or use --precision bf16"
             ) from error
-        explain = getattr(getattr(loader, "dataset", None), "explain_death", None)
-        message = explain(str(error)) if explain else None
+        message = loader.explain_death(str(error)) if isinstance(loader, _Loader) else None
         if message:
             raise WorkerDiedError(message) from error
         raise

@@ -1,4 +1,4 @@
-"""Batches of images of similar shape, drawn anew every epoch."""
+"""Batches of images of similar shape, drawn again for every epoch."""
 
 from collections.abc import Iterator
 
@@ -7,12 +7,12 @@ from torch.utils.data import Sampler
 
 from retinanet.data.dataset import DetectionDataset
 
-# Images of similar shape are looked for among this many steps, so that each meets new company every epoch.
+# Images are sorted by shape within so many steps: few, so that the batches of every epoch differ.
 SORTED_STEPS = 32
 
 
 class AspectRatioBasedSampler(Sampler[list[int]]):
-    """Batches of images of similar shape, so that little is padded; drawn anew every epoch.
+    """Batches of images of similar shape, so that little is padded; drawn again for every epoch.
 
     The images of an optimizer step are drawn first, then dealt to the processes and their batches. So two
     processes with batches of two see, step by step, what one process sees with batches of four.
@@ -20,10 +20,10 @@ class AspectRatioBasedSampler(Sampler[list[int]]):
     Args:
         data_source: a data set with `image_aspect_ratio`.
         batch_size: images a batch.
-        drop_last: leave out the last step if it is not full.
+        drop_last: drop the last step if it is not full.
         seed: the order follows from it and the epoch alone.
         rank: which share of the batches is this process's.
-        world_size: number of shares; all have the same length, so a few images of the last step may stand twice.
+        world_size: number of shares; all have the same length, so a few images of the last step may be repeated.
         accumulate: batches of one process in an optimizer step.
     """
 
@@ -48,7 +48,7 @@ class AspectRatioBasedSampler(Sampler[list[int]]):
         self.aspect_ratios = np.array([data_source.image_aspect_ratio(index) for index in range(len(data_source))])
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """The epoch that the next iteration draws, and the step it starts with; the epoch goes up by itself."""
+        """Set the epoch that the next iteration draws, and its first step; the epoch then advances by itself."""
         self.epoch = epoch
         self.first_step = first_step
 
@@ -76,7 +76,7 @@ class AspectRatioBasedSampler(Sampler[list[int]]):
             steps.append(rest)  # always the last, as it has fewer batches than the others
         for images in steps[first_step:]:
             parts = self._num_batches(len(images)) * self.world_size
-            if len(images) < parts:  # every process needs a batch, or the others would wait for it for ever
+            if len(images) < parts:  # every process needs a batch, or the others would wait for it forever
                 images = np.resize(images, parts)
             for batch in np.array_split(images, parts)[self.rank :: self.world_size]:
                 yield batch.tolist()

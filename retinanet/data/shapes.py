@@ -1,6 +1,6 @@
-"""The embedded data set: pictures of flat shapes, drawn by scikit-image, the same for the same seed.
+"""The embedded data set: images of flat shapes, drawn by scikit-image, the same for the same seed.
 
-It exists so that everything can be tried, and tested, without downloading anything.
+With it, everything can be tried and tested without a download.
 """
 
 from collections.abc import Callable
@@ -15,18 +15,18 @@ WHITE = 255
 
 
 def draw_shapes(size: int, seed: int | list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one picture of one to four shapes that do not overlap.
+    """Draw one image of one to four shapes that do not overlap.
 
     Args:
         size: height and width, pixels.
-        seed: decides everything in the picture.
+        seed: decides everything in the image.
 
     Returns:
-        The picture [size, size, 3] uint8, and its boxes [G, 5] float32 (x1, y1, x2, y2, label), exact to the pixel.
+        The image [size, size, 3] uint8, and its boxes [G, 5] float32 (x1, y1, x2, y2, label), exact to the pixel.
     """
     rng = np.random.default_rng(seed)
-    picture = np.full((size, size, 3), WHITE, dtype=np.uint8)
-    rows = []
+    image = np.full((size, size, 3), WHITE, dtype=np.uint8)
+    boxes = []
     for _ in range(rng.integers(1, 5)):
         label = int(rng.integers(len(CLASS_NAMES)))
         layer, _ = random_shapes(
@@ -42,20 +42,20 @@ def draw_shapes(size: int, seed: int | list[int]) -> tuple[np.ndarray, np.ndarra
         ys, xs = inked.nonzero()
         box = slice(ys.min(), ys.max() + 1), slice(xs.min(), xs.max() + 1)
         height, width = layer[box].shape[:2]
-        if min(height, width) < size // 5 or (picture[box] != WHITE).any():  # a sliver, or no room left for it
+        if min(height, width) < size // 5 or (image[box] != WHITE).any():  # a sliver, or no room left for it
             continue
-        picture[inked] = layer[inked]
-        rows.append((box[1].start, box[0].start, box[1].stop, box[0].stop, label))
-    return picture, np.array(rows, dtype=np.float32).reshape(-1, 5)
+        image[inked] = layer[inked]
+        boxes.append((box[1].start, box[0].start, box[1].stop, box[0].stop, label))
+    return image, np.array(boxes, dtype=np.float32).reshape(-1, 5)
 
 
 class ShapesDataset(DetectionDataset):
     """Images of shapes, kept in memory.
 
     Args:
-        num_images: number of pictures.
-        seed: sets of different seeds share no picture.
-        size: height and width of a picture, pixels.
+        num_images: number of images.
+        seed: sets of different seeds share no image.
+        size: height and width of an image, pixels.
         transform: sample -> sample.
     """
 
@@ -63,7 +63,7 @@ class ShapesDataset(DetectionDataset):
 
     def __init__(self, num_images: int, seed: int = 0, size: int = 96, transform: Callable[[dict], dict] | None = None):
         drawn = [draw_shapes(size, [seed, index]) for index in range(num_images)]
-        self.images = [picture for picture, _ in drawn]
+        self.images = [image for image, _ in drawn]
         annotations = np.concatenate([boxes for _, boxes in drawn])
         image_index = np.repeat(np.arange(num_images), [len(boxes) for _, boxes in drawn])
         names = [f"shapes-{seed}-{index}" for index in range(num_images)]

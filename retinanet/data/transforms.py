@@ -1,7 +1,7 @@
 """What happens to a sample between its file and the network: sample -> sample.
 
-A transform keeps the dtype that it gets and leaves its input as it was. Random ones draw from NumPy's
-global generator, which data-loading workers seed.
+A transform keeps the dtype that it gets, and never changes its input in place. Random ones draw from NumPy's
+global generator, which `loader.read_sample` seeds.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ SIZE_DIVISOR = 32  # the stride of C5: padded to it, every level of the pyramid 
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Scale pixels to zero mean and unit variance, on whatever device they are.
+    """Scale pixels to zero mean and unit variance, on their device.
 
     Args:
-        images: [B, 3, H, W] uint8. Floating-point images pass unchanged: they are taken as normalised.
+        images: [B, 3, H, W] uint8. Floating-point images pass unchanged: they count as normalised.
 
     Returns:
         Same shape, float32, channels_last.
@@ -32,7 +32,7 @@ def normalize(images: Tensor) -> Tensor:
     if images.is_floating_point():
         return images
     normal = images.to(torch.float32, memory_format=torch.channels_last)
-    # Channel by channel with plain numbers: a tensor of three would have to be sent to a GPU, which waits for it.
+    # Channel by channel with plain numbers: a tensor of three would first have to be copied to the GPU.
     for channel, mean, std in zip(normal.unbind(dim=1), PIXEL_MEAN, PIXEL_STD, strict=True):
         channel.mul_(1 / (255 * std)).sub_(mean / std)
     return normal
@@ -72,7 +72,7 @@ class Normalizer:
 
 
 class UnNormalizer:
-    """The inverse of Normalizer for a picture to look at: [..., 3, H, W] normalised -> the same, 0-1."""
+    """The inverse of Normalizer, for images to look at: [..., 3, H, W] normalised -> the same, 0-1."""
 
     def __init__(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None):
         self.mean = PIXEL_MEAN if mean is None else mean
@@ -119,9 +119,9 @@ class ColourJitter:
 
 
 class RandomCrop:
-    """Cuts out a random part; boxes are clipped to it, and dropped where their centre is outside.
+    """Cuts out a random part; boxes are clipped to it, or dropped where their centre is outside.
 
-    A part without any box is drawn anew, a few times; then the sample stays whole.
+    A part without boxes is drawn again, a few times; then the sample stays whole.
 
     Args:
         min_share: of each side that is kept at least, from 0 to 1.
@@ -169,7 +169,7 @@ def resized_sizes(sizes: np.ndarray, min_side: int, max_side: int) -> tuple[np.n
 
 
 class Resizer:
-    """Scales the short side to `min_side`, unless the long side would pass `max_side`; pads to multiples of 32.
+    """Scales the short side to `min_side`, unless the long side would exceed `max_side`; pads to multiples of 32.
 
     Args:
         min_side: pixels of the short side.
@@ -186,7 +186,7 @@ class Resizer:
         self, sample: dict[str, Any], min_side: int | None = None, max_side: int | None = None
     ) -> dict[str, Any]:
         """Adds `scale` (resized size / original size) and `size` (height and width before the padding)."""
-        # torch resizes channels_last bytes as they lie, in two thirds of the time.
+        # torch resizes channels_last bytes without copying them, in two thirds of the time.
         image = torch.from_numpy(np.ascontiguousarray(sample["img"]))[None].permute(0, 3, 1, 2)  # [1, 3, H, W]
         sizes = np.array([image.shape[2:]])
         scales, resized, padded = resized_sizes(sizes, min_side or self.min_side, max_side or self.max_side)
@@ -199,11 +199,11 @@ class Resizer:
 
 
 class ScaleJitter:
-    """Resizes each sample to a short side drawn at random: training on several scales (RetinaNet, section 5.2).
+    """Resizes each sample to a random short side: scale jitter (RetinaNet, section 5.2).
 
     Args:
-        smallest: pixels of the short side, at least.
-        largest: and at most.
+        smallest: least short side, pixels.
+        largest: greatest short side, pixels.
         max_side: limit of the long side, pixels.
     """
 
@@ -213,5 +213,5 @@ class ScaleJitter:
         self.resizer = Resizer(max_side=max_side)
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """What Resizer does, with a short side of its own for each sample."""
+        """Resize as Resizer does, each sample to a short side of its own."""
         return self.resizer(sample, min_side=int(np.random.randint(self.smallest, self.largest + 1)))

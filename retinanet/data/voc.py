@@ -1,4 +1,4 @@
-"""Pascal VOC's folders: one XML file a picture."""
+"""Pascal VOC's layout: one XML file an image."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,8 +28,8 @@ class VOCDataset(DetectionDataset):
         root_dir: holds `Annotations`, `JPEGImages` and `ImageSets/Main/<set_name>.txt`, such as `VOCdevkit/VOC2012`.
         set_name: such as `train`.
         transform: sample -> sample.
-        class_names: the classes, in order; by default those of `classes.txt` in `root_dir`, else VOC's twenty, or if
-            there are others, all that stand in `Annotations`, sorted.
+        class_names: the classes, in order; default: those of `classes.txt` in `root_dir`, or else VOC's twenty, or where
+            `Annotations` has others, all of its classes, sorted.
 
     Raises:
         UserError: files are missing or wrong; the message lists all that is wrong.
@@ -50,13 +50,13 @@ class VOCDataset(DetectionDataset):
         if not lines:
             raise UserError(f"{list_file}: lists no images")
         folder = self.root_dir / "JPEGImages"
-        pictures = list_images(folder, {name for line in lines for name in _readings(line)})
-        image_names = [next((name for name in _readings(line) if name in pictures), line) for line in lines]
+        images = list_images(folder, {name for line in lines for name in _readings(line)})
+        image_names = [next((name for name in _readings(line) if name in images), line) for line in lines]
         report.add_rows(
             "missing image",
-            [name for name in image_names if name not in pictures],
+            [name for name in image_names if name not in images],
             lambda _: str(list_file),
-            lambda name: f"there is no picture {shown(name)} in {folder}",
+            lambda name: f"image {shown(name)} does not exist in {folder}",
         )
         if class_names is None:
             class_names = read_class_list(self.root_dir) or _class_names(self.root_dir / "Annotations")
@@ -65,7 +65,7 @@ class VOCDataset(DetectionDataset):
         table = np.array(found, dtype=np.float64).reshape(-1, 8)
         image_index, numbers, difficult = table[:, :3].T.astype(np.int64)
         boxes, labels = table[:, 3:7], table[:, 7]
-        boxes[:, :2] = np.maximum(boxes[:, :2] - 1, 0)  # some tools count from 0 all the same
+        boxes[:, :2] = np.maximum(boxes[:, :2] - 1, 0)  # some tools count from 0 nevertheless
         groups = 2 * image_index + difficult  # a difficult box is no duplicate of another
 
         def where(row: int) -> str:
@@ -73,7 +73,7 @@ class VOCDataset(DetectionDataset):
 
         kept = check_boxes(report, boxes, labels, groups, where, "inverted box")
         super().__init__(
-            [str(pictures.get(name)) for name in image_names],
+            [str(images.get(name)) for name in image_names],
             table[kept, 3:],
             image_index[kept],
             class_names,
@@ -91,12 +91,12 @@ class VOCDataset(DetectionDataset):
 
 
 def _readings(line: str) -> tuple[str, str, str]:
-    """What the name in a line of a list may be: the lists of one class have a second column, and names have spaces."""
+    """What may be the name in a line of a list: the lists of one class have a second column, and names have spaces."""
     return line, line.rsplit(maxsplit=1)[0], line.split()[0]
 
 
 def _class_names(folder: Path) -> Sequence[str]:
-    """VOC's classes if there are no others, else those of all annotations: the same for each set of a folder."""
+    """VOC's classes, or where annotations have others, all of theirs: the same for each set of a folder."""
     used = {
         entry.findtext("name", "").strip() for path in folder.rglob("*.xml") for entry in _find_objects(path, Report())
     } - {""}
@@ -104,7 +104,7 @@ def _class_names(folder: Path) -> Sequence[str]:
 
 
 def _find_objects(path: Path, report: Report) -> list[ElementTree.Element]:
-    """The objects of a picture; none where the file cannot be read, which is reported."""
+    """The objects of an image; none where the file cannot be read, which is reported."""
     try:
         return ElementTree.parse(path).findall("object")
     except OSError as error:
@@ -115,7 +115,7 @@ def _find_objects(path: Path, report: Report) -> list[ElementTree.Element]:
 
 
 def _read_objects(path: Path, class_names: Sequence[str], report: Report) -> Iterator[tuple[float, ...]]:
-    """Number from 1, `difficult`, the box as it stands there, and label of each object of a picture."""
+    """Number from 1, `difficult`, the box as in the file, and label of each object of an image."""
     for number, entry in enumerate(_find_objects(path, report), start=1):
         where = f"{path}: object {number}"
         name = entry.findtext("name", "").strip()

@@ -1,4 +1,4 @@
-"""YOLO's folders: one text file a picture, one box a line, in fractions of the picture's size."""
+"""YOLO's layout: one text file an image, one box a line, in fractions of the image's size."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ import numpy as np
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import list_images, read_image_size
 from retinanet.data.reading import check_boxes, read_class_list, read_text
-from retinanet.data.report import Report
+from retinanet.data.report import FileError, Report
 from retinanet.errors import UserError
 from retinanet.process import progress
 
@@ -17,8 +17,8 @@ from retinanet.process import progress
 class YoloDataset(DetectionDataset):
     """A data set in YOLO's layout, as Darknet, Ultralytics and Roboflow write it.
 
-    A picture without a text file has no boxes. Of an outline (more than four numbers) its bounding box is taken; of
-    a pose, which `kpt_shape` in `data.yaml` announces, its box.
+    An image without a text file has no boxes. Outlines (more than four numbers) become their bounding boxes; the key
+    points of poses, which `kpt_shape` in `data.yaml` announces, are ignored.
 
     Args:
         root_dir: holds `images/<set_name>` and `labels/<set_name>` (or `<set_name>/images` and `<set_name>/labels`),
@@ -39,23 +39,23 @@ class YoloDataset(DetectionDataset):
             raise UserError(f"{self.root_dir}: has neither images/{set_name} nor {set_name}/images")
         labels = self.root_dir / "labels" / set_name if folder == folders[0] else self.root_dir / set_name / "labels"
         if not labels.is_dir():
-            raise UserError(f"{labels}: there is no such folder; it holds the boxes")
+            raise UserError(f"{labels}: does not exist; it must hold the boxes")
         report = Report()
         class_names = _read_class_names(self.root_dir)
-        pictures = list_images(folder)
-        if not pictures:
-            raise UserError(f"{folder}: holds no pictures")
-        files = [labels / f"{name}.txt" for name in pictures]
+        images = list_images(folder)
+        if not images:
+            raise UserError(f"{folder}: holds no images")
+        files = [labels / f"{name}.txt" for name in images]
         strangers = sorted({*labels.rglob("*.txt")} - {*files, labels / "classes.txt"})
-        report.add_rows("stray file", strangers, str, lambda path: f"no picture in {folder} has the name {path.stem}")
+        report.add_rows("stray file", strangers, str, lambda path: f"no image in {folder} has the name {path.stem}")
         key_numbers = _key_numbers(self.root_dir / "data.yaml")
         table, sizes = [], []
-        for index, path in enumerate(progress(pictures.values(), "reading YOLO files")):
+        for index, path in enumerate(progress(images.values(), "reading YOLO files")):
             try:
                 sizes.append(read_image_size(path))
-            except UserError as error:
-                report.add("unreadable image", *str(error).split(": ", 1))
-                sizes.append((1000, 1000))  # any, to look at the boxes' numbers all the same
+            except FileError as error:
+                report.add("unreadable image", error.where, error.message)
+                sizes.append((1000, 1000))  # any size will do to check the boxes
             table += [(index, *row) for row in _read_boxes(files[index], len(class_names), key_numbers, report)]
         table = np.array(table, dtype=np.float64).reshape(-1, 7)
         image_index, numbers = table[:, :2].T.astype(np.int64)
@@ -67,7 +67,7 @@ class YoloDataset(DetectionDataset):
 
         kept = check_boxes(report, boxes, classes, image_index, where, "sub-pixel box")
         super().__init__(
-            [str(path) for path in pictures.values()],
+            [str(path) for path in images.values()],
             table[kept, 2:],
             image_index[kept],
             class_names,
@@ -99,11 +99,11 @@ def _read_yaml_names(path: Path) -> list[str]:
         import yaml  # an extra: nothing else needs it
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{path}: PyYAML is needed to read it (pip install 'retinanet[yolo]'), unless the class names stand in "
-            f"{path.parent / 'classes.txt'}, one a line"
+            f"{path}: PyYAML is needed to read it (pip install 'retinanet[yolo]'), unless "
+            f"{path.parent / 'classes.txt'} lists the class names, one a line"
         ) from error
     try:
-        content = yaml.load(read_text(path), yaml.BaseLoader)  # which leaves texts: no `no` becomes False
+        content = yaml.load(read_text(path), yaml.BaseLoader)  # texts alone: `no` does not become False
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is not valid YAML ({error})") from error
     names = content.get("names") if isinstance(content, dict) else None
@@ -112,23 +112,23 @@ def _read_yaml_names(path: Path) -> list[str]:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: needs `names`: a list, or a mapping from 0, 1, 2, ... to names")
     if len(set(names)) < len(names):
-        raise UserError(f"{path}: each of the `names` may stand there once")
+        raise UserError(f"{path}: the `names` must differ")
     return names
 
 
 def _key_numbers(path: Path) -> int:
-    """How many numbers of key points follow each box, as `data.yaml` says; 0 without poses."""
+    """How many numbers of key points follow each box, according to `data.yaml`; 0 without poses."""
     text = path.read_bytes() if path.is_file() else b""
     found = re.search(rb"^kpt_shape\s*:[\s\[-]*(\d+)[\s,-]*(\d+)", text, re.MULTILINE)
     return int(found[1]) * int(found[2]) if found else 0
 
 
 def _read_boxes(path: Path, num_classes: int, key_numbers: int, report: Report) -> Iterator[tuple[float, ...]]:
-    """Number from 1, (x1, y1, x2, y2) in fractions of the picture's size, and label of each line."""
+    """Number from 1, (x1, y1, x2, y2) in fractions of the image's size, and label of each line."""
     try:
         lines = read_text(path).splitlines() if path.is_file() else []
-    except UserError as error:
-        report.add("bad entry", *str(error).split(": ", 1))
+    except FileError as error:
+        report.add("bad entry", error.where, error.message)
         return
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -152,8 +152,8 @@ def _read_boxes(path: Path, num_classes: int, key_numbers: int, report: Report) 
             continue
         if label not in range(num_classes):
             report.add("unknown class", where, f"class {label:g} is not one of 0 to {num_classes - 1}")
-        # A little over the edge is rounding; far over it are pixels where fractions should be.
+        # Values slightly outside are rounded ones; values far outside are pixels instead of fractions.
         elif not ((corners > -0.5) & (corners < 1.5)).all():
-            report.add("bad entry", where, "a box must be in fractions of the picture's size, from 0 to 1")
+            report.add("bad entry", where, "a box must be in fractions of the image's size, from 0 to 1")
         else:
             yield number, *corners, label

@@ -1,6 +1,7 @@
-"""Files broken at random: each is read rightly, or answered by a message of ours that names it.
+"""Files broken at random: each is read correctly, or answered by a UserError that names it.
 
-A sample runs with the other tests. All of them, in less than a minute: `FUZZ=all python -m pytest tests/data/test_fuzz.py`.
+A sample runs with the other tests. All of them take less than a minute:
+`FUZZ=all python -m pytest tests/data/test_fuzz.py`.
 """
 
 import contextlib
@@ -56,13 +57,13 @@ def no_hang():
     """End the whole run where an example hangs."""
     faulthandler.dump_traceback_later(HANG, exit=True, file=sys.__stderr__)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of pictures that it doubts
+        warnings.simplefilter("ignore")  # Pillow's, of images that it doubts
         yield
     faulthandler.cancel_dump_traceback_later()
 
 
 def answer(path, read):
-    """What `read` returns; None where it answers by a message of ours that names one of the files."""
+    """What `read` returns; None where it answers by a UserError that names one of the files."""
     with no_hang():
         try:
             result = read()
@@ -261,28 +262,28 @@ def test_coco_files(tmp_path_factory, content):
     assert all(math.isfinite(entry["area"]) for entry in truth.anns.values())
 
 
-# Pictures
+# Images
 
 
-def pictures():
+def image_files():
     """Good files of all kinds, by name."""
-    picture = Image.fromarray(gradient(24, 40))
+    smooth = Image.fromarray(gradient(24, 40))
     noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
     kinds = [
-        ("a.jpg", picture, {"exif": exif}),
+        ("a.jpg", smooth, {"exif": exif}),
         ("b.jpg", Image.fromarray(noise), {"progressive": True}),
-        ("c.jpg", picture.convert("CMYK"), {}),
-        ("a.png", picture, {"exif": exif}),
-        ("b.png", picture.convert("P"), {}),
+        ("c.jpg", smooth.convert("CMYK"), {}),
+        ("a.png", smooth, {"exif": exif}),
+        ("b.png", smooth.convert("P"), {}),
         ("c.png", Image.fromarray(noise[..., 0].astype(np.uint16) * 200), {}),
-        ("a.gif", picture, {}),
-        ("a.bmp", picture, {}),
-        ("a.tif", picture, {"compression": "tiff_lzw", "exif": exif}),
+        ("a.gif", smooth, {}),
+        ("a.bmp", smooth, {}),
+        ("a.tif", smooth, {"compression": "tiff_lzw", "exif": exif}),
         ("b.tif", Image.fromarray(noise), {}),
-        ("a.webp", picture, {}),
-        ("a.ppm", picture, {}),
+        ("a.webp", smooth, {}),
+        ("a.ppm", smooth, {}),
     ]
     files = {}
     for name, image, options in kinds:
@@ -293,22 +294,22 @@ def pictures():
     return files
 
 
-PICTURES = pictures()
+IMAGES = image_files()
 
 
 @st.composite
-def picture_files(draw):
-    name, other = draw(st.sampled_from(sorted(PICTURES))), draw(st.sampled_from(sorted(PICTURES)))
-    content = draw(broken_bytes(PICTURES[name]))
+def broken_images(draw):
+    name, other = draw(st.sampled_from(sorted(IMAGES))), draw(st.sampled_from(sorted(IMAGES)))
+    content = draw(broken_bytes(IMAGES[name]))
     if draw(st.integers(0, 9)) == 0:
-        content = content[: len(content) // 2] + PICTURES[other]
+        content = content[: len(content) // 2] + IMAGES[other]
     return draw(st.sampled_from([name, name, other, "name with # and = é.jpg", "no suffix"])), content
 
 
 @fuzz(500)
-@given(picture_files())
-def test_pictures(tmp_path_factory, picture):
-    name, content = picture
+@given(broken_images())
+def test_images(tmp_path_factory, file):
+    name, content = file
     path = tmp_path_factory.getbasetemp() / name
     path.write_bytes(content)
     header = answer(path, lambda: read_header(path))
@@ -316,7 +317,7 @@ def test_pictures(tmp_path_factory, picture):
     if image is not None:
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
         assert header[:2] == image.shape[:2]
-        if content in PICTURES.values():
+        if content in IMAGES.values():
             expected = Image.open(io.BytesIO(content)).size
             assert sorted(image.shape[:2]) == sorted(expected)
 
@@ -339,7 +340,7 @@ def checkpoints(folder):
         b"",
         b"PK\3\4",
     ]
-    return content, [(folder / "good.pt").read_bytes(), old.getvalue(), *foreign, *PICTURES.values()]
+    return content, [(folder / "good.pt").read_bytes(), old.getvalue(), *foreign, *IMAGES.values()]
 
 
 def same(found, content):

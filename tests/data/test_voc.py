@@ -15,15 +15,15 @@ def describe(name, x1, y1, x2, y2, difficult=0):
     return OBJECT.format(name, difficult, x2, x1, y2, y1)
 
 
-def write_voc(root, pictures, set_name="train", lines=None):
-    """`pictures`: name without ending -> objects."""
+def write_voc(root, images, set_name="train", lines=None):
+    """`images`: name without ending -> objects."""
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    for name, objects in pictures.items():
+    for name, objects in images.items():
         save(gradient(40, 60), root / "JPEGImages" / f"{name}.png")
         xml = f"<annotation><filename>wrong.jpg</filename>{''.join(objects)}</annotation>"
         (root / "Annotations" / f"{name}.xml").write_text(xml)
-    text = "".join(f"{name}\n" for name in pictures) if lines is None else lines
+    text = "".join(f"{name}\n" for name in images) if lines is None else lines
     (root / "ImageSets" / "Main" / f"{set_name}.txt").write_text(text)
     return root
 
@@ -38,7 +38,7 @@ def test_boxes_count_from_zero_and_end_after_the_last_pixel(tmp_path):
     assert data.image_sizes.tolist() == [[40, 60]]
 
 
-def test_a_tool_that_counts_from_zero_leaves_the_picture_nowhere(tmp_path):
+def test_a_tool_that_counts_from_zero_leaves_the_image_nowhere(tmp_path):
     data = VOCDataset(write_voc(tmp_path, {"a": [describe("dog", 0, 0, 9.5, 20)]}))
     assert data.load_annotations(0)[:, :4].tolist() == [[0, 0, 9.5, 20]]
 
@@ -122,7 +122,7 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path):
     with pytest.raises(UserError, match=r"a\.xml: cannot be read"):
         VOCDataset(root)
     (root / "JPEGImages" / "a.png").unlink()
-    with pytest.raises(UserError, match=r"train\.txt: there is no picture 'a' in .*JPEGImages"):
+    with pytest.raises(UserError, match=r"train\.txt: image 'a' does not exist in .*JPEGImages"):
         VOCDataset(root)
     (root / "ImageSets" / "Main" / "train.txt").write_text("\n")
     with pytest.raises(UserError, match=r"train\.txt: lists no images"):
@@ -148,12 +148,12 @@ def test_the_second_column_may_hold_anything(tmp_path, mark):
     assert VOCDataset(write_voc(tmp_path, {"a": []}, lines=f"a {mark}\n")).image_path(0).endswith("a.png")
 
 
-def test_two_pictures_of_one_name_matter_only_where_it_is_listed(tmp_path):
+def test_two_images_of_one_name_matter_only_where_it_is_listed(tmp_path):
     root = write_voc(tmp_path, {"a": []})
     for ending in ("png", "bmp"):
         save(gradient(40, 60), root / "JPEGImages" / f"z.{ending}")
     assert len(VOCDataset(root)) == 1
-    with pytest.raises(UserError, match=r"z\.png: differs from z\.bmp in nothing but its ending"):
+    with pytest.raises(UserError, match=r"z\.png: differs from z\.bmp only in its suffix"):
         VOCDataset(write_voc(tmp_path, {}, lines="a\nz\n"))
 
 

@@ -11,13 +11,13 @@ from retinanet.errors import UserError
 
 
 def write_yolo(root, texts, layout="images/train", names="cat\ndog\n"):
-    """Pictures of 40 x 80 pixels; `texts`: name without ending -> content of its text file, None for no file."""
-    pictures = root / layout
+    """Images of 40 x 80 pixels; `texts`: name without ending -> content of its text file, None for no file."""
+    images = root / layout
     labels = root / layout.replace("images", "labels")
-    pictures.mkdir(parents=True)
+    images.mkdir(parents=True)
     labels.mkdir(parents=True)
     for name, text in texts.items():
-        save(gradient(40, 80), pictures / f"{name}.png")
+        save(gradient(40, 80), images / f"{name}.png")
         if text is not None:
             (labels / f"{name}.txt").write_text(text)
     if names is not None:
@@ -140,19 +140,19 @@ def test_a_missing_folder_or_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"has neither classes\.txt nor data\.yaml"):
         YoloDataset(root)
     (root / "classes.txt").write_text("cat\n")
-    with pytest.raises(UserError, match=r"images/train: holds no pictures"):
+    with pytest.raises(UserError, match=r"images/train: holds no images"):
         YoloDataset(root)
 
 
-def test_text_files_without_a_picture_are_reported(tmp_path):
+def test_text_files_without_an_image_are_reported(tmp_path):
     root = write_yolo(tmp_path, {"a": "1 0.5 0.5 0.5 0.5\n"})
     (root / "labels/train/classes.txt").write_text("cat\ndog\n")
     assert YoloDataset(root).report.counts == {}
     (root / "labels/train/b.txt").write_text("1 0.5 0.5 0.5 0.5\n")
     report = YoloDataset(root).report
-    assert report.counts == {"stray file": 1} and "b.txt: no picture" in report.text(["stray file"])
+    assert report.counts == {"stray file": 1} and "b.txt: no image" in report.text(["stray file"])
     (root / "labels").rename(root / "label")
-    with pytest.raises(UserError, match=r"labels/train: there is no such folder"):
+    with pytest.raises(UserError, match=r"labels/train: does not exist"):
         YoloDataset(root)
 
 
@@ -166,7 +166,7 @@ def test_of_a_pose_its_box_is_taken(tmp_path):
         YoloDataset(root)
 
 
-def test_pictures_may_lie_in_folders(tmp_path):
+def test_images_may_lie_in_folders(tmp_path):
     root = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.5 0.5\n"})
     for kind, ending in (("images", "png"), ("labels", "txt")):
         (root / kind / "train/sub").mkdir()
@@ -175,12 +175,12 @@ def test_pictures_may_lie_in_folders(tmp_path):
     assert data.image_path(0).endswith("sub/a.png") and data.annotation_name(0).endswith("labels/train/sub/a.txt:1")
 
 
-def test_two_pictures_of_one_text_file_are_an_error(tmp_path):
+def test_two_images_of_one_text_file_are_an_error(tmp_path):
     root = write_yolo(tmp_path, {"a": None})
-    save(gradient(40, 80), root / "images/train/._a.png")  # of macOS: no picture of its own
+    save(gradient(40, 80), root / "images/train/._a.png")  # of macOS: no image of its own
     assert len(YoloDataset(root)) == 1
     save(gradient(40, 80), root / "images/train/a.bmp")
-    with pytest.raises(UserError, match=r"a\.png: differs from a\.bmp in nothing but its ending"):
+    with pytest.raises(UserError, match=r"a\.png: differs from a\.bmp only in its suffix"):
         YoloDataset(root)
 
 
@@ -190,5 +190,5 @@ def test_yaml_names_are_texts_and_differ(tmp_path):
     (root / "data.yaml").write_text("names: [yes, 01, ~]\n")
     assert YoloDataset(root).labels == {0: "yes", 1: "01", 2: "~"}
     (root / "data.yaml").write_text("names: [cat, cat]\n")
-    with pytest.raises(UserError, match=r"data\.yaml: each of the `names` may stand there once"):
+    with pytest.raises(UserError, match=r"data\.yaml: the `names` must differ"):
         YoloDataset(root)

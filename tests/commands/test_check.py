@@ -1,0 +1,45 @@
+from helpers import write_csv_data
+
+from retinanet.commands import check
+
+GOOD = "a.png,1,1,9,9,circle"
+LINES = [GOOD, "a.png,4,8,24,40,rectangle", "b.png,30,10,40,40,triangle"]
+
+
+def flags(folder, lines, val_lines=None):
+    data, classes = write_csv_data(folder, lines)
+    found = ["--dataset", "csv", "--csv_train", data, "--csv_classes", classes]
+    return found if val_lines is None else [*found, "--csv_val", write_csv_data(folder / "val", val_lines)[0]]
+
+
+def test_the_program_lists_errors_and_warnings_apart(tmp_path, capsys):
+    bad = [*LINES, "a.png,1,1,9,9,dog", "gone.png,1,1,9,9.5,circle", "a.png,1,1,2,1.1,circle"]
+    assert check.main(flags(tmp_path, LINES, bad)) == 1
+    text = capsys.readouterr().out
+    warnings, errors = text.split("\nerrors:\n")
+    assert "data.csv: 2 images, 0 of them without boxes; 3 boxes, at most 2 in an image; 3 classes" in warnings
+    assert "'circle'            1 boxes in       1 images" in warnings
+    assert "data.csv:6: is less than 1 pixel wide or high: 1,1,2,1.1" in warnings
+    assert "data.csv:4: class 'dog' is not in the class list" in errors
+    assert text.endswith("training would not start\n")
+
+
+def test_the_program_says_where_nothing_is_wrong(tmp_path, capsys):
+    assert check.main(flags(tmp_path, LINES)) == 0
+    assert capsys.readouterr().out.endswith("no errors found\n")
+    assert check.main(["--dataset", "shapes", "--shapes_train", "20", "--shapes_val", "5"]) == 0
+
+
+def test_strict_turns_warnings_into_a_bad_status(tmp_path, capsys):
+    arguments = flags(tmp_path, [*LINES, GOOD])
+    assert check.main(arguments) == 0
+    assert check.main([*arguments, "--strict"]) == 1
+    assert "repeats a box of the same image and class: 1,1,9,9" in capsys.readouterr().out
+
+
+def test_one_broken_file_does_not_hide_the_problems_of_the_other(tmp_path, capsys):
+    arguments = flags(tmp_path, [*LINES, GOOD], LINES)
+    (tmp_path / "val" / "data.csv").write_bytes(b"")
+    assert check.main(arguments) == 1
+    text = capsys.readouterr().out
+    assert "val/data.csv: is empty" in text and "repeats a box" in text

@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+from helpers import Ratios
+
+from retinanet.data.sampler import AspectRatioBasedSampler
+
+TEN = Ratios(np.linspace(0.5, 2, 10))
+
+
+def as_sets(batches):
+    return {frozenset(batch) for batch in batches}
+
+
+def test_every_image_is_drawn_once_an_epoch():
+    batches = list(AspectRatioBasedSampler(TEN, 3))
+    assert sorted(index for batch in batches for index in batch) == list(range(10))
+    assert sorted(map(len, batches)) == [1, 3, 3, 3]
+
+
+def test_drop_last_drops_the_batch_that_is_not_full():
+    sampler = AspectRatioBasedSampler(TEN, 3, drop_last=True)
+    for _ in range(3):
+        batches = list(sampler)
+        assert [len(batch) for batch in batches] == [3, 3, 3] and len(sampler) == 3
+        assert len({index for batch in batches for index in batch}) == 9
+    assert list(AspectRatioBasedSampler(TEN, 11, drop_last=True)) == []
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 10, 11])
+def test_length_is_the_number_of_batches(batch_size, drop_last):
+    sampler = AspectRatioBasedSampler(TEN, batch_size, drop_last)
+    assert len(list(sampler)) == len(sampler)
+
+
+def test_every_epoch_groups_anew_though_batches_are_of_similar_shape():
+    sampler = AspectRatioBasedSampler(Ratios([1.0] * 40), 4)  # the original: the same groups for ever
+    assert not as_sets(sampler) & as_sets(sampler)
+
+
+@pytest.mark.parametrize("step", [{"batch_size": 4}, {"batch_size": 2, "accumulate": 16}])  # the latter: the last step
+def test_batches_are_of_similar_shape(step):
+    data = Ratios([0.5, 2.0] * 8)
+    batches = list(AspectRatioBasedSampler(data, **step))
+    assert all(len({data.image_aspect_ratio(index) for index in batch}) == 1 for batch in batches)
+    assert sorted(index for batch in batches for index in batch) == list(range(16))
+
+
+def test_batches_of_all_shapes_come_at_all_times():
+    sampler = AspectRatioBasedSampler(Ratios(np.linspace(0.5, 2, 40)), 4)
+    first = [min(next(iter(sampler))) for _ in range(20)]
+    assert len(set(first)) > 5
+
+
+def test_the_order_follows_from_seed_and_epoch():
+    first, second, other = (AspectRatioBasedSampler(TEN, 2, seed=seed) for seed in (1, 1, 2))
+    epochs = [list(first) for _ in range(3)]
+    assert epochs == [list(second) for _ in range(3)]
+    assert epochs[0] != list(other)
+    second.set_epoch(1)
+    assert list(second) == epochs[1] != epochs[0]
+
+
+def test_the_global_generator_is_left_alone():
+    np.random.seed(0)
+    expected = np.random.rand()
+    np.random.seed(0)
+    list(AspectRatioBasedSampler(TEN, 2))
+    assert np.random.rand() == expected
+
+
+def test_two_ranks_see_step_by_step_what_one_process_with_twice_the_batch_sees():
+    alone = list(AspectRatioBasedSampler(Ratios([1.0] * 12), 2, seed=3))
+    shares = [list(AspectRatioBasedSampler(Ratios([1.0] * 12), 1, seed=3, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in alone]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 7, 11])
+def test_ranks_have_equally_many_batches(world_size):
+    """Ranks that wait for each other would wait for ever."""
+    samplers = [AspectRatioBasedSampler(TEN, 4, rank=rank, world_size=world_size) for rank in range(world_size)]
+    shares = [list(sampler) for sampler in samplers]
+    assert {len(share) for share in shares} == {len(samplers[0])} == {-(-3 // world_size)}
+    assert {index for share in shares for batch in share for index in batch} == set(range(10))
+    assert all(batch for share in shares for batch in share)
+
+
+@pytest.mark.parametrize("num_images", [12, 24, 26])
+def test_processes_and_accumulation_divide_the_same_steps(num_images):
+    data = Ratios(np.linspace(0.5, 2, num_images))
+
+    def steps(batch_size, world_size, accumulate):
+        shares = [
+            list(AspectRatioBasedSampler(data, batch_size, False, 3, rank, world_size, accumulate))
+            for rank in range(world_size)
+        ]
+        return [
+            sorted({i for share in shares for batch in share[start : start + accumulate] for i in batch})
+            for start in range(0, len(shares[0]), accumulate)
+        ]
+
+    expected = steps(12, 1, 1)
+    assert [len(step) for step in expected] == [12] * (num_images // 12) + [2] * (num_images % 12 > 0)
+    for division in ((6, 2, 1), (6, 1, 2), (3, 2, 2), (1, 4, 3)):
+        assert steps(*division) == expected
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_epoch_can_start_in_its_middle(accumulate):
+    sampler = AspectRatioBasedSampler(TEN, 2, seed=1, accumulate=accumulate)
+    whole, following = list(sampler), list(sampler)
+    sampler.set_epoch(0, 2)
+    assert list(sampler) == whole[2 * accumulate :]
+    assert list(sampler) == following and len(sampler) == 5
+    sampler.set_epoch(0, -(-5 // accumulate))
+    assert list(sampler) == []
