@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.ground_truth import GroundTruth, coco_content, quiet_coco  # noqa: F401
+from retinanet.data.ground_truth import GroundTruth
 from retinanet.data.reading import MAX_NAME, check_boxes, load_json, no_garbage_collection
 from retinanet.data.report import Report
 from retinanet.errors import UserError, shown
@@ -144,24 +144,20 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MAX_NAME and "\0" not in value
 
 
-def _is_bbox(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_real, value))
-
-
-def _is_flag(value: Any) -> bool:
-    return value is None or value in (0, 1)
-
-
 # What an entry of each list must have, and what it must be.
+_ID = (_is_id, "a whole number")
 ENTRY_CHECKS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
-    "images": {"id": (_is_id, "a whole number"), "file_name": (_is_name, "a path")},
-    "categories": {"id": (_is_id, "a whole number"), "name": (_is_name, "a name")},
+    "images": {"id": _ID, "file_name": (_is_name, "a path")},
+    "categories": {"id": _ID, "name": (_is_name, "a name")},
     "annotations": {
-        "id": (_is_id, "a whole number"),
-        "image_id": (_is_id, "a whole number"),
-        "category_id": (_is_id, "a whole number"),
-        "bbox": (_is_bbox, "four numbers: x, y, width, height"),
-        "iscrowd": (_is_flag, "0 or 1"),
+        "id": _ID,
+        "image_id": _ID,
+        "category_id": _ID,
+        "bbox": (
+            lambda value: isinstance(value, list) and len(value) == 4 and all(map(_is_real, value)),
+            "four numbers: x, y, width, height",
+        ),
+        "iscrowd": (lambda value: value is None or value in (0, 1), "0 or 1"),
     },
 }
 

@@ -15,7 +15,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from retinanet.data.ground_truth import GroundTruth, coco_content, from_arrays, quiet_coco
-from retinanet.data.images import read_image, read_image_size
+from retinanet.data.images import read_header, read_image
 from retinanet.data.report import DROPPED, MIN_SIDE, Report
 from retinanet.errors import UserError, shown
 from retinanet.process import log, progress
@@ -129,7 +129,7 @@ class DetectionDataset(Dataset):
         if self.declared_sizes is not None:
             return self.declared_sizes
         indices = progress(range(len(self)), "reading image sizes")
-        return np.array([read_image_size(self.image_path(index)) for index in indices]).reshape(-1, 2)
+        return np.array([read_header(self.image_path(index))[:2] for index in indices]).reshape(-1, 2)
 
     def ground_truth(self) -> GroundTruth:
         """All annotations, difficult ones as crowds, as COCO's evaluation takes them."""

@@ -141,15 +141,6 @@ def read_header(path: str | Path) -> ImageHeader:
     return ImageHeader(*((width, height) if turned else (height, width)), orientation)
 
 
-def read_image_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of an image, from its header alone, turned as `read_image` turns it.
-
-    Raises:
-        FileError: the file is missing, larger than MAX_PIXELS, or not an image.
-    """
-    return read_header(path)[:2]
-
-
 def list_images(folder: Path, wanted: Container[str] | None = None) -> dict[str, Path]:
     """The images of a folder and its subfolders, by their relative paths without suffix, sorted.
 

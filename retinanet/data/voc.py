@@ -28,8 +28,8 @@ class VOCDataset(DetectionDataset):
         root_dir: holds `Annotations`, `JPEGImages` and `ImageSets/Main/<set_name>.txt`, such as `VOCdevkit/VOC2012`.
         set_name: such as `train`.
         transform: sample -> sample.
-        class_names: the classes, in order; default: those of `classes.txt` in `root_dir`, or else VOC's twenty, or where
-            `Annotations` has others, all of its classes, sorted.
+        class_names: the classes, in order; default: those of `classes.txt` in `root_dir`, or else VOC's twenty, or
+            all that `Annotations` has, sorted, if there are others among them.
 
     Raises:
         UserError: files are missing or wrong; the message lists all that is wrong.

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.images import list_images, read_image_size
+from retinanet.data.images import list_images, read_header
 from retinanet.data.reading import check_boxes, read_class_list, read_text
 from retinanet.data.report import FileError, Report
 from retinanet.errors import UserError
@@ -52,7 +52,7 @@ class YoloDataset(DetectionDataset):
         table, sizes = [], []
         for index, path in enumerate(progress(images.values(), "reading YOLO files")):
             try:
-                sizes.append(read_image_size(path))
+                sizes.append(read_header(path)[:2])
             except FileError as error:
                 report.add("unreadable image", error.where, error.message)
                 sizes.append((1000, 1000))  # any size will do to check the boxes

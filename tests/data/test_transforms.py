@@ -20,6 +20,7 @@ from retinanet.data.transforms import (
     UnNormalizer,
     normalize,
     pad_value,
+    resized_sizes,
 )
 
 BOXES = [[4, 8, 24, 40, 1], [30, 10, 60, 40, 0]]
@@ -96,7 +97,7 @@ def test_mirror_by_hand():
     assert out["annot"].tolist() == [[3, 0, 4, 1, 7]]
 
 
-def test_mirroring_twice_is_nothing():
+def test_mirroring_twice_changes_nothing():
     sample = sample_of()
     out = Augmenter()(Augmenter()(sample, flip_x=1), flip_x=1)
     np.testing.assert_array_equal(out["img"], sample["img"])
@@ -128,10 +129,13 @@ def test_sizes_by_hand(height, width, size, padded):
     assert out["size"] == size
     assert tuple(out["img"].shape) == (*padded, 3)
     assert out["scale"] == pytest.approx(min(60 / min(height, width), 160 / max(height, width)))
+    scales, resized, padded_sizes = resized_sizes(np.array([[height, width]] * 2), 60, 160)
+    assert scales.tolist() == [out["scale"]] * 2
+    assert resized.tolist() == [list(size)] * 2 and padded_sizes.tolist() == [list(padded)] * 2
 
 
 @pytest.mark.parametrize("side", [32, 64, 96])
-def test_nothing_is_added_to_a_size_that_32_divides(side):
+def test_nothing_is_padded_where_32_divides_the_size(side):
     out = Resizer(min_side=side, max_side=2 * side)(sample_of(40, 80))  # the original: 32 px more
     assert tuple(out["img"].shape) == (side, 2 * side, 3) and out["size"] == (side, 2 * side)
 
@@ -145,7 +149,7 @@ def test_sides_can_be_given_with_the_call():
     assert Resizer()(sample_of(40, 40), min_side=32, max_side=64)["size"] == (32, 32)
 
 
-def test_a_picture_of_the_right_size_is_unchanged():
+def test_an_image_of_the_right_size_is_unchanged():
     sample = sample_of(64, 96)
     out = Resizer(min_side=64, max_side=96)(sample)
     np.testing.assert_array_equal(out["img"], sample["img"])
@@ -169,7 +173,7 @@ def test_the_rest_is_padded_with_the_mean_colour():
     assert not (out["img"][:60, :80] == mean).all(dim=2).all()
 
 
-def test_boxes_move_with_the_picture():
+def test_boxes_move_with_the_image():
     image = np.zeros((50, 80, 3), dtype=np.uint8)
     image[10:30, 20:60] = 255
     annotation = np.array([[20, 10, 60, 30, 4]], dtype=np.float32)
@@ -202,7 +206,7 @@ def test_the_input_stays_as_it_was(transform):
     before = copy.deepcopy(sample)
     out = transform(sample)
     for array in (out["img"], out["annot"]):
-        if array is not sample["annot"]:  # Normalizer hands the boxes on
+        if array is not sample["annot"]:  # Normalizer keeps the boxes
             array[:] = 0
     assert sample.keys() == before.keys()
     np.testing.assert_array_equal(sample["img"], before["img"])
@@ -218,12 +222,12 @@ def test_the_dtype_is_kept(transform, dtype):
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_a_picture_without_boxes_passes(transform):
+def test_an_image_without_boxes_passes(transform):
     assert tuple(transform(sample_of(boxes=[]))["annot"].shape) == (0, 5)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_other_entries_are_handed_on(transform):
+def test_other_entries_are_kept(transform):
     assert transform(sample_of())["index"] == 3
 
 
@@ -254,7 +258,7 @@ def test_a_crop_keeps_its_share_and_the_boxes_inside(seed):
     assert (boxes[:, 2:] > boxes[:, :2]).all()
 
 
-def test_a_crop_never_loses_all_boxes_and_takes_pictures_without_any():
+def test_a_crop_never_loses_all_boxes_and_takes_images_without_any():
     corner = sample_of(boxes=[[0, 0, 2, 2, 1]])
     assert all(len(RandomCrop(0.05)(corner)["annot"]) == 1 for _ in range(50))
     empty = RandomCrop(0.5)(sample_of(boxes=[]))
