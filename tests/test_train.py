@@ -329,6 +329,23 @@ def test_a_dead_worker_names_its_image(tmp_path):
     assert "error: a data-loading worker is killed by signal: Killed while it read shapes-1-2: " in output()
 
 
+@pytest.mark.parametrize(("recipe", "saved"), [("original", True), ("scratch", False)])
+def test_a_signal_that_stops_the_workers_too_saves_what_is_complete(tmp_path, recipe, saved):
+    def stop_at_image_2(self, index):
+        if index == 2:
+            send("SIGTERM")()
+            raise RuntimeError("DataLoader worker is killed")
+        return self.images[index].copy()
+
+    def change():
+        ShapesDataset.load_image = stop_at_image_2
+
+    jobs, output = start(tmp_path / "a", "--recipe", recipe, "--lr", "1e-9", change=change)
+    assert finish(jobs) == [143]
+    assert "DataLoader worker is killed" in output() and "Traceback" not in output()
+    assert (tmp_path / "a" / "last.pt").exists() == saved
+
+
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_damaged_image_ends_the_training_with_its_name(tmp_path, workers):
     data, classes = write_csv_data(tmp_path)

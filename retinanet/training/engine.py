@@ -96,7 +96,6 @@ def _groups(loader: Iterable[dict[str, Any]], accumulate: int, seen: dict[str, A
     while True:
         seen.clear()
         group = list(islice(batches, accumulate))
-        if not group:
-            return
+        assert group, "the loader has fewer batches than its length says"
         seen["shape"] = tuple(max(sizes) for sizes in zip(*(batch["img"].shape for batch in group), strict=True))
         yield group

@@ -10,7 +10,6 @@ from torchvision.models import resnet18
 from torchvision.models.detection import (
     RetinaNet,
     RetinaNet_ResNet50_FPN_Weights,
-    retinanet_resnet50_fpn,
     retinanet_resnet50_fpn_v2,
 )
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -59,17 +58,17 @@ def anchor_generator():
     return AnchorGenerator(tuple(sizes), ((0.5, 1.0, 2.0),) * 5)
 
 
-def resnet18_fpn(p6_channels):
-    """A RetinaNet of four classes as users of torchvision build their own."""
+def resnet18_fpn(p6_channels, num_classes=4, norm_layer=nn.BatchNorm2d):
+    """A RetinaNet as users of torchvision build their own."""
     backbone = resnet_fpn_backbone(
         backbone_name="resnet18",
         weights=None,
-        norm_layer=nn.BatchNorm2d,
+        norm_layer=norm_layer,
         trainable_layers=5,
         returned_layers=[2, 3, 4],
         extra_blocks=LastLevelP6P7(p6_channels, 256),
     )
-    return enliven(RetinaNet(backbone, 4, anchor_generator=anchor_generator()))
+    return enliven(RetinaNet(backbone, num_classes, anchor_generator=anchor_generator()))
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +138,10 @@ def test_the_anchors_are_torchvisions(tmp_path, with_p6_on_c5):
     torch.testing.assert_close(net.anchors(torch.zeros(1, 3, 256, 384))[0], expected, rtol=0, atol=0)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_the_coco_weights_keep_the_classes_that_exist(tmp_path):
-    source = retinanet_resnet50_fpn(weights=None, weights_backbone=None)
-    for name, module in list(source.named_modules()):  # as in the COCO weights: frozen, without epsilon
-        if isinstance(module, nn.BatchNorm2d):
-            source.set_submodule(name, FrozenBatchNorm2d(module.num_features, eps=0.0))
-    enliven(source)
+    # BatchNorm as in the COCO weights: frozen, without epsilon.
+    source = resnet18_fpn(256, num_classes=91, norm_layer=lambda channels: FrozenBatchNorm2d(channels, eps=0.0))
     net, info = checkpoint.load_model(save(source.state_dict(), tmp_path / "coco.pth"))
     names = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     assert net.num_classes == len(info["class_names"]) == 80
