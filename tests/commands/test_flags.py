@@ -2,7 +2,7 @@ import argparse
 
 import numpy as np
 import pytest
-from helpers import CLASSES, write_coco_data, write_csv_data
+from helpers import CLASSES, gradient, write_coco_data, write_csv_data
 
 from retinanet.commands import flags
 from retinanet.data.coco import CocoDataset
@@ -113,6 +113,26 @@ def test_none_means_no_validation_set(tmp_path):
     args = parse("--dataset", "coco", "--coco_path", write_coco_data(tmp_path), "--coco_val_set", "none")
     assert flags.make_dataset(args, "val", identity) is None and flags.check_data_arguments(args, ["csv_train"]) == []
     assert flags.check_data_arguments(args, ["csv_val"]) == ["--coco_val_set none leaves no data"]
+
+
+def test_anchor_flags_give_anchors():
+    parser = flags.make_parser("test")
+    flags.add_anchor_arguments(parser)
+    assert flags.anchors_from_arguments(parser.parse_args([])).num_anchors == 9
+    assert flags.anchors_from_arguments(parser.parse_args(["--anchor_ratios", "0.5", "2"])).num_anchors == 6
+    with pytest.raises(UserError, match="--anchor_sizes"):
+        flags.anchors_from_arguments(parser.parse_args(["--anchor_sizes", "32"]))
+
+
+def test_training_transform_is_made_of_the_flags():
+    parser = flags.make_parser("test")
+    flags.add_augmentation_arguments(parser)
+    parser.set_defaults(min_side=64, max_side=96)
+    sample = {"img": gradient(100, 120), "annot": np.array([[10, 10, 60, 60, 0]], dtype=np.float32), "index": 0}
+    plain = flags.training_transform(parser.parse_args([]))(sample)
+    assert plain["size"] == (64, 77)
+    every = ["--jitter", "32", "48", "--random_crop", "0.9", "--colour_jitter", "0.4"]
+    assert 32 <= min(flags.training_transform(parser.parse_args(every))(sample)["size"]) <= 48
 
 
 def test_validation_shapes_are_never_trained_on():
