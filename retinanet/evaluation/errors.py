@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from retinanet.boxes import box_area, box_intersection, box_iou
+from retinanet.boxes import box_area, box_intersection
 from retinanet.data.dataset import DetectionDataset
-from retinanet.evaluation.voc import average_precision
+from retinanet.evaluation.voc import average_precision, compute_overlap
 from retinanet.postprocess import Detections
 
 RIGHT_IOU, OVERLAP_IOU = 0.5, 0.1
@@ -105,10 +105,10 @@ def judge(
     judged = {}
     for index, one in found.items():
         detections = Detections(*(values[one.scores > score_threshold] for values in one))
-        annotations = torch.from_numpy(dataset.load_annotations(index)).double()
-        iou = box_iou(detections.boxes.double(), annotations[:, :4])  # [N, G]
-        iou[detections.labels[:, None] != annotations[:, 4]] = 0
-        taken = greedy_match(iou.numpy(), iou_threshold)
+        annotations = dataset.load_annotations(index)
+        iou = compute_overlap(detections.boxes, annotations[:, :4])  # [N, G]
+        iou[detections.labels.numpy()[:, None] != annotations[:, 4]] = 0
+        taken = greedy_match(iou, iou_threshold)
         judged[index] = detections, taken >= 0, np.isin(np.arange(len(annotations)), taken)
     return judged
 
@@ -202,7 +202,7 @@ def analyse(dataset: DetectionDataset, detections: Mapping[int, Detections]) -> 
         labels = detections[index].labels
         rank = (labels[:, None] == labels).tril(-1).sum(dim=1)  # within its class
         found = Detections(*(values[rank < MAX_DETECTIONS] for values in detections[index]))
-        iou = box_iou(found.boxes.double(), torch.from_numpy(annotations[:, :4]).double()).numpy()
+        iou = compute_overlap(found.boxes, annotations[:, :4])
         part = _judge_image(found, iou, image_labels)
         # As in COCO, a box that is found in a crowd counts.
         counted = (part.kinds == "right") | ~_in_regions(found, dataset.load_difficult(index))

@@ -12,23 +12,14 @@ from retinanet.postprocess import Detections
 
 @dataclass
 class Evaluation:
-    """Detections and their scores.
-
-    Attributes:
-        dataset: provides the ground truth.
-        detections: of each sample index that counts.
-        iou_threshold: of VOC's scores.
-        coco: COCO's scores.
-        voc: Pascal VOC's scores of each label.
-        errors: what costs AP; None where nobody asked.
-    """
+    """Detections and their scores; made by `evaluate`."""
 
     dataset: DetectionDataset
     detections: Mapping[int, Detections]
-    iou_threshold: float
+    iou_threshold: float  # of VOC's scores
     coco: coco.Scores
-    voc: dict[int, voc.ClassResult]
-    errors: errors.ErrorAnalysis | None
+    voc: dict[int, voc.ClassResult]  # of each label
+    errors: errors.ErrorAnalysis | None  # None unless asked for
 
     def text(self) -> str:
         """All tables."""

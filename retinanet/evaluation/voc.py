@@ -40,54 +40,24 @@ class ClassResult(NamedTuple):
     curve: np.ndarray
 
 
-class _GroundTruth(NamedTuple):
-    """The boxes of several images, sorted by group: the boxes of one class in one image."""
-
-    group: np.ndarray  # [N] image index * number of classes + label
-    boxes: np.ndarray  # [N, 4] xyxy
-    difficult: np.ndarray  # [N] bool
-
-
 def compute_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU of NumPy boxes, the original's interface of `boxes.box_iou`: [N, 4] and [K, 4] xyxy -> [N, K] float64."""
+    """`boxes.box_iou` of arrays in float64, the original's interface: [N, 4] and [K, 4] xyxy -> [N, K]."""
     return box_iou(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)).numpy()
 
 
-def _gather_ground_truth(dataset: DetectionDataset, indices: list[int]) -> _GroundTruth:
-    image = np.concatenate([dataset.image_index, dataset.difficult_image_index])
-    annotations = np.concatenate([dataset.annotations, dataset.difficult_annotations])
-    difficult = np.arange(len(annotations)) >= len(dataset.annotations)
-    group = image * dataset.num_classes() + annotations[:, 4].astype(np.int64)
-    order = np.argsort(group, kind="stable")
-    order = order[np.isin(image[order], indices)]
-    return _GroundTruth(group[order], annotations[order, :4], difficult[order])
-
-
-def _judge(boxes: np.ndarray, group: np.ndarray, truth: _GroundTruth, iou_threshold: float) -> np.ndarray:
-    """Whether each detection is right (1), wrong (0) or does not count (-1: it found a difficult box).
-
-    All classes and images are judged at once: each detection is paired with the boxes of its group alone.
-
-    Args:
-        boxes: [N, 4], from the best score to the worst.
-        group: [N] of each detection.
-        truth: the boxes to find.
-        iou_threshold: IoU from which a box counts as found.
-    """
-    first, end = np.searchsorted(truth.group, group, "left"), np.searchsorted(truth.group, group, "right")
-    counts = end - first
-    detection = np.repeat(np.arange(len(group)), counts)  # [pairs]
-    candidate = np.arange(len(detection)) - np.repeat(np.cumsum(counts) - counts - first, counts)  # [pairs]
-    iou = compute_overlap(boxes[detection, None], truth.boxes[candidate, None])[:, 0, 0]  # [pairs]
-    # The candidate that each detection overlaps most; of equals, the first.
-    order = np.lexsort((candidate, -iou, detection))
-    judged, start = np.unique(detection[order], return_index=True)
-    best, best_iou = candidate[order][start], iou[order][start]
-    judged, best = judged[best_iou >= iou_threshold], best[best_iou >= iou_threshold]
-    verdict = np.zeros(len(group), dtype=np.int64)
-    _, taker = np.unique(best, return_index=True)  # detections are sorted: the first one that finds a box takes it
-    verdict[judged[taker]] = 1
-    verdict[judged[truth.difficult[best]]] = -1
+def _judge(found: Detections, annotations: np.ndarray, difficult: np.ndarray, iou_threshold: float) -> np.ndarray:
+    """[N] whether each detection of an image, best first, is right (1), wrong (0) or found a difficult box (-1)."""
+    boxes = np.concatenate([annotations, difficult])
+    verdict = np.zeros(len(found.scores), dtype=np.int64)
+    if not len(boxes):
+        return verdict
+    overlap = compute_overlap(found.boxes, boxes[:, :4])
+    overlap[found.labels.numpy()[:, None] != boxes[:, 4]] = -1
+    best = overlap.argmax(axis=1)
+    finders = np.flatnonzero(overlap.max(axis=1) >= iou_threshold)
+    _, first = np.unique(best[finders], return_index=True)
+    verdict[finders[first]] = 1  # only the best detection of a box is right
+    verdict[finders[best[finders] >= len(annotations)]] = -1
     return verdict
 
 
@@ -125,19 +95,23 @@ def evaluate_detections(
     Returns:
         The ClassResult of every label.
     """
-    indices, num_classes = sorted(detections), dataset.num_classes()
-    truth = _gather_ground_truth(dataset, indices)
-    nothing = Detections(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
-    columns = zip(nothing, *(detections[index] for index in indices), strict=True)
-    scores, labels, boxes = (torch.cat(column).numpy() for column in columns)
-    image = np.repeat(np.array(indices, dtype=np.int64), [len(detections[index].scores) for index in indices])
+    num_classes = dataset.num_classes()
+    num_boxes = np.zeros(num_classes, dtype=np.int64)
+    parts = [(np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
+    for index in sorted(detections):
+        order = detections[index].scores.argsort(descending=True, stable=True)
+        found = Detections(*(column[order] for column in detections[index]))
+        annotations = dataset.load_annotations(index)
+        verdict = _judge(found, annotations, dataset.load_difficult(index), iou_threshold)
+        parts.append((found.scores.numpy(), found.labels.numpy(), verdict))
+        num_boxes += np.bincount(annotations[:, 4].astype(np.int64), minlength=num_classes)
+    scores, labels, verdict = map(np.concatenate, zip(*parts, strict=True))
     order = np.argsort(-scores, kind="stable")
-    verdict = _judge(boxes[order], (image * num_classes + labels)[order], truth, iou_threshold)
-    num_boxes = np.bincount(truth.group[~truth.difficult] % num_classes, minlength=num_classes)
+    labels, verdict = labels[order], verdict[order]
 
     results = {}
     for label in range(num_classes):
-        right = verdict[(labels[order] == label) & (verdict >= 0)]
+        right = verdict[(labels == label) & (verdict >= 0)]
         found = np.cumsum(right)
         recall = found / max(1, num_boxes[label])
         precision = found / np.arange(1, len(found) + 1)
