@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 
@@ -59,11 +60,13 @@ def run_model(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Det
     return dataset, inference.detect(net, loader, device, precision, **limits)
 
 
-def read_file(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Detections]]:
-    """The data set, and the detections of a results file in it; no image is opened."""
+def read_file(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Detections], list[dict[str, Any]]]:
+    """The data set, and the detections of a results file in it, also as the file has them; no image is opened."""
     dataset = flags.make_dataset(args, "val", None)
-    found = coco.read_detections(dataset, args.detections)
-    return dataset, {index: found[index] for index in range(len(dataset))[: args.limit]}
+    results, chosen = coco.read_results(dataset, args.detections), range(len(dataset))[: args.limit]
+    found, ids = coco.to_detections(dataset, results), {dataset.image_ids[index] for index in chosen}
+    results = [result for result in results if result["image_id"] in ids]
+    return dataset, {index: found[index] for index in chosen}, results
 
 
 @script
@@ -71,12 +74,12 @@ def main(argv: list[str] | None = None) -> None:
     """Score a detector as the flags say."""
     args = parse_arguments(argv)
     process.setup_logging()
-    dataset, found = run_model(args) if args.model else read_file(args)
+    dataset, found, results = (*run_model(args), None) if args.model else read_file(args)
     if not process.is_main_process():
         return
     if args.model:
         log.info("detections with scores above %g:", args.score_threshold)
-    evaluation = report.evaluate(dataset, found, args.iou_threshold, args.voc07, args.analyse)
+    evaluation = report.evaluate(dataset, found, args.iou_threshold, args.voc07, args.analyse, results)
     log.info("%s", evaluation.text())
     if not args.out:
         return

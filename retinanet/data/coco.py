@@ -112,7 +112,10 @@ def read_coco(path: Path, report: Report) -> tuple[list[dict], list[dict], Groun
         if name != "annotations" and not content[name]:
             raise UserError(f"{path}: its list `{name}` is empty")
     images, categories = (
-        sorted(_good_entries(path, content[name], name, report), key=lambda entry: entry["id"])
+        sorted(
+            ({**entry, "id": int(entry["id"])} for entry in _good_entries(path, content[name], name, report)),
+            key=lambda entry: entry["id"],
+        )
         for name in ("images", "categories")
     )
     for kind, what, entries, key in (
@@ -128,11 +131,13 @@ def read_coco(path: Path, report: Report) -> tuple[list[dict], list[dict], Groun
     truth = _columns(content["annotations"])
     if truth is None:
         truth = _columns(_good_entries(path, content["annotations"], "annotations", report))
-    return images, categories, _resolve_ids(path, truth, images, categories, report)
+    truth = _resolve_ids(path, truth, images, categories, report)
+    return images, categories, truth._replace(areas=_checked_areas(path, truth, report))
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < MAX_ID
+    """Whether a value is a whole number, which some tools write as 1.0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_ID and value % 1 == 0
 
 
 def _is_real(value: Any) -> bool:
@@ -194,15 +199,19 @@ def _columns(entries: list[Any]) -> GroundTruth | None:
         return None
     if not entries:
         ids, boxes = [np.zeros(0, dtype=np.int64)] * 3, np.zeros((0, 4))
+    ids = [_whole(column) for column in ids]
     good = all(column.dtype == np.int64 and column.ndim == 1 for column in ids)
     good &= boxes.shape == (len(entries), 4) and boxes.dtype in (np.int64, np.float64)
     good &= is_crowd.dtype.kind in "bif" and bool(np.isin(is_crowd, (0, 1)).all())
     if not good:
         return None
-    boxes = boxes.astype(np.float64)
-    with np.errstate(all="ignore"):
-        areas = np.where(np.isfinite(areas := _areas(entries)), areas, boxes[:, 2] * boxes[:, 3])
-    return GroundTruth(*ids, boxes, areas, is_crowd.astype(bool))
+    return GroundTruth(*ids, boxes.astype(np.float64), _areas(entries), is_crowd.astype(bool))
+
+
+def _whole(column: np.ndarray) -> np.ndarray:
+    """A column of floats as integers, if all of them are whole."""
+    is_whole = column.dtype == np.float64 and ((column % 1 == 0) & (np.abs(column) < MAX_ID)).all()
+    return column.astype(np.int64) if is_whole else column
 
 
 def _areas(entries: list[dict[str, Any]]) -> np.ndarray:
@@ -212,6 +221,23 @@ def _areas(entries: list[dict[str, Any]]) -> np.ndarray:
     except (TypeError, ValueError, OverflowError):
         areas = (entry.get("area") for entry in entries)
         return np.array([area if _is_real(area) else math.nan for area in areas], dtype=np.float64)
+
+
+def _checked_areas(path: Path, truth: GroundTruth, report: Report) -> np.ndarray:
+    """[N] the declared areas (of masks, say), but the box's where that is not above 0, or larger than the box."""
+    widths, heights = truth.boxes_xywh[:, 2:].T
+    with np.errstate(all="ignore"):
+        # Some tools count pixels: a box from 0 to 9 has 10.
+        good = (truth.areas > 0) & (truth.areas <= (widths + 1) * (heights + 1))
+        report.add_rows(
+            "declared area",
+            np.flatnonzero(~good & ~np.isnan(truth.areas)),
+            lambda row: f"{path}: annotation {truth.ids[row]}",
+            lambda row: (
+                f"area {truth.areas[row]:g} is not that of a box of {widths[row]:g} x {heights[row]:g}, which counts"
+            ),
+        )
+        return np.where(good, truth.areas, widths * heights)
 
 
 def _resolve_ids(

@@ -24,7 +24,7 @@ KINDS = {
     CLIPPED: ("box partly outside",),
     WARNED: (
         *("spaces", "separator", "unused class", "crowd-only image", "annotation ids", "same image", "stray file"),
-        *("declared size", "EXIF rotation", "invalid EXIF orientation"),
+        *("declared size", "declared area", "EXIF rotation", "invalid EXIF orientation"),
     ),
 }
 POLICIES = {kind: policy for policy, kinds in KINDS.items() for kind in kinds}

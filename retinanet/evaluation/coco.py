@@ -5,7 +5,7 @@ import io
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from retinanet.boxes import xywh_to_xyxy, xyxy_to_xywh
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.ground_truth import quiet_coco
 from retinanet.data.reading import load_json
-from retinanet.errors import UserError
+from retinanet.errors import UserError, shown
 from retinanet.inference import detect_dataset
 from retinanet.postprocess import Detections
 from retinanet.process import log, show_log
@@ -86,20 +86,31 @@ def coco_results(dataset: DetectionDataset, detections: Mapping[int, Detections]
 def score(dataset: DetectionDataset, detections: Mapping[int, Detections]) -> Scores:
     """Score detections against the ground truth by COCO's protocol.
 
-    Difficult boxes are ignored like crowds: finding one changes no score.
-
     Args:
         dataset: provides the ground truth.
         detections: of each sample index that counts, with or without detections; boxes in pixels of the original image.
     """
+    return score_results(dataset, coco_results(dataset, detections), sorted(detections))
+
+
+def score_results(dataset: DetectionDataset, results: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> Scores:
+    """Score results as pycocotools does, to the last digit: boxes and scores are passed on as they are.
+
+    Difficult boxes are ignored like crowds: finding one changes no score.
+
+    Args:
+        dataset: provides the ground truth.
+        results: from `coco_results` or `read_results`; of other images, they do not count.
+        indices: the images that count.
+    """
     annotations = []
-    for number, result in enumerate(coco_results(dataset, detections), start=1):
+    for number, result in enumerate(results, start=1):
         width, height = result["bbox"][2:]
         annotations.append({**result, "id": number, "iscrowd": 0, "area": width * height})
     ground_truth = dataset.coco
     # pycocotools' own `loadRes` copies all images and fails on an empty list.
     found = quiet_coco({**ground_truth.dataset, "annotations": annotations})
-    image_ids = [dataset.image_ids[index] for index in sorted(detections)]
+    image_ids = [dataset.image_ids[index] for index in indices]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(ground_truth, found, "bbox")
         evaluation.params.imgIds = image_ids
@@ -124,15 +135,14 @@ def score(dataset: DetectionDataset, detections: Mapping[int, Detections]) -> Sc
     return Scores(metrics, classes, precision)
 
 
-def read_detections(dataset: DetectionDataset, path: str | Path) -> dict[int, Detections]:
-    """Read a COCO results file, which any detector may have written; the inverse of `coco_results`.
+def read_results(dataset: DetectionDataset, path: str | Path) -> list[dict[str, Any]]:
+    """Read a COCO results file, which any detector may have written; the numbers keep their values.
+
+    As in pycocotools, an id may be written as 1.0, and a number beyond all floats, such as 1e400, is infinite.
 
     Args:
         dataset: whose images and categories the entries must name.
         path: a JSON list of `{"image_id", "category_id", "bbox": [x, y, width, height], "score"}`.
-
-    Returns:
-        The detections of every image of the data set, best first.
 
     Raises:
         UserError: the file is missing or broken; the message names the first wrong entry.
@@ -140,39 +150,50 @@ def read_detections(dataset: DetectionDataset, path: str | Path) -> dict[int, De
     results = load_json(Path(path))
     if not isinstance(results, list):
         raise UserError(f"{path}: is not a list of detections")
+    image_ids, category_ids = set(dataset.image_ids), set(dataset.coco_labels.values())
+    for number, entry in enumerate(results):
+        if problem := _find_problem(entry, image_ids, category_ids):
+            raise UserError(f"{path}: entry {number}: {problem}")
+    return results
+
+
+def to_detections(dataset: DetectionDataset, results: Sequence[Mapping[str, Any]]) -> dict[int, Detections]:
+    """The inverse of `coco_results`, in float64: the detections of every image of the data set, best first."""
     indices = {image_id: index for index, image_id in enumerate(dataset.image_ids)}
     labels = {category_id: label for label, category_id in dataset.coco_labels.items()}
     rows: dict[int, list] = {index: [] for index in range(len(dataset))}
-    for number, entry in enumerate(results):
-        problem = _find_problem(entry, indices, labels)
-        if problem:
-            raise UserError(f"{path}: entry {number}: {problem}")
+    for entry in results:
         rows[indices[entry["image_id"]]].append((entry["score"], labels[entry["category_id"]], *entry["bbox"]))
     detections = {}
     for index, found in rows.items():
-        table = torch.tensor(sorted(found, key=lambda row: -row[0])).reshape(-1, 6)
+        table = [[float(number) for number in row] for row in sorted(found, key=lambda row: -row[0])]
+        table = torch.tensor(table, dtype=torch.float64).reshape(-1, 6)
         detections[index] = Detections(table[:, 0], table[:, 1].long(), xywh_to_xyxy(table[:, 2:]))
     return detections
 
 
-def _find_problem(entry: Any, indices: Mapping[int, int], labels: Mapping[int, int]) -> str | None:
+def _find_problem(entry: Any, image_ids: Container[int], category_ids: Container[int]) -> str | None:
     """What is wrong with an entry of a results file, if anything."""
     if not isinstance(entry, dict):
-        return f"is not a detection: {entry!r:.80}"
-    for key, known in (("image_id", indices), ("category_id", labels)):
+        return f"is not a detection: {shown(entry)}"
+    for key, known in (("image_id", image_ids), ("category_id", category_ids)):
         value = entry.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value not in known:
-            return f"{key} {value!r:.80} does not exist in the ground truth"
+        if not _is_number(value) or value not in known:
+            return f"{key} {shown(value)} does not exist in the ground truth"
     box = entry.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        return f"bbox must be 4 numbers (x, y, width, height), not {box!r:.80}"
+        return f"bbox must be 4 numbers (x, y, width, height), not {shown(box)}"
     if not _is_number(entry.get("score")):
-        return f"score must be a number, not {entry.get('score')!r:.80}"
+        return f"score must be a number, not {shown(entry.get('score'))}"
     return None
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number, but not NaN, nor a whole number beyond all floats."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    except OverflowError:
+        return False
 
 
 def evaluate_coco(dataset: DetectionDataset, model: nn.Module, threshold: float = 0.05) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """All scores of a detector at once, as text and as files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from retinanet.data.dataset import DetectionDataset
 from retinanet.evaluation import coco, errors, voc
@@ -16,6 +17,7 @@ class Evaluation:
 
     dataset: DetectionDataset
     detections: Mapping[int, Detections]
+    results: Sequence[Mapping[str, Any]]  # the detections in COCO's results format
     iou_threshold: float  # of VOC's scores
     coco: coco.Scores
     voc: dict[int, voc.ClassResult]  # of each label
@@ -52,8 +54,7 @@ class Evaluation:
 
     def write(self, folder: Path) -> None:
         """Write `detections.json`, in COCO's results format, and `metrics.json`."""
-        results = coco.coco_results(self.dataset, self.detections)
-        for name, content in (("detections.json", results), ("metrics.json", self.metrics())):
+        for name, content in (("detections.json", self.results), ("metrics.json", self.metrics())):
             (folder / name).write_text(json.dumps(content, indent=1))
 
 
@@ -63,6 +64,7 @@ def evaluate(
     iou_threshold: float = 0.5,
     eleven_points: bool = False,
     analyse: bool = False,
+    results: Sequence[Mapping[str, Any]] | None = None,
 ) -> Evaluation:
     """Score detections by COCO's and by Pascal VOC's protocol.
 
@@ -72,12 +74,15 @@ def evaluate(
         iou_threshold: IoU from which a box counts as found, for VOC's scores.
         eleven_points: average precision as in VOC 2007.
         analyse: also find out what costs AP.
+        results: from `coco.read_results`, if the detections are from a file: COCO's protocol scores them as they are.
     """
+    results = coco.coco_results(dataset, detections) if results is None else results
     return Evaluation(
         dataset,
         detections,
+        results,
         iou_threshold,
-        coco.score(dataset, detections),
+        coco.score_results(dataset, results, sorted(detections)),
         voc.evaluate_detections(dataset, detections, iou_threshold, eleven_points),
         errors.analyse(dataset, detections) if analyse else None,
     )

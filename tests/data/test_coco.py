@@ -81,7 +81,7 @@ def test_crowds_are_not_trained_on_but_evaluated(tmp_path):
 
 def test_evaluation_takes_exactly_what_the_file_says_though_the_file_is_read_once(tmp_path):
     def change(content):
-        content["annotations"][0]["bbox"] = [5, 6, 0.1, 30]  # training drops it
+        content["annotations"][0] |= {"bbox": [5, 6, 0.1, 30], "area": 3}  # training drops it
         content["annotations"][1]["bbox"][0] = 0.1  # no float32
 
     data = write(tmp_path, change)
@@ -232,3 +232,29 @@ def test_swapped_sizes_and_exif_are_told_apart(tmp_path):
     report = check_dataset(data)
     assert "EXIF turns it" in report.examples["declared size"][0].message
     assert report.counts["EXIF rotation"] == 1
+
+
+@pytest.mark.parametrize(
+    ("area", "expected"),
+    [(350, 350), (600, 600), (650, 650), (652, 600), (-1, 600), (0, 600), (1e12, 600), ("1e400", 600)],
+)
+def test_a_declared_area_is_believed_where_it_can_be_that_of_the_box(tmp_path, area, expected):
+    content = coco_content()
+    content["annotations"][0]["area"] = area  # of a box of 20 x 30, or 21 x 31 counted pixels
+    root = Path(write_coco_data(tmp_path))
+    text = json.dumps(content).replace('"1e400"', "1e400")
+    (root / "annotations" / "instances_val2017.json").write_text(text)
+    data = CocoDataset(root, "val2017")
+    assert data.coco.anns[1]["area"] == expected
+    assert data.report.counts.get("declared area", 0) == (expected != area)
+
+
+def test_ids_may_be_written_as_floats(tmp_path):
+    def change(content):
+        for entries, keys in (("images", ["id"]), ("annotations", ["id", "image_id", "category_id"])):
+            for entry in content[entries]:
+                entry |= {key: float(entry[key]) for key in keys}
+
+    data, expected = write(tmp_path / "a", change), write(tmp_path / "b")
+    assert data.image_ids == expected.image_ids == [7, 42, 99] and all(type(id) is int for id in data.image_ids)
+    assert data.coco.dataset == expected.coco.dataset

@@ -41,11 +41,11 @@ def noisy(dataset):
 
 @pytest.fixture
 def coco_data(tmp_path):
-    """COCO's layout, without images: a crowd, a small box whose `area` says large, an image without boxes."""
+    """COCO's layout, without images: a crowd, a large box whose mask has a small `area`, an image without boxes."""
     boxes = [[10, 10, 50, 50], [100, 100, 40, 30], [5, 5, 200, 200], [30, 30, 20, 20]]
     annotations = [
         {"id": 7 + i, "image_id": 30 - 10 * (i // 2), "category_id": [3, 9][i % 2], "bbox": box, "iscrowd": int(i == 1)}
-        | {"area": 20000 if i == 3 else box[2] * box[3]}
+        | {"area": 900 if i == 2 else box[2] * box[3]}
         for i, box in enumerate(boxes)
     ]
     content = {
@@ -74,21 +74,50 @@ def test_nothing_found_scores_zero_and_no_ground_truth_minus_one():
     assert metrics(in_memory([]), {0: detections([0.9, 0, 0, 0, 9, 9])})["AP"] == -1
 
 
+def pycocotools_scores(annotation_file, results_file):
+    truth = COCO(annotation_file)
+    evaluation = COCOeval(truth, truth.loadRes(str(results_file)), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation.stats.tolist()
+
+
 def test_numbers_are_those_of_pycocotools(coco_data, tmp_path):
     on_crowd = {"image_id": 30, "category_id": 9, "bbox": [105, 105, 10, 10], "score": 0.99}
     results = [*coco.coco_results(coco_data, noisy(coco_data)), on_crowd, {**on_crowd, "image_id": 10}]
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results))
-    scores = coco.score(coco_data, coco.read_detections(coco_data, path))
-    truth = COCO(coco_data.annotation_file)
-    evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    assert list(scores.metrics.values()) == pytest.approx(evaluation.stats.tolist(), abs=1e-12)
+    scores = coco.score_results(coco_data, coco.read_results(coco_data, path), range(3))
+    assert list(scores.metrics.values()) == pycocotools_scores(coco_data.annotation_file, path)
     assert 0 < scores.metrics["AP"] < 1
     assert [(row.name, row.boxes) for row in scores.classes] == [("a", 2), ("b", 1)]  # the crowd is no box
     assert np.mean([row.AP for row in scores.classes]) == pytest.approx(scores.metrics["AP"])
+
+
+@pytest.mark.parametrize("scores", ["equal", "near", "whole", "huge", "infinite"])
+def test_results_of_any_numbers_score_exactly_as_in_pycocotools(coco_data, tmp_path, scores):
+    rng, results = np.random.default_rng(0), []
+    draw = {
+        "equal": lambda: float(rng.integers(3)) / 4,
+        "near": lambda: 0.5 + 1e-12 * float(rng.integers(4)),  # equal in float32
+        "whole": lambda: int(rng.integers(3)),
+        "huge": lambda: 10 ** int(rng.integers(17, 40)) + 1,
+        "infinite": lambda: "1e400" if rng.random() < 0.3 else float(rng.random()),
+    }[scores]
+    for entry in [*coco.coco_results(coco_data, perfect(coco_data)), *coco.coco_results(coco_data, noisy(coco_data))]:
+        entry |= {"image_id": float(entry["image_id"]), "category_id": float(entry["category_id"])}
+        x, y, width, height = entry["bbox"]
+        for _ in range(3):
+            shift = float(rng.choice([0, 0.1, width / 3]))  # a third of the width is exactly IoU 0.5
+            results.append({**entry, "bbox": [x + shift, y, width, height], "score": draw()})
+        results.append({**entry, "bbox": [x, y, "1e400", height], "score": draw()})
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results).replace('"1e400"', "1e400"))
+    found = coco.read_results(coco_data, path)
+    metrics = coco.score_results(coco_data, found, range(3)).metrics
+    assert list(metrics.values()) == pycocotools_scores(coco_data.annotation_file, path)
+    assert 0 < metrics["AP"] < 1
 
 
 def test_images_without_detections_and_images_without_boxes_count():
@@ -141,11 +170,12 @@ def test_results_are_in_cocos_format():
 def test_reading_results_is_the_inverse_of_writing_them(coco_data, tmp_path):
     found, path = noisy(coco_data), tmp_path / "results.json"
     path.write_text(json.dumps(coco.coco_results(coco_data, found)))
-    again = coco.read_detections(coco_data, path)
+    again = coco.to_detections(coco_data, coco.read_results(coco_data, path))
     assert sorted(again) == [0, 1, 2]
     for index in range(3):
+        assert again[index].boxes.dtype == again[index].scores.dtype == torch.float64
         for ours, expected in zip(again[index], found[index], strict=True):
-            torch.testing.assert_close(ours, expected)
+            torch.testing.assert_close(ours, expected, check_dtype=False)
 
 
 GOOD = {"image_id": 10, "category_id": 3, "bbox": [0, 0, 5, 5], "score": 0.5}
@@ -160,6 +190,11 @@ GOOD = {"image_id": 10, "category_id": 3, "bbox": [0, 0, 5, 5], "score": 0.5}
         ([{**GOOD, "bbox": [0, 0, 5]}], "bbox must be 4 numbers"),
         ([{**GOOD, "bbox": [0, 0, 5, "5"]}], "bbox must be 4 numbers"),
         ([{**GOOD, "bbox": [0, 0, 5, float("nan")]}], "bbox must be 4 numbers"),
+        ([{**GOOD, "bbox": [0, 0, 5, 10**400]}], "bbox must be 4 numbers"),
+        ([{**GOOD, "image_id": 10.5}], "image_id 10.5 does not exist"),
+        ([{**GOOD, "image_id": True}], "image_id True does not exist"),
+        ([{**GOOD, "score": -(10**400)}], "score must be a number"),
+        ([{**GOOD, "score": float("nan")}], "score must be a number"),
         ([{**GOOD, "score": None}], "score must be a number"),
         ([{**GOOD, "score": True}], "score must be a number"),
         ([GOOD, 5], "entry 1: is not a detection"),
@@ -170,13 +205,13 @@ def test_wrong_results_files_are_named(coco_data, tmp_path, content, message):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message) as caught:
-        coco.read_detections(coco_data, path)
+        coco.read_results(coco_data, path)
     assert str(path) in str(caught.value)
 
 
 def test_missing_results_files_are_named(coco_data, tmp_path):
     with pytest.raises(UserError, match=r"nothing\.json: cannot be read"):
-        coco.read_detections(coco_data, tmp_path / "nothing.json")
+        coco.read_results(coco_data, tmp_path / "nothing.json")
 
 
 @pytest.mark.parametrize("training", [True, False])
