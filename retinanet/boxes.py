@@ -149,8 +149,8 @@ class BBoxTransform(nn.Module):
 
     def __init__(self, mean: Tensor | None = None, std: Tensor | None = None):
         super().__init__()
-        self.mean = torch.zeros(4) if mean is None else torch.as_tensor(mean, dtype=torch.float32)
-        self.std = torch.tensor(DELTA_STD) if std is None else torch.as_tensor(std, dtype=torch.float32)
+        self.mean = torch.as_tensor((0.0, 0.0, 0.0, 0.0) if mean is None else mean, dtype=torch.float32)
+        self.std = torch.as_tensor(DELTA_STD if std is None else std, dtype=torch.float32)
 
     def forward(self, boxes: Tensor, deltas: Tensor) -> Tensor:
         """Anchors [..., 4] xyxy and deltas [..., 4] -> boxes [..., 4] xyxy."""

@@ -54,7 +54,7 @@ class _FocalLossSum(torch.autograd.Function):
         with_grad = ctx.needs_input_grad[0]
         logits_of = logits.detach().reshape(-1, num_classes)  # [B * A, K]
         grad = torch.empty_like(logits_of) if with_grad else None
-        anchor_loss = torch.empty(len(logits_of), device=logits.device)
+        anchor_loss = torch.empty(len(logits_of), dtype=torch.float32, device=logits.device)
         step = max(1, (CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK) // num_classes)
         for start in range(0, len(logits_of), step):
             chunk = slice(start, start + step)

@@ -39,10 +39,10 @@ def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float
     # Paper: on logits. Original: on probabilities clamped to [1e-4, 1 - 1e-4]. Here: on logits, because the
     # clamp leaves no gradient below a logit of -9.2, where training then sticks at a loss of 2.302.
     logits = logits.float()
-    y = labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)  # [..., K], a one-hot bool
-    x_t = torch.where(y, logits, -logits)
+    y = (labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)).float()  # [..., K], one-hot
+    x_t = (2 * y - 1) * logits
     p_t = torch.sigmoid(x_t)
-    alpha_t = torch.where(y, alpha, 1 - alpha)
+    alpha_t = alpha * y + (1 - alpha) * (1 - y)
     loss = -alpha_t * (1 - p_t) ** gamma * F.logsigmoid(x_t)  # log(p_t)
     return torch.where(labels == IGNORE, 0, loss.sum(dim=-1))
 
@@ -113,7 +113,12 @@ class FocalLoss(nn.Module):
     def per_image(
         self, classifications: Tensor, regressions: Tensor, anchors: Tensor, annotations: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Class loss and box loss of each image, [B] float32 each; the arguments are those of `forward`."""
+        """Class loss and box loss of each image, [B] float32 each; arguments and errors are those of `forward`."""
+        largest = annotations[..., 4].max() if annotations.numel() and annotations.device.type == "cpu" else -1
+        if largest >= classifications.shape[-1]:  # a GPU is not asked, because training would wait for the answer
+            raise ValueError(
+                f"there is a label {int(largest)}, but the classes are 0 to {classifications.shape[-1] - 1}"
+            )
         labels, boxes = self.assign(anchors, annotations)
         # Paper: the positives of each image. Original: the same, at least 1. Here: the original's.
         num_positive = (labels >= 0).sum(dim=1).clamp(min=1)
@@ -133,6 +138,9 @@ class FocalLoss(nn.Module):
 
         Returns:
             Class loss and box loss, each of shape [1], float32.
+
+        Raises:
+            ValueError: a label (of annotations on the CPU) is not one of the K classes.
         """
         class_loss, box_loss = self.per_image(classifications, regressions, anchors, annotations)
         return class_loss.mean(dim=0, keepdim=True), box_loss.mean(dim=0, keepdim=True)

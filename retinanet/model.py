@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retinanet import losses, postprocess  # noqa: F401, likewise losses
+from retinanet import losses, postprocess
 from retinanet.anchors import PYRAMID_LEVELS, Anchors
-from retinanet.boxes import BBoxTransform, ClipBoxes  # noqa: F401, names that the original's scripts import from here
+from retinanet.boxes import BBoxTransform as BBoxTransform  # these three: names that the original's scripts import
+from retinanet.boxes import ClipBoxes as ClipBoxes
 from retinanet.fused_loss import FusedFocalLoss
 from retinanet.postprocess import Detections
-from retinanet.resnet import ARCHITECTURES, Backbone, BasicBlock, Bottleneck, imagenet_weights, model_urls  # noqa: F401
+from retinanet.resnet import ARCHITECTURES, Backbone, BasicBlock, Bottleneck, half_resolution, imagenet_weights
+from retinanet.resnet import model_urls as model_urls
 
 PRIOR = 0.01  # "every anchor should be labeled as foreground with confidence of ~pi" at the start (section 4.1)
 
@@ -57,12 +59,13 @@ class PyramidFeatures(nn.Module):
         p3 = self.P3_1(c3)
         p3 = p3 + F.interpolate(p4, size=p3.shape[-2:], mode="nearest")
         p5 = self.P5_2(p5)
-        return [self.P3_2(p3), self.P4_2(p4), p5, *self.coarse_levels(c5, p5)]
+        p6 = half_resolution(self.P6, self.p6_input(c5, p5))
+        p7 = half_resolution(self.P7_2, F.relu(p6))
+        return [self.P3_2(p3), self.P4_2(p4), p5, p6, p7]
 
-    def coarse_levels(self, c5: Tensor, p5: Tensor) -> tuple[Tensor, Tensor]:
-        """P6 and P7, from C5; `p5` is for pyramids that start from it."""
-        p6 = self.P6(c5)
-        return p6, self.P7_2(F.relu(p6))
+    def p6_input(self, c5: Tensor, p5: Tensor) -> Tensor:
+        """What P6 is computed from: C5, as in the paper; other libraries take P5."""
+        return c5
 
 
 class _Head(nn.Module):
@@ -120,8 +123,6 @@ class RetinaNet(Backbone):
         layers: number of blocks in each of the four stages of the backbone.
         anchors: the reference boxes; by default the paper's.
 
-    Attributes:
-        focalLoss: the criterion: a `losses.FocalLoss`, which may be replaced.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class RetinaNet(Backbone):
         self.num_classes = num_classes
         self.bn_frozen = False
         self.anchors = Anchors() if anchors is None else anchors
-        self.focalLoss = FusedFocalLoss()
+        self.focalLoss: losses.FocalLoss = FusedFocalLoss()  # may be replaced
         self.fpn = PyramidFeatures(*self.out_channels)
         self.regressionModel = RegressionModel(256, self.anchors.num_anchors)
         self.classificationModel = ClassificationModel(256, self.anchors.num_anchors, num_classes)
@@ -186,6 +187,7 @@ class RetinaNet(Backbone):
         Returns:
             Logits [B, A, K], deltas [B, A, 4] and anchors [1, A, 4] (xyxy, pixels of the input).
         """
+        images = images.to(self.conv1.weight.dtype)  # the network may be in half or double precision
         pyramid = self.fpn(self.backbone(images))
         logits = torch.cat([self.classificationModel(level) for level in pyramid], dim=1)
         deltas = torch.cat([self.regressionModel(level) for level in pyramid], dim=1)
@@ -237,7 +239,7 @@ class RetinaNet(Backbone):
             [N, 4] (xyxy, pixels of the input), best first.
 
         Raises:
-            ValueError: the inputs are not those of the model's mode.
+            ValueError: the inputs are not those of the model's mode, or a label (on the CPU) is not one of its classes.
         """
         if self.training:
             if isinstance(inputs, Tensor):

@@ -33,6 +33,18 @@ def conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
     return F.conv2d(x, weight, bn.bias - bn.running_mean * scale, conv.stride, conv.padding)
 
 
+def half_resolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Run a convolution of stride 2, in float32 where the map has one column.
+
+    There, on a CPU, torch (2.14) leaves parts of the weight's gradient in bfloat16 uninitialised.
+    """
+    if x.shape[-1] > 1:
+        return conv(x)
+    with torch.autocast(x.device.type, enabled=False):
+        parameters = conv.weight.float(), conv.bias.float()
+        return F.conv2d(x.float(), *parameters, conv.stride, conv.padding).to(x.dtype)
+
+
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     """A 3x3 convolution that keeps the size of its input, but for the stride."""
     return nn.Conv2d(in_planes, out_planes, kernel_size=3, stride=stride, padding=1, bias=False)

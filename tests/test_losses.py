@@ -6,6 +6,7 @@ from conftest import load_golden
 from torchvision.ops import sigmoid_focal_loss
 
 from retinanet.anchors import Anchors
+from retinanet.fused_loss import FusedFocalLoss
 from retinanet.losses import FocalLoss, calc_iou, focal_loss, smooth_l1
 from retinanet.matcher import BACKGROUND, IGNORE
 
@@ -134,3 +135,22 @@ def test_assignment_gives_labels_and_boxes():
 def test_calc_iou_is_the_originals():
     anchors, boxes = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[5.0, 0, 15, 10], [0, 0, 10, 10]])
     assert calc_iou(anchors, boxes).tolist() == [pytest.approx([1 / 3, 1])]
+
+
+@pytest.mark.parametrize("label", [2, 7])
+def test_a_label_beyond_the_classes_is_an_error_that_names_both(label):
+    outputs = torch.zeros(1, 1, 2), torch.zeros(1, 1, 4), torch.tensor([[[0.0, 0.0, 9.0, 9.0]]])
+    with pytest.raises(ValueError, match=f"there is a label {label}, but the classes are 0 to 1"):
+        FocalLoss()(*outputs, torch.tensor([[[0.0, 0.0, 9.0, 9.0, label]]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_default_type_of_the_caller_changes_nothing(golden, dtype):
+    expected = torch.cat(run(golden))
+    torch.set_default_dtype(dtype)
+    try:
+        found = torch.cat(run(golden)), torch.cat(run(golden, criterion=FusedFocalLoss()))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for losses in found:
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)

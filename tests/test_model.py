@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 
@@ -202,3 +203,12 @@ def test_synchronised_batchnorm_is_frozen_too():
     net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.resnet18(2))
     net.freeze_bn()
     assert not net.train().bn1.training
+
+
+@pytest.mark.parametrize("change", [torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.double])
+def test_a_network_of_another_type_detects(filled_net, change):
+    image = torch.randn(1, 3, 64, 96)
+    expected = filled_net.detect(image)[0]
+    found = change(copy.deepcopy(filled_net)).detect(image)[0]
+    assert found.boxes.dtype == found.scores.dtype == torch.float32
+    torch.testing.assert_close(found.scores[:5], expected.scores[:5], rtol=0.05, atol=0.02)

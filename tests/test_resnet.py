@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 
 from retinanet.model import ARCHITECTURES
-from retinanet.resnet import Backbone, conv_bn, imagenet_weights
+from retinanet.resnet import Backbone, conv_bn, half_resolution, imagenet_weights
 
 
 def lively_bn(channels):
@@ -78,3 +78,27 @@ def test_without_a_network_the_message_says_what_to_do(tmp_path, monkeypatch):
         imagenet_weights(50)
     for part in (str(tmp_path), "resnet50-", "--weights none", "pretrained=False"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("height", [1, 3, 8])
+def test_the_bf16_gradient_on_a_map_one_column_wide_is_right(height):
+    conv = nn.Conv2d(256, 256, 3, stride=2, padding=1).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 256, height, 1).to(memory_format=torch.channels_last)
+    (expected,) = torch.autograd.grad(conv(x).sum(), conv.weight)
+    for _ in range(3):
+        garbage = [torch.full((size,), float("nan")) for size in (2**10, 2**14, 2**16, 9 * 256 * 256, 2**22)]
+        del garbage  # what torch does not write now shows
+        with torch.autocast("cpu", torch.bfloat16):
+            y = half_resolution(conv, x)
+        (grad,) = torch.autograd.grad(y.float().sum(), conv.weight)
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_half_resolution_is_the_convolution(dtype):
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1).to(dtype)
+    for width in (1, 2, 5):
+        x = torch.randn(2, 4, 5, width, dtype=dtype)
+        found = half_resolution(conv, x)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, conv(x), rtol=2e-2, atol=2e-2)

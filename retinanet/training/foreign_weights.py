@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
@@ -89,10 +88,9 @@ class PyramidFromP5(PyramidFeatures):
         super().__init__(c3_channels, c4_channels, c5_channels, feature_size)
         self.P6 = nn.Conv2d(feature_size, feature_size, kernel_size=3, stride=2, padding=1)
 
-    def coarse_levels(self, c5: Tensor, p5: Tensor) -> tuple[Tensor, Tensor]:
-        """P6 and P7."""
-        p6 = self.P6(p5)
-        return p6, self.P7_2(F.relu(p6))
+    def p6_input(self, c5: Tensor, p5: Tensor) -> Tensor:
+        """P5."""
+        return p5
 
 
 def read(path: str | Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
