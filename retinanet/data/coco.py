@@ -286,7 +286,6 @@ def _training_boxes(path: Path, truth: GroundTruth, report: Report) -> tuple[np.
         truth.labels,
         2 * truth.image_index + truth.is_crowd,  # an object is no duplicate of a crowd
         lambda row: f"{path}: annotation {truth.ids[row]}",
-        "sub-pixel box",
         lambda row: "bbox [" + ", ".join(f"{number:.10g}" for number in truth.boxes_xywh[row]) + "]",
     )
     return np.column_stack([corners, truth.labels]), kept

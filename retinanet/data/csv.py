@@ -140,7 +140,7 @@ def read_boxes(
         report.add("bad name", f"{path}:{image_lines[positions['']]}", "the image's path is empty")
     has_box = label != NEGATIVE
     boxes, label, image_index, lines = (column[has_box] for column in (boxes, label, image_index, lines))
-    kept = check_boxes(report, boxes, label, image_index, lambda row: f"{path}:{lines[row]}", "inverted box")
+    kept = check_boxes(report, boxes, label, image_index, lambda row: f"{path}:{lines[row]}")
     _check_corners(path, boxes, report)
     return list(positions), image_lines, np.column_stack([boxes, label])[kept], image_index[kept], lines[kept]
 

@@ -141,12 +141,31 @@ def read_header(path: str | Path) -> ImageHeader:
     return ImageHeader(*((width, height) if turned else (height, width)), orientation)
 
 
-def list_images(folder: Path, wanted: Container[str] | None = None) -> dict[str, Path]:
+def walk(folder: Path, suffixes: Container[str]) -> Iterator[Path]:
+    """The files of some suffixes, in lower case, in a folder and its subfolders, sorted; links are followed, once each.
+
+    Names that start with a point are left out.
+    """
+    seen = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(parent)  # noqa: PTH116
+        if (key := (status.st_dev, status.st_ino)) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(key)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith("."):  # noqa: PTH122, faster
+                yield Path(parent, name)
+
+
+def list_images(folder: Path, wanted: Container[str] | None = None, preferred: Container[str] = ()) -> dict[str, Path]:
     """The images of a folder and its subfolders, by their relative paths without suffix, sorted.
 
     Args:
         folder: that is searched.
         wanted: the names that must be unique; by default all.
+        preferred: file names that win where two images of a name differ in their suffixes.
 
     Raises:
         UserError: the folder cannot be read, or two images of a wanted name differ only in their suffixes.
@@ -156,15 +175,16 @@ def list_images(folder: Path, wanted: Container[str] | None = None) -> dict[str,
     except OSError as error:
         raise UserError(f"{folder}: cannot be read as a folder of images ({error.strerror})") from error
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if path.suffix.lower() not in IMAGE_SUFFIXES or any(part.startswith(".") for part in relative.parts):
-            continue
-        name = relative.with_suffix("").as_posix()
-        if name in found and (wanted is None or name in wanted):
-            raise UserError(f"{path}: differs from {found[name].name} only in its suffix; remove one of them")
-        found[name] = path
-    return found
+    for path in walk(folder, IMAGE_SUFFIXES):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        other = found.setdefault(name, path)
+        if (path.name in preferred) > (other.name in preferred):
+            found[name] = path
+        elif path != other and (other.name in preferred) == (path.name in preferred):
+            if wanted is None or name in wanted:
+                raise UserError(f"{path}: differs from {other.name} only in its suffix; remove one of them")
+            found[name] = path
+    return {name: found[name] for name in sorted(found, key=found.__getitem__)}
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:

@@ -73,9 +73,8 @@ def load_json(path: Path) -> Any:
         raise UserError(f"{path}: is not valid JSON, or too deep or too large to be read ({reason})") from error
 
 
-def read_class_list(root: Path) -> list[str] | None:
-    """The class names of `root`/classes.txt, one a line; None where the file does not exist."""
-    path = root / "classes.txt"
+def read_class_list(path: Path) -> list[str] | None:
+    """The class names of a file such as classes.txt, one a line; None where the file does not exist."""
     if not path.is_file():
         return None
     names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
@@ -96,7 +95,6 @@ def check_boxes(
     labels: np.ndarray,
     image_index: np.ndarray,
     where: Callable[[int], str],
-    zero_area: str,
     show: Callable[[int], str] | None = None,
 ) -> np.ndarray:
     """Report what is wrong with boxes in themselves, whatever the sizes of their images.
@@ -107,7 +105,6 @@ def check_boxes(
         labels: [N] int.
         image_index: [N] int: the image of each box.
         where: file and line of a box, or the like.
-        zero_area: what a box of no width or height is: "inverted box" or "sub-pixel box".
         show: the four numbers of a box as in its file; default: those of `boxes`.
 
     Returns:
@@ -117,7 +114,7 @@ def check_boxes(
     finite = (np.abs(boxes) <= MAX_COORDINATE).all(axis=1)  # NaN: false
     with np.errstate(invalid="ignore", over="ignore"):
         side = (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf)  # the shorter one
-    inverted = finite & ((side <= 0) if zero_area == "inverted box" else (side < 0))
+    inverted = finite & (side < 0)
     valid = finite & ~inverted
     small = valid & (side < MIN_SIDE)
     twin = valid & ~small & (labels >= 0)

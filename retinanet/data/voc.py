@@ -59,7 +59,7 @@ class VOCDataset(DetectionDataset):
             lambda name: f"image {shown(name)} does not exist in {folder}",
         )
         if class_names is None:
-            class_names = read_class_list(self.root_dir) or _class_names(self.root_dir / "Annotations")
+            class_names = read_class_list(self.root_dir / "classes.txt") or _class_names(self.root_dir / "Annotations")
         files = [self.root_dir / "Annotations" / f"{name}.xml" for name in image_names]
         found = [(index, *row) for index, path in enumerate(files) for row in _read_objects(path, class_names, report)]
         table = np.array(found, dtype=np.float64).reshape(-1, 8)
@@ -71,7 +71,7 @@ class VOCDataset(DetectionDataset):
         def where(row: int) -> str:
             return f"{files[image_index[row]]}: object {numbers[row]}"
 
-        kept = check_boxes(report, boxes, labels, groups, where, "inverted box")
+        kept = check_boxes(report, boxes, labels, groups, where)
         super().__init__(
             [str(images.get(name)) for name in image_names],
             table[kept, 3:],

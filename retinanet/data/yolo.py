@@ -65,7 +65,7 @@ class YoloDataset(DetectionDataset):
         def where(row: int) -> str:
             return f"{files[image_index[row]]}:{numbers[row]}"
 
-        kept = check_boxes(report, boxes, classes, image_index, where, "sub-pixel box")
+        kept = check_boxes(report, boxes, classes, image_index, where)
         super().__init__(
             [str(path) for path in images.values()],
             table[kept, 2:],
@@ -86,7 +86,7 @@ class YoloDataset(DetectionDataset):
 
 def _read_class_names(root: Path) -> list[str]:
     """Class names from `classes.txt`, or else from `data.yaml`."""
-    names = read_class_list(root)
+    names = read_class_list(root / "classes.txt")
     if names is not None:
         return names
     if not (root / "data.yaml").is_file():

@@ -106,11 +106,8 @@ def test_a_missing_image_is_an_error_that_names_its_line(tmp_path):
         ("a.png,-inf,1,9,9,circle", "not finite", "found -inf,1,9,9"),
         ("a.png,1,1,nan,9,circle", "not finite", "found 1,1,nan,9"),
         ("a.png,1,1,9,1000001,circle", "not finite", "at most 1,000,000"),
-        (
-            "a.png,9,1,9,9,circle",
-            "inverted box",
-            "a box needs x1 < x2 and y1 < y2, or a width and height above 0, found 9,1",
-        ),
+        ("a.png,9,1,9,9,circle", "sub-pixel box", "is less than 1 pixel wide or high: 9,1,9,9"),
+        ("a.png,10,1,9,9,circle", "inverted box", "a box needs x1 < x2 and y1 < y2, or a width and height above 0"),
         ("a.png,1,9,9,3,circle", "inverted box", "found 1,9,9,3"),
         ("a.png,1,1,9,9,", "unknown class", "class '' is not in the class list (circle, rectangle, triangle)"),
         ("a.png,1,1,9,9,Circle", "unknown class", "did you mean 'circle'?"),

@@ -72,7 +72,7 @@ def test_a_set_of_vocs_classes_and_one_of_own_classes_agree_on_them(tmp_path):
 
 def test_all_problems_are_reported_at_once(tmp_path):
     box = describe("dog", 1, 1, 9, 9)
-    root = write_voc(tmp_path, {"a": [describe("dog", 5, 1, 4, 9), describe("dgo", 1, 1, 9, 9)], "b": [], "c": []})
+    root = write_voc(tmp_path, {"a": [describe("dog", 6, 1, 4, 9), describe("dgo", 1, 1, 9, 9)], "b": [], "c": []})
     (root / "Annotations" / "b.xml").write_text("<annotation>")
     (root / "Annotations" / "c.xml").unlink()
     (root / "JPEGImages" / "c.png").unlink()
@@ -99,7 +99,7 @@ def test_the_transform_is_applied(tmp_path):
     ("xml", "message"),
     [
         ("<annotation>", r"a\.xml: is not valid XML"),
-        (describe("dog", 5, 1, 4, 9), r"a\.xml: object 1: a box needs x1 < x2"),
+        (describe("dog", 6, 1, 4, 9), r"a\.xml: object 1: a box needs x1 < x2"),
         (describe("", 1, 1, 4, 9), r"a\.xml: object 1: class '' is not in the class list"),
         (describe("dog", 1, 1, "nan", 9), r"a\.xml: object 1: a box needs finite numbers"),
         (describe("dog", "nan", 1, 9, 9), r"a\.xml: object 1: a box needs finite numbers"),
