@@ -86,7 +86,7 @@ def check_overlap(train_set: DetectionDataset, val_set: DetectionDataset, same_c
     seen = {key: index for index, key in _keys(train_set, same_content)}
     both = [(seen[key], index) for index, key in _keys(val_set, same_content) if key in seen]
     report.add_rows(
-        "same image",
+        "leak",
         both,
         lambda pair: val_set.image_name(pair[1]),
         lambda pair: f"{shown(str(val_set.image_files[pair[1]]))} is trained on, too: {train_set.image_name(pair[0])}",
@@ -98,7 +98,7 @@ def _check_repeated(dataset: DetectionDataset, report: Report) -> None:
     first: dict[str | bytes, int] = {}
     pairs = [(first[key], index) for index, key in _keys(dataset, False) if first.setdefault(key, index) != index]
     report.add_rows(
-        "same image",
+        "repeated image",
         pairs,
         lambda pair: dataset.image_name(pair[1]),
         lambda pair: f"{shown(str(dataset.image_files[pair[1]]))} repeats {dataset.image_name(pair[0])}",
@@ -160,7 +160,7 @@ def _check_images(dataset: DetectionDataset, depth: str, workers: int, report: R
             continue
         sizes[index], orientation = look.header[:2], look.header.orientation
         if orientation != 1 and valid_orientation(orientation) == 1:
-            report.add("invalid EXIF orientation", where, f"{shown(orientation)}; the image is not turned")
+            report.add("EXIF rotation", where, f"{shown(orientation)}; the image is not turned")
         elif orientation != 1:
             message = f"is turned upright by its EXIF orientation {orientation}; its boxes must fit the upright image"
             report.add("EXIF rotation", where, message)

@@ -31,6 +31,7 @@ class CocoDataset(DetectionDataset):
         root_dir: holds `annotations/instances_<set_name>.json` and `images/<set_name>/` (or `<set_name>/`).
         set_name: such as `train2017`.
         transform: sample -> sample.
+        report: gets what is wrong; its arguments say what is then done.
 
     Raises:
         UserError: the annotation file is missing or broken; the message lists all that is wrong.
@@ -40,7 +41,11 @@ class CocoDataset(DetectionDataset):
     has_coco_ids = True
 
     def __init__(
-        self, root_dir: str | Path, set_name: str = "train2017", transform: Callable[[dict], dict] | None = None
+        self,
+        root_dir: str | Path,
+        set_name: str = "train2017",
+        transform: Callable[[dict], dict] | None = None,
+        report: Report | None = None,
     ):
         self.root_dir = Path(root_dir)
         self.set_name = set_name
@@ -48,7 +53,7 @@ class CocoDataset(DetectionDataset):
         self.image_folder = str(self.root_dir / "images" / set_name)
         if not Path(self.image_folder).is_dir() and (self.root_dir / set_name).is_dir():
             self.image_folder = str(self.root_dir / set_name)
-        report = Report()
+        report = Report() if report is None else report
         images, categories, self._truth = read_coco(self.annotation_file, report)
         annotations, kept = _training_boxes(self.annotation_file, self._truth, report)
         truth = self._truth.select(kept)

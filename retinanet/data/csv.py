@@ -31,15 +31,22 @@ class CSVDataset(DetectionDataset):
             `path,,,,,`. Relative paths start at this file's folder, or else at the working directory.
         class_list: one class a line, `class_name,id`, ids from 0.
         transform: sample -> sample.
+        report: gets what is wrong; its arguments say what is then done.
 
     Raises:
         UserError: a file is missing, or lines are wrong; the message lists them all, with file and line.
     """
 
-    def __init__(self, train_file: str | Path, class_list: str | Path, transform: Callable[[dict], dict] | None = None):
+    def __init__(
+        self,
+        train_file: str | Path,
+        class_list: str | Path,
+        transform: Callable[[dict], dict] | None = None,
+        report: Report | None = None,
+    ):
         self.train_file = Path(train_file)
         self.folder = str(self.train_file.parent)
-        report = Report()
+        report = Report() if report is None else report
         class_names = read_classes(Path(class_list), report)
         image_files, self.image_lines, *columns = read_boxes(self.train_file, class_names, report)
         annotations, image_index, lines = columns

@@ -35,7 +35,7 @@ class DetectionDataset(Dataset):
         transform: sample -> sample, applied last.
         difficult: [N] bool: annotations that are neither trained on nor scored; default: none.
         annotation_ids: [N] int: the line or id of each in its file, for messages; default: 0, 1, ...
-        report: what was wrong with the files; default: nothing.
+        report: what was wrong with the files; its arguments say whether that stops here; default: nothing.
         source: the annotations' file or folder, for messages; default: the class's name.
         declared_sizes: [I, 2] int: height and width of each image, where they are known without opening the images.
 
@@ -67,7 +67,8 @@ class DetectionDataset(Dataset):
         declared_sizes: np.ndarray | None = None,
     ):
         self.report = Report() if report is None else report
-        self.report.raise_errors()
+        if not self.report.tolerant:
+            self.report.raise_errors()
         annotations = np.asarray(annotations, dtype=np.float32).reshape(-1, 5)
         image_index, number = np.asarray(image_index, dtype=np.int64), len(image_files)
         difficult = np.zeros(len(annotations), dtype=bool) if difficult is None else np.asarray(difficult, dtype=bool)

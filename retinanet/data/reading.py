@@ -137,7 +137,7 @@ def check_boxes(
         ("duplicate box", twin, "repeats a box of the same image and class:"),
     ):
         report.add_rows(kind, np.flatnonzero(mask), where, lambda row, message=message: f"{message} {show(row)}")
-    return valid & ~small & ~twin
+    return valid & ~small & ~twin & (labels >= 0)
 
 
 def _repeated(columns: Sequence[np.ndarray]) -> np.ndarray:

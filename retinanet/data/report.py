@@ -1,6 +1,6 @@
 """What can be wrong with annotations and images, what is done about each, and reports of it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,95 +10,143 @@ from retinanet.errors import UserError
 MAX_EXAMPLES = 20  # of each kind of problem in a report
 MIN_SIDE = 0.995  # pixels: a box of one pixel stays, though its numbers, or YOLO's fractions, were rounded
 
-# What is done about each kind of problem. FATAL: nothing is read until it is fixed. The others are warnings,
-# which `--strict` makes fatal.
-FATAL, DROPPED, CLIPPED, WARNED = "fatal", "dropped", "clipped", "warned"
+# What is done about each kind of problem. FATAL: nothing is read until it is fixed; with `--skip_bad`, the kinds of
+# SKIPPABLE are SKIPPED instead. The others are warnings, which `--strict` makes fatal.
+FATAL, SKIPPED, DROPPED, CLIPPED, WARNED = "fatal", "skipped", "dropped", "clipped", "warned"
+SKIPPABLE = (
+    *("wrong column count", "not a number", "not finite", "inverted box", "unknown class", "bad entry"),
+    *("unknown image", "bad name", "missing image", "unreadable image", "boxes of another size"),
+)
 KINDS = {
     FATAL: (
-        *("wrong column count", "not a number", "not finite", "inverted box"),
+        *SKIPPABLE,
+        # Guesses that alone explain the data; the others are of the kind "guess".
         *("looks like x, y, width, height", "looks like x1, y1, x2, y2", "looks normalised", "looks swapped"),
-        *("unknown class", "class list", "bad entry", "unknown image", "duplicate image id", "bad name"),
-        *("missing image", "unreadable image", "no boxes"),
+        *("class list", "different classes", "duplicate image id", "no boxes"),
     ),
     DROPPED: ("header row", "sub-pixel box", "duplicate box", "box outside"),
     CLIPPED: ("box partly outside",),
     WARNED: (
-        *("spaces", "separator", "unused class", "crowd-only image", "annotation ids", "same image", "stray file"),
-        *("declared size", "declared area", "EXIF rotation", "invalid EXIF orientation"),
+        *("guess", "repeated image", "no validation boxes", "turned boxes", "scaled boxes", "declared size", "declared area"),
+        *("spaces", "separator", "unused class", "crowd-only image", "annotation ids", "stray file", "EXIF rotation"),
     ),
 }
-POLICIES = {kind: policy for policy, kinds in KINDS.items() for kind in kinds}
+POLICIES = {"leak": WARNED, **{kind: policy for policy, kinds in KINDS.items() for kind in kinds}}  # leaks come first
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong.
+    """One thing that is wrong, or all that have one cause.
 
     Attributes:
         kind: a key of POLICIES.
-        where: file and line, or file and the id of an image or annotation.
+        where: file and line, or file and the id of an image or annotation: the first one.
         message: what is wrong, and what may help.
+        count: how many have this cause.
+        cause: what they have in common; None: nothing.
     """
 
     kind: str
     where: str
     message: str
+    count: int = 1
+    cause: Hashable = None
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.message}"
+        return f"{self.where}: {self.message}" + (f" ({self.count:,} times; this is the first)" * (self.count > 1))
 
 
 class Report:
-    """Problems, counted by kind, with the first MAX_EXAMPLES of each."""
+    """Problems, counted by kind, with the first MAX_EXAMPLES of each; those of one cause are one example.
 
-    def __init__(self):
+    Args:
+        tolerant: data sets are made of what is good, whatever else is wrong, so that `check` can look at all of it.
+        skip_bad: what is SKIPPABLE is left out instead of fatal, and listed in `skipped`: where, and what is wrong.
+    """
+
+    def __init__(self, tolerant: bool = False, skip_bad: bool = False):
+        self.tolerant = tolerant
+        self.skip_bad = skip_bad
         self.counts: dict[str, int] = {}
         self.examples: dict[str, list[Problem]] = {}
+        self.skipped: list[tuple[str, str]] = []
 
-    def add(self, kind: str, where: str, message: str) -> None:
-        """Add one problem."""
-        self.add_rows(kind, [0], lambda _: where, lambda _: message)
+    def policy(self, kind: str) -> str:
+        """What is done about a kind of problem."""
+        assert kind in POLICIES, kind
+        return SKIPPED if self.skip_bad and kind in SKIPPABLE else POLICIES[kind]
+
+    def add(self, kind: str, where: str, message: str, cause: Hashable = None, count: int = 1) -> None:
+        """Add a problem; `cause` (a class's name, a missing folder) joins it to the others of its kind and cause."""
+        if self.policy(kind) == SKIPPED:
+            self.skipped.append((where, message))
+        self._add(Problem(kind, where, message, count, cause))
 
     def add_rows(
-        self, kind: str, rows: Sequence[int] | np.ndarray, where: Callable[[int], str], message: Callable[[int], str]
+        self,
+        kind: str,
+        rows: Sequence[int] | np.ndarray,
+        where: Callable[[int], str],
+        message: Callable[[int], str],
+        cause: Callable[[int], Hashable] | None = None,
     ) -> None:
-        """Add a problem of many rows; `where` and `message` are called only for those that are kept as examples."""
-        assert kind in POLICIES, kind
-        if len(rows):
-            self.counts[kind] = self.counts.get(kind, 0) + len(rows)
-            examples = self.examples.setdefault(kind, [])
-            examples += [Problem(kind, where(row), message(row)) for row in rows[: MAX_EXAMPLES - len(examples)]]
+        """Add a problem of many rows.
+
+        `where` and `message` are called only for those that are kept as examples; `cause`, if given, for all rows,
+        and `message` then once a cause.
+        """
+        groups: dict[Hashable, list[int]] = {}
+        for row in rows if cause else ():
+            groups.setdefault(cause(row), []).append(row)
+        if self.policy(kind) == SKIPPED:
+            texts = {name: message(group[0]) for name, group in groups.items()}
+            self.skipped += [(where(row), texts[cause(row)] if cause else message(row)) for row in rows]
+        for name, group in groups.items() if cause else ((None, [row]) for row in rows[:MAX_EXAMPLES]):
+            self._add(Problem(kind, where(group[0]), message(group[0]), len(group), name))
+        if not cause and len(rows) > MAX_EXAMPLES:
+            self.counts[kind] += len(rows) - MAX_EXAMPLES
+
+    def _add(self, problem: Problem) -> None:
+        self.counts[problem.kind] = self.counts.get(problem.kind, 0) + problem.count
+        examples = self.examples.setdefault(problem.kind, [])
+        for place, other in enumerate(examples if problem.cause is not None else ()):
+            if other.cause == problem.cause:
+                examples[place] = other._replace(count=other.count + problem.count)
+                return
+        if len(examples) < MAX_EXAMPLES:
+            examples.append(problem)
 
     def merge(self, other: "Report") -> None:
         """Add the problems of another report."""
         for kind, examples in other.examples.items():
-            kept = self.examples.setdefault(kind, [])
-            kept += examples[: MAX_EXAMPLES - len(kept)]
-            self.counts[kind] = self.counts.get(kind, 0) + other.counts[kind]
+            for problem in examples:
+                self._add(problem)
+            self.counts[kind] += other.counts[kind] - sum(problem.count for problem in examples)
+        self.skipped += other.skipped
 
     def kinds(self, *policies: str) -> list[str]:
         """The kinds that were found, of these policies."""
-        return [kind for kind in POLICIES if kind in self.counts and POLICIES[kind] in policies]
+        return [kind for kind in POLICIES if kind in self.counts and self.policy(kind) in policies]
 
     def errors(self, strict: bool = False) -> list[str]:
-        """The kinds that were found and are fatal; `strict` makes all fatal."""
+        """The kinds that were found and are fatal; `strict` makes all fatal that are not skipped."""
         return self.kinds(*KINDS) if strict else self.kinds(FATAL)
 
     def warnings(self, strict: bool = False) -> list[str]:
         """The other kinds that were found."""
-        return [] if strict else self.kinds(DROPPED, CLIPPED, WARNED)
+        return self.kinds(SKIPPED) if strict else self.kinds(SKIPPED, DROPPED, CLIPPED, WARNED)
 
     def text(self, kinds: Iterable[str], max_examples: int = MAX_EXAMPLES) -> str:
         """These kinds, each with its count, what is done about it, and examples; one problem alone as one line."""
         kinds = list(kinds)
-        if sum(self.counts[kind] for kind in kinds) == 1:
+        if sum(len(self.examples[kind]) for kind in kinds) == 1:
             return str(self.examples[kinds[0]][0])
         lines = []
         for kind in kinds:
             examples = self.examples[kind][:max_examples]
-            lines.append(f"{kind} ({POLICIES[kind]}): {self.counts[kind]:,}")
+            lines.append(f"{kind} ({self.policy(kind)}): {self.counts[kind]:,}")
             lines += [f"  {problem}" for problem in examples]
-            if self.counts[kind] > len(examples):
-                lines.append(f"  ... and {self.counts[kind] - len(examples):,} more")
+            if (more := self.counts[kind] - sum(problem.count for problem in examples)) > 0:
+                lines.append(f"  ... and {more:,} more")
         return "\n".join(lines)
 
     def raise_errors(self, strict: bool = False) -> None:

@@ -30,6 +30,7 @@ class VOCDataset(DetectionDataset):
         transform: sample -> sample.
         class_names: the classes, in order; default: those of `classes.txt` in `root_dir`, or else VOC's twenty, or
             all that `Annotations` has, sorted, if there are others among them.
+        report: gets what is wrong; its arguments say what is then done.
 
     Raises:
         UserError: files are missing or wrong; the message lists all that is wrong.
@@ -41,11 +42,12 @@ class VOCDataset(DetectionDataset):
         set_name: str = "train",
         transform: Callable[[dict], dict] | None = None,
         class_names: Sequence[str] | None = None,
+        report: Report | None = None,
     ):
         self.root_dir = Path(root_dir)
         self.set_name = set_name
         list_file = self.root_dir / "ImageSets" / "Main" / f"{set_name}.txt"
-        report = Report()
+        report = Report() if report is None else report
         lines = [line.strip() for line in read_text(list_file).splitlines() if line.strip()]
         if not lines:
             raise UserError(f"{list_file}: lists no images")

@@ -25,12 +25,19 @@ class YoloDataset(DetectionDataset):
             and the class names: `data.yaml`, or `classes.txt` with one a line.
         set_name: such as `train`.
         transform: sample -> sample.
+        report: gets what is wrong; its arguments say what is then done.
 
     Raises:
         UserError: a file is missing, or lines are wrong; the message lists them all, with file and line.
     """
 
-    def __init__(self, root_dir: str | Path, set_name: str = "train", transform: Callable[[dict], dict] | None = None):
+    def __init__(
+        self,
+        root_dir: str | Path,
+        set_name: str = "train",
+        transform: Callable[[dict], dict] | None = None,
+        report: Report | None = None,
+    ):
         self.root_dir = Path(root_dir)
         self.set_name = set_name
         folders = [self.root_dir / "images" / set_name, self.root_dir / set_name / "images"]
@@ -40,7 +47,7 @@ class YoloDataset(DetectionDataset):
         labels = self.root_dir / "labels" / set_name if folder == folders[0] else self.root_dir / set_name / "labels"
         if not labels.is_dir():
             raise UserError(f"{labels}: does not exist; it must hold the boxes")
-        report = Report()
+        report = Report() if report is None else report
         class_names = _read_class_names(self.root_dir)
         images = list_images(folder)
         if not images:

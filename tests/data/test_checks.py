@@ -79,16 +79,16 @@ def test_images_in_both_sets_are_found_by_path_and_by_content(tmp_path):
     by_path, by_content = Report(), Report()
     checks.check_overlap(train, val, False, by_path)
     checks.check_overlap(train, val, True, by_content)
-    assert places(by_path, "same image") == [":2"]
-    assert places(by_content, "same image") == [":1", ":2"]
+    assert places(by_path, "leak") == [":2"]
+    assert places(by_content, "leak") == [":1", ":2"]
 
 
 def test_a_image_that_is_listed_under_two_names_is_reported(tmp_path):
     lines = ["a.png,4,8,24,40,rectangle", "./a.png,30,10,60,40,circle", "b.png,1,1,9,9,triangle"]
     data = CSVDataset(*write_csv_data(tmp_path, lines))
     report = checks.check_dataset(data)
-    assert report.counts == {"same image": 1}
-    assert "data.csv:2: './a.png' repeats" in report.text(["same image"])
+    assert report.counts == {"repeated image": 1}
+    assert "data.csv:2: './a.png' repeats" in report.text(["repeated image"])
 
 
 def test_training_stops_before_it_writes_anything(tmp_path, capsys):

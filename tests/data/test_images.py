@@ -157,7 +157,7 @@ def test_an_invalid_orientation_does_not_turn_and_is_reported(tmp_path, value, k
     path.write_bytes(path.read_bytes() + trailer)
     assert read_image(path).shape == (24, 40, 3) and read_header(path)[:2] == (24, 40)
     files = write_csv_data(tmp_path, ["a.jpg,1,1,9,9,circle"])
-    expected = {} if kind == 99 else {"invalid EXIF orientation": 1}  # Pillow skips an unknown type
+    expected = {} if kind == 99 else {"EXIF rotation": 1}  # Pillow skips an unknown type
     assert checks.check_dataset(CSVDataset(*files), training=False).counts == expected
 
 
