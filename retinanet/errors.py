@@ -2,8 +2,14 @@
 
 import difflib
 import itertools
+import re
 import reprlib
 from collections.abc import Iterable
+
+# Control characters, line breaks, halves of surrogate pairs, and what is invisible or turns the direction of writing.
+UNSAFE = re.compile(
+    r"[\0-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\uffff]"
+)
 
 
 class UserError(ValueError):
@@ -17,6 +23,16 @@ def shown(value: object) -> str:
     short.maxlevel = 2
     text = short.repr(value)
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def escaped(text: str) -> str:
+    """A name or path as a line of a terminal may hold it: what is UNSAFE as Python escapes it."""
+    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def printable(text: str) -> str:
+    """A message as a terminal may get it: each of its lines `escaped`."""
+    return "\n".join(map(escaped, text.split("\n")))
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

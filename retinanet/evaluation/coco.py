@@ -18,7 +18,7 @@ from retinanet.boxes import xywh_to_xyxy, xyxy_to_xywh
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.ground_truth import quiet_coco
 from retinanet.data.reading import load_json
-from retinanet.errors import UserError, shown
+from retinanet.errors import UserError, escaped, shown
 from retinanet.inference import detect_dataset
 from retinanet.postprocess import Detections
 from retinanet.process import log, show_log
@@ -223,9 +223,10 @@ def metrics_table(metrics: Mapping[str, float]) -> str:
 
 def class_table(classes: Sequence[ClassScore]) -> str:
     """A line of text for each class; dashes where it has no boxes."""
-    width = max(5, *(len(row.name) for row in classes))
+    names = [escaped(row.name) for row in classes]
+    width = max(5, *map(len, names))
     lines = [f"{'class':{width}}     AP   AP50     AR   boxes"]
-    for name, *values, boxes in classes:
+    for name, (_, *values, boxes) in zip(names, classes, strict=True):
         cells = (f"{value:.3f}" if boxes else "-" for value in values)
         lines.append(f"{name:{width}}  " + "  ".join(f"{cell:>5}" for cell in cells) + f"  {boxes:6d}")
     return "\n".join(lines)

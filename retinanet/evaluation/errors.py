@@ -13,6 +13,7 @@ import torch
 
 from retinanet.boxes import box_area, box_intersection
 from retinanet.data.dataset import DetectionDataset
+from retinanet.errors import escaped
 from retinanet.evaluation.voc import average_precision, compute_overlap
 from retinanet.postprocess import Detections
 
@@ -238,17 +239,17 @@ def confusion_table(analysis: ErrorAnalysis, class_names: Sequence[str], limit: 
     """The most frequent confusions as text, at most `limit` lines."""
     counts = analysis.confusion.copy()
     np.fill_diagonal(counts, 0)
-    background = len(class_names)
+    names, background = [escaped(name) for name in class_names], len(class_names)
     lines = []
     for place in np.argsort(-counts, axis=None, kind="stable")[:limit]:
         true, detected = np.unravel_index(place, counts.shape)
         if not counts[true, detected]:
             break
         if detected == background:
-            what = f"{class_names[true]} missed"
+            what = f"{names[true]} missed"
         elif true == background:
-            what = f"{class_names[detected]} found in the background"
+            what = f"{names[detected]} found in the background"
         else:
-            what = f"{class_names[true]} found as {class_names[detected]}"
+            what = f"{names[true]} found as {names[detected]}"
         lines.append(f"  {counts[true, detected]:6d} x  {what}")
     return "\n".join([f"most frequent confusions, of scores above {CONFUSION_SCORE}:", *lines])

@@ -14,6 +14,7 @@ from torch import nn
 
 from retinanet.boxes import box_iou
 from retinanet.data.dataset import DetectionDataset
+from retinanet.errors import escaped
 from retinanet.inference import detect_dataset
 from retinanet.postprocess import MAX_DETECTIONS, SCORE_THRESHOLD, Detections
 from retinanet.process import log, show_log
@@ -133,12 +134,13 @@ def mean_average_precision(results: Mapping[int, ClassResult]) -> float:
 
 def class_table(results: Mapping[int, ClassResult], dataset: DetectionDataset) -> str:
     """A line of text for each class, and their mean; a dash where a class has no boxes."""
-    width = max(5, *map(len, dataset.classes))
+    names = {label: escaped(name) for label, name in dataset.labels.items()}
+    width = max(5, *map(len, names.values()))
     lines = [f"{'class':{width}}  VOC AP  precision  recall   boxes"]
     for label, result in results.items():
         average = f"{result.average_precision:.3f}" if result.num_boxes else "-"
         lines.append(
-            f"{dataset.label_to_name(label):{width}}  {average:>6}  {result.precision:9.3f}  {result.recall:6.3f}  "
+            f"{names[label]:{width}}  {average:>6}  {result.precision:9.3f}  {result.recall:6.3f}  "
             f"{result.num_boxes:6d}"
         )
     return "\n".join([*lines, f"mAP {mean_average_precision(results):.4f}"])

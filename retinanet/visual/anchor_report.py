@@ -8,11 +8,11 @@ import numpy as np
 
 from retinanet.anchors import Anchors
 from retinanet.data.dataset import DetectionDataset
+from retinanet.errors import escaped
 from retinanet.matcher import BACKGROUND_IOU, FOREGROUND_IOU
 from retinanet.process import log
 from retinanet.visual.anchor_fit import WORTHWHILE_IOU, AnchorFit, measure, smallest_side
 from retinanet.visual.charts import chart_names, new_figure, save_figure
-from retinanet.visual.text import one_line
 
 WARNING_SHARE = 0.05  # of boxes out of reach, above which training warns
 WORTHWHILE_SHARE = 0.01  # other anchors are advised if they reach this share of the boxes more
@@ -89,7 +89,7 @@ def _coverage_table(
     names = present
     if len(present) > limit:
         names = sorted(present, key=lambda name: -fit.unreachable[groups[name]].sum())[:limit]
-    shown, advised = {name: one_line(name) for name in names}, better is not fit
+    shown, advised = {name: escaped(name) for name in names}, better is not fit
     width = max(len(title), *map(len, shown.values()))
     lines = [f"{title:{width}}   boxes  IoU >= 0.5  IoU >= 0.4  mean IoU  " + "advised anchors" * advised]
     for name in names:
@@ -103,7 +103,7 @@ def _coverage_table(
 def _describe(fit: AnchorFit, row: int, dataset: DetectionDataset) -> str:
     box = fit.boxes.boxes[row]
     width, height = box[2:] - box[:2]
-    name = one_line(fit.class_names[fit.boxes.labels[row]])
+    name = escaped(fit.class_names[fit.boxes.labels[row]])
     original = ", ".join(f"{value:.0f}" for value in box / fit.boxes.scales[row])
     return (
         f"IoU {fit.iou[row]:.2f}: {name} ({original}), {width:.0f} x {height:.0f} px after resizing, "
