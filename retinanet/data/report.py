@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from retinanet.errors import UserError
+from retinanet.errors import UserError, escaped
 
 MAX_EXAMPLES = 20  # of each kind of problem in a report
 MIN_SIDE = 0.995  # pixels: a box of one pixel stays, though its numbers, or YOLO's fractions, were rounded
@@ -27,8 +27,9 @@ KINDS = {
     DROPPED: ("header row", "sub-pixel box", "duplicate box", "box outside"),
     CLIPPED: ("box partly outside",),
     WARNED: (
-        *("guess", "repeated image", "no validation boxes", "turned boxes", "scaled boxes", "declared size", "declared area"),
+        *("guess", "repeated image", "no validation boxes", "turned boxes", "scaled boxes", "declared size"),
         *("spaces", "separator", "unused class", "crowd-only image", "annotation ids", "stray file", "EXIF rotation"),
+        "declared area",
     ),
 }
 POLICIES = {"leak": WARNED, **{kind: policy for policy, kinds in KINDS.items() for kind in kinds}}  # leaks come first
@@ -52,7 +53,7 @@ class Problem(NamedTuple):
     cause: Hashable = None
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.message}" + (f" ({self.count:,} times; this is the first)" * (self.count > 1))
+        return f"{escaped(self.where)}: {self.message}" + (f" ({self.count:,} times; this is the first)" * (self.count > 1))
 
 
 class Report:
@@ -176,4 +177,4 @@ class FileError(UserError):
         self.message = message
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.message}"
+        return f"{escaped(self.where)}: {self.message}"
