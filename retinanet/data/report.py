@@ -53,7 +53,8 @@ class Problem(NamedTuple):
     cause: Hashable = None
 
     def __str__(self) -> str:
-        return f"{escaped(self.where)}: {self.message}" + (f" ({self.count:,} times; this is the first)" * (self.count > 1))
+        times = f" ({self.count:,} times; this is the first)" if self.count > 1 else ""
+        return f"{escaped(self.where)}: {self.message}{times}"
 
 
 class Report:
