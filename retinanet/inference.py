@@ -16,6 +16,7 @@ from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import read_image, to_rgb
 from retinanet.data.loader import collater, explained, make_loader
 from retinanet.data.transforms import Resizer, normalize
+from retinanet.errors import shown
 from retinanet.model import RetinaNet
 from retinanet.postprocess import MAX_DETECTIONS, Detections
 from retinanet.process import autocast, choose_device, choose_precision, gather_objects, progress
@@ -69,7 +70,8 @@ def predict(
         max_side: limit of the resized long side, pixels; by default as in training.
         class_names: name of each label; by default the checkpoint's.
         device: as `--device`; by default where the model is, or `auto` for a path.
-        precision: of the network's arithmetic; also as `--precision`.
+        precision: of the network's arithmetic; also as `--precision`. A model whose weights are not float32 computes
+            in their precision.
 
     Returns:
         One Prediction an image, in order.
@@ -87,8 +89,8 @@ def predict(
         images = [images]
     names = info.get("class_names") if class_names is None else class_names
     names = [str(label) for label in range(net.num_classes)] if names is None else names
-    if len(names) != net.num_classes:
-        raise ValueError(f"class_names has {len(names)} names, but the model {net.num_classes} classes")
+    if isinstance(names, str) or len(names) != net.num_classes:
+        raise ValueError(f"class_names must be {net.num_classes} names, as many as the model's classes: {shown(names)}")
     resizer = Resizer(min_side or info.get("min_side", 608), max_side or info.get("max_side", 1024))
     if isinstance(precision, str):
         precision = choose_precision(precision, next(net.parameters()).device)
@@ -172,8 +174,9 @@ def detect_batch(
     model: nn.Module, batch: dict[str, Any], device: torch.device, precision: torch.dtype, **limits: float | None
 ) -> list[Detections]:
     """Run a detector over one batch from `collater`; arguments and detections are those of `detect`."""
-    images = normalize(batch["img"].to(device, non_blocking=True))
-    with autocast(device, precision):
+    weights = next((weight.dtype for weight in model.parameters()), torch.float32)
+    images = normalize(batch["img"].to(device, non_blocking=True)).to(weights)
+    with autocast(device, precision if weights == torch.float32 else torch.float32):  # float32 means no autocast
         found = model.detect(images, image_sizes=batch["size"], **limits)
     return [
         Detections(scores.cpu(), labels.cpu(), boxes.cpu() / scale)

@@ -1,3 +1,4 @@
+import copy
 import subprocess
 import sys
 
@@ -9,9 +10,13 @@ from PIL import Image
 from torch import nn
 
 import retinanet
+from retinanet.boxes import box_iou
 from retinanet.data.images import read_image
+from retinanet.data.shapes import ShapesDataset
 from retinanet.data.transforms import Resizer, normalize
 from retinanet.errors import UserError
+from retinanet.evaluation.coco import evaluate_coco
+from retinanet.evaluation.voc import evaluate
 from retinanet.inference import as_array, detect, detect_images, predict
 from retinanet.postprocess import Detections
 from retinanet.training import checkpoint
@@ -161,9 +166,28 @@ def test_other_arguments_of_predict(filled_net):
     expected = predict(filled_net, image, 0.02, min_side=64)[0]
     found = predict(torch.nn.DataParallel(filled_net), image, 0.02, min_side=64, precision="fp32")[0]
     assert len(found.scores) > 3 and torch.equal(found.boxes, expected.boxes)
-    with pytest.raises(ValueError, match="class_names has 1 names, but the model 3 classes"):
-        predict(filled_net, image, class_names=["cat"])
+    for names in (["cat"], "cat", ["a", "b", "c", "d"]):  # "cat" has three letters, and the model three classes
+        with pytest.raises(ValueError, match="class_names must be 3 names"):
+            predict(filled_net, image, class_names=names)
     assert "predict" in dir(retinanet)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_models_of_other_types_and_callers_of_another_default_type(filled_net, dtype):
+    image, limits = gradient(64, 96), {"score_threshold": 0.02, "min_side": 64}
+    best = [values[:1] for values in predict(filled_net, image, **limits)[0][:3]]
+    net, data = copy.deepcopy(filled_net).to(dtype), ShapesDataset(1, transform=Resizer(64, 64))
+    for precision in ("fp32", "bf16"):
+        found = predict(net, image, precision=precision, **limits)[0]
+        assert found.scores.dtype == found.boxes.dtype == torch.float32
+        assert (box_iou(found.boxes, best[2])[found.labels == best[1]] > 0.8).any()
+    assert 0 <= evaluate_coco(data, net)["AP"] <= 1 and len(evaluate(data, nn.DataParallel(net))) == 3
+    torch.set_default_dtype(dtype)
+    try:
+        again = predict(filled_net, image, **limits)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(values[:1], expected) for values, expected in zip(again[:3], best, strict=True))
 
 
 # Data sets
