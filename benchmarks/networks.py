@@ -62,10 +62,11 @@ def make_networks(classes: int, height: int, width: int, device: str) -> tuple[R
 
 
 def make_batch(batch: int, height: int, width: int, classes: int, boxes: int, device: str) -> tuple[Tensor, Tensor]:
-    """Normalised random images, channels_last, and boxes of 32 pixels to half the image."""
+    """Normalised random images, channels_last, and boxes as in COCO: sides of 24 to 330 pixels at 608 x 800."""
     images = torch.randn(batch, 3, height, width, device=device).contiguous(memory_format=torch.channels_last)
-    corner = torch.rand(batch, boxes, 2, device=device) * min(height, width) / 2
-    side = 32 + torch.rand(batch, boxes, 2, device=device) * (min(height, width) / 2 - 32)
+    size = torch.tensor([width, height], device=device)
+    side = 24 * (330 / 24) ** torch.rand(batch, boxes, 2, device=device) * min(height, width) / 608
+    corner = torch.rand(batch, boxes, 2, device=device) * (size - side).clamp(min=0)
     labels = torch.randint(0, classes, (batch, boxes, 1), device=device)
     return images, torch.cat([corner, corner + side, labels], dim=-1)
 
@@ -81,5 +82,5 @@ def add_arguments(parser) -> None:
     parser.add_argument("--height", type=int, default=608, help="pixels")
     parser.add_argument("--width", type=int, default=800, help="pixels")
     parser.add_argument("--classes", type=int, default=80, help="classes")
-    parser.add_argument("--boxes", type=int, default=15, help="boxes an image")
+    parser.add_argument("--boxes", type=int, default=7, help="boxes an image")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of our network")

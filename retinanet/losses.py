@@ -82,17 +82,24 @@ class FocalLoss(nn.Module):
         self.beta = beta
         self.best_match_iou = best_match_iou
 
-    def assign(self, anchors: Tensor, annotations: Tensor) -> tuple[Tensor, Tensor]:
+    def assign(self, anchors: Tensor, annotations: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
         """Step 1: what each anchor must find.
 
         Args:
             anchors: [1, A, 4] xyxy, pixels.
             annotations: [B, G, 5] (x1, y1, x2, y2, label), pixels; rows of -1 are padding.
+            num_classes: K.
 
         Returns:
             Labels [B, A] int64 (a class, or BACKGROUND, or IGNORE) and boxes [B, A, 4] xyxy (of no meaning where
             the label is no class).
+
+        Raises:
+            ValueError: a label (of annotations on the CPU) is not one of the K classes.
         """
+        largest = annotations[..., 4].max() if annotations.numel() and annotations.device.type == "cpu" else -1
+        if largest >= num_classes:  # a GPU is not asked, because training would wait for the answer
+            raise ValueError(f"there is a label {int(largest)}, but the classes are 0 to {num_classes - 1}")
         annotations = annotations.float()
         if annotations.shape[1] == 0:
             annotations = F.pad(annotations, (0, 0, 0, 1), value=-1.0)  # a row for `gather` to read
@@ -102,24 +109,18 @@ class FocalLoss(nn.Module):
         return torch.where(matches >= 0, matched[..., 4].long(), matches), matched[..., :4]
 
     def class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Step 2a: the focal loss of each image, summed over its anchors: [B, A, K], [B, A] -> [B]."""
+        """The focal loss of each image, summed over its anchors: [B, A, K], [B, A] -> [B]."""
         return focal_loss(logits, labels, self.alpha, self.gamma).sum(dim=1)
 
     def box_loss(self, deltas: Tensor, anchors: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
-        """Step 2b: smooth L1 of each image, summed over its positive anchors -> [B]; arguments as in `assign`."""
+        """Smooth L1 of each image, summed over its positive anchors -> [B]; arguments as in `assign`."""
         loss = smooth_l1(deltas, encode_boxes(anchors, boxes), self.beta)  # [B, A]
         return torch.where(labels >= 0, loss, 0).sum(dim=1)
 
-    def per_image(
-        self, classifications: Tensor, regressions: Tensor, anchors: Tensor, annotations: Tensor
+    def of_assigned(
+        self, classifications: Tensor, regressions: Tensor, anchors: Tensor, labels: Tensor, boxes: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Class loss and box loss of each image, [B] float32 each; arguments and errors are those of `forward`."""
-        largest = annotations[..., 4].max() if annotations.numel() and annotations.device.type == "cpu" else -1
-        if largest >= classifications.shape[-1]:  # a GPU is not asked, because training would wait for the answer
-            raise ValueError(
-                f"there is a label {int(largest)}, but the classes are 0 to {classifications.shape[-1] - 1}"
-            )
-        labels, boxes = self.assign(anchors, annotations)
+        """Step 2: class loss and box loss of each image, [B] float32 each; labels and boxes come from `assign`."""
         # Paper: the positives of each image. Original: the same, at least 1. Here: the original's.
         num_positive = (labels >= 0).sum(dim=1).clamp(min=1)
         class_loss = self.class_loss(classifications, labels) / num_positive
@@ -142,5 +143,6 @@ class FocalLoss(nn.Module):
         Raises:
             ValueError: a label (of annotations on the CPU) is not one of the K classes.
         """
-        class_loss, box_loss = self.per_image(classifications, regressions, anchors, annotations)
+        labels, boxes = self.assign(anchors, annotations, classifications.shape[-1])
+        class_loss, box_loss = self.of_assigned(classifications, regressions, anchors, labels, boxes)
         return class_loss.mean(dim=0, keepdim=True), box_loss.mean(dim=0, keepdim=True)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retinanet import losses, postprocess
+from retinanet import losses, postprocess, sparse_head
 from retinanet.anchors import PYRAMID_LEVELS, Anchors
 from retinanet.boxes import BBoxTransform as BBoxTransform  # these three: names that the original's scripts import
 from retinanet.boxes import ClipBoxes as ClipBoxes
@@ -178,6 +178,10 @@ class RetinaNet(Backbone):
                     module.eval()
         return self
 
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] normalised -> P3 to P7, [B, 256, rows, columns] each."""
+        return self.fpn(self.backbone(images.to(self.conv1.weight.dtype)))  # which may be of half or double precision
+
     def heads(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The network's raw outputs: what losses, detection and export start from.
 
@@ -187,11 +191,21 @@ class RetinaNet(Backbone):
         Returns:
             Logits [B, A, K], deltas [B, A, 4] and anchors [1, A, 4] (xyxy, pixels of the input).
         """
-        images = images.to(self.conv1.weight.dtype)  # the network may be in half or double precision
-        pyramid = self.fpn(self.backbone(images))
+        pyramid = self.pyramid(images)
         logits = torch.cat([self.classificationModel(level) for level in pyramid], dim=1)
         deltas = torch.cat([self.regressionModel(level) for level in pyramid], dim=1)
         return logits, deltas, self.anchors(images)
+
+    def loss(self, images: Tensor, annotations: Tensor) -> tuple[Tensor, Tensor]:
+        """Class loss [1] and box loss [1]; the box head runs only where an anchor is positive (sparse_head.py)."""
+        anchors = self.anchors(images)
+        labels, boxes = self.focalLoss.assign(anchors, annotations, self.num_classes)
+        planned = sparse_head.plan(labels >= 0, self.anchors.level_shapes(*images.shape[-2:]))
+        pyramid = self.pyramid(images)
+        logits = torch.cat([self.classificationModel(level) for level in pyramid], dim=1)
+        deltas = sparse_head.run(self.regressionModel, pyramid, planned)
+        losses = self.focalLoss.of_assigned(logits, deltas, anchors, labels, boxes)
+        return tuple(loss.mean(dim=0, keepdim=True) for loss in losses)
 
     @torch.no_grad()
     def detect(
@@ -207,24 +221,31 @@ class RetinaNet(Backbone):
 
         Args:
             images: [B, 3, H, W] normalised.
-            score_threshold: as in `postprocess.select_detections`; likewise the next three.
-            nms_threshold: likewise.
-            top_k: likewise.
-            max_detections: likewise.
+            score_threshold: scores must be above it.
+            nms_threshold: IoU above which the worse of two boxes of a class is dropped.
+            top_k: candidates of each pyramid level; None for all.
+            max_detections: detections of an image; None for all.
             image_sizes: height and width, pixels, of each image without its padding, where boxes are clipped;
                 by default the size of the batch.
 
         Returns:
             For each image, its Detections, best first; boxes in pixels of the input.
         """
-        logits, deltas, anchors = self.heads(images)
+        pyramid = self.pyramid(images)
+        logits = torch.cat([self.classificationModel(level) for level in pyramid], dim=1)
+        level_sizes = self.anchors.level_sizes(*images.shape[-2:])
+        chosen = [postprocess.best_candidates(x, level_sizes, score_threshold, top_k) for x in logits]  # [N] each
+        counts = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
+        for row, candidates in zip(counts, chosen, strict=True):
+            row[candidates // self.num_classes] = True
+        planned = sparse_head.plan(counts, self.anchors.level_shapes(*images.shape[-2:]))
+        deltas = sparse_head.run(self.regressionModel, pyramid, planned)
+        anchors = self.anchors(images)[0]
         if image_sizes is None:
             image_sizes = [tuple(images.shape[-2:])] * len(images)
-        level_sizes = self.anchors.level_sizes(*images.shape[-2:])
-        limits = (score_threshold, nms_threshold, top_k, max_detections)
         return [
-            postprocess.select_detections(*outputs, anchors[0], level_sizes, size, *limits)
-            for *outputs, size in zip(logits, deltas, image_sizes, strict=True)
+            postprocess.select_detections(*parts, anchors, size, nms_threshold, max_detections)
+            for *parts, size in zip(chosen, logits, deltas, image_sizes, strict=True)
         ]
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -244,8 +265,7 @@ class RetinaNet(Backbone):
         if self.training:
             if isinstance(inputs, Tensor):
                 raise ValueError("in training mode the model takes [images, annotations]; call eval() to detect")
-            images, annotations = inputs
-            return self.focalLoss(*self.heads(images), annotations)
+            return self.loss(*inputs)
         if not isinstance(inputs, Tensor):
             raise ValueError("in evaluation mode the model takes images alone; call train() for the losses")
         if len(inputs) != 1:

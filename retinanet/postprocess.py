@@ -28,51 +28,57 @@ class Detections(NamedTuple):
     boxes: Tensor
 
 
-def _best_candidates(logits: Tensor, logit_threshold: float, top_k: int | None) -> Tensor:
-    """[A, K] of one level -> [N] flat indices of the logits above the threshold, the `top_k` best of them."""
-    flat = logits.flatten()
-    candidates = (flat > logit_threshold).nonzero()[:, 0]
-    if top_k is not None and len(candidates) > top_k:
-        candidates = candidates[flat[candidates].topk(top_k).indices]
-    return candidates
-
-
-def select_detections(
-    logits: Tensor,
-    deltas: Tensor,
-    anchors: Tensor,
-    level_sizes: Sequence[int],
-    image_size: tuple[float, float],
-    score_threshold: float = SCORE_THRESHOLD,
-    nms_threshold: float = NMS_THRESHOLD,
-    top_k: int | None = TOP_K,
-    max_detections: int | None = MAX_DETECTIONS,
-) -> Detections:
-    """Detections of one image: the best candidates of each level, decoded, then NMS within each class.
+def best_candidates(
+    logits: Tensor, level_sizes: Sequence[int], score_threshold: float = SCORE_THRESHOLD, top_k: int | None = TOP_K
+) -> Tensor:
+    """The candidates of one image: at most the `top_k` best of each level, of scores above the threshold.
 
     Args:
         logits: [A, K].
-        deltas: [A, 4].
-        anchors: [A, 4] xyxy, pixels of the padded input.
         level_sizes: number of anchors of each pyramid level; they sum to A.
-        image_size: height and width, pixels, at which boxes are clipped.
         score_threshold: scores must be above it.
-        nms_threshold: of two boxes of a class that overlap by more than this IoU, the better one stays.
-        top_k: candidates of each level that are decoded; None for all.
-        max_detections: detections of the image that are returned; None for all.
+        top_k: candidates of each level; None for all.
+
+    Returns:
+        [N] positions in `logits.flatten()`: anchor x K + class.
     """
-    num_classes = logits.shape[-1]
     logit_threshold = torch.logit(torch.tensor(score_threshold, dtype=torch.float64).clamp(0, 1)).item()
     candidates, offset = [], 0
-    for level_logits in logits.split(list(level_sizes)):
-        candidates.append(_best_candidates(level_logits, logit_threshold, top_k) + offset)
-        offset += level_logits.numel()
-    candidates = torch.cat(candidates)
-    anchor_index = candidates // num_classes  # [N]
+    for level in logits.split(list(level_sizes)):
+        flat = level.flatten()
+        found = (flat > logit_threshold).nonzero()[:, 0]
+        if top_k is not None and len(found) > top_k:
+            found = found[flat[found].topk(top_k).indices]
+        candidates.append(found + offset)
+        offset += len(flat)
+    return torch.cat(candidates)
+
+
+def select_detections(
+    candidates: Tensor,
+    logits: Tensor,
+    deltas: Tensor,
+    anchors: Tensor,
+    image_size: tuple[float, float],
+    nms_threshold: float = NMS_THRESHOLD,
+    max_detections: int | None = MAX_DETECTIONS,
+) -> Detections:
+    """Detections of one image: its candidates decoded and clipped, then NMS within each class.
+
+    Args:
+        candidates: [N] from `best_candidates`.
+        logits: [A, K].
+        deltas: [A, 4]; only those of candidates count.
+        anchors: [A, 4] xyxy, pixels of the padded input.
+        image_size: height and width, pixels, at which boxes are clipped.
+        nms_threshold: of two boxes of a class that overlap by more than this IoU, the better one is kept.
+        max_detections: detections that are returned; None for all.
+    """
+    anchor_index = candidates // logits.shape[-1]  # [N]
     boxes = clip_boxes(decode_boxes(anchors[anchor_index], deltas[anchor_index]), *image_size)
-    inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # not wholly in the padding, where clipping leaves a line
+    inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # not entirely in the padding, where clipping leaves a line
     candidates, boxes = candidates[inside], boxes[inside]
     scores = logits.flatten()[candidates].float().sigmoid()  # [N]
-    labels = candidates % num_classes
+    labels = candidates % logits.shape[-1]
     kept = batched_nms(boxes, scores, labels, nms_threshold)[:max_detections]
     return Detections(scores[kept], labels[kept], boxes[kept])

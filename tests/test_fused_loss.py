@@ -73,7 +73,8 @@ def test_the_criterion_equals_the_plain_one(num_boxes, best_match_iou):
     results = []
     for kind in (FocalLoss, FusedFocalLoss):
         criterion = kind(best_match_iou=best_match_iou)
-        per_image = criterion.per_image(logits, deltas, anchors, annotations)
+        assigned = criterion.assign(anchors, annotations, logits.shape[-1])
+        per_image = criterion.of_assigned(logits, deltas, anchors, *assigned)
         results.append((per_image, gradients(lambda *x: criterion(*x, anchors, annotations), logits, deltas)))  # noqa: B023
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
 

@@ -38,9 +38,14 @@ def test_losses_and_gradients_equal_the_originals(golden):
     torch.testing.assert_close(golden["deltas"].grad, golden["grad_deltas"], rtol=1e-4, atol=1e-8)
 
 
+def per_image(criterion, logits, deltas, anchors, annotations):
+    assigned = criterion.assign(anchors, annotations, logits.shape[-1])
+    return criterion.of_assigned(logits, deltas, anchors, *assigned)
+
+
 def test_losses_of_each_image_equal_the_originals(golden):
     outputs = golden["logits"], golden["deltas"], golden["anchors"], golden["annotations"]
-    class_loss, box_loss = FocalLoss().per_image(*outputs)
+    class_loss, box_loss = per_image(FocalLoss(), *outputs)
     torch.testing.assert_close(class_loss.double(), golden["class_loss_per_image"], rtol=1e-4, atol=0)
     torch.testing.assert_close(box_loss.double(), golden["box_loss_per_image"], rtol=1e-4, atol=1e-6)
 
@@ -127,7 +132,7 @@ def test_best_match_rule_adds_an_anchor():
 def test_assignment_gives_labels_and_boxes():
     anchors = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 45, 100], [50, 50, 60, 60]]])
     annotations = torch.tensor([[[0.0, 0, 10, 9, 3], [0, 0, 100, 100, 1]], [[-1.0] * 5, [-1.0] * 5]])
-    labels, boxes = FocalLoss().assign(anchors, annotations)
+    labels, boxes = FocalLoss().assign(anchors, annotations, 5)
     assert labels.tolist() == [[3, IGNORE, BACKGROUND], [BACKGROUND] * 3]
     assert boxes[0, 0].tolist() == [0, 0, 10, 9]
 

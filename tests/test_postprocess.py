@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from retinanet.postprocess import select_detections
+from retinanet.postprocess import best_candidates, select_detections
 
 FAR = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 0.0, 30.0, 10.0], [40.0, 0.0, 50.0, 10.0], [60.0, 0.0, 70.0, 10.0]])
 
@@ -10,9 +10,9 @@ def logit(*scores):
     return torch.logit(torch.tensor(scores))
 
 
-def select(logits, anchors=FAR, level_sizes=None, **limits):
-    sizes = [len(anchors)] if level_sizes is None else level_sizes
-    return select_detections(logits, torch.zeros(len(anchors), 4), anchors, sizes, (100, 100), **limits)
+def select(logits, anchors=FAR, level_sizes=None, size=(100, 100), score_threshold=0.05, top_k=1000, **limits):
+    candidates = best_candidates(logits, level_sizes or [len(anchors)], score_threshold, top_k)
+    return select_detections(candidates, logits, torch.zeros(len(anchors), 4), anchors, size, **limits)
 
 
 def test_best_first_above_the_threshold():
@@ -45,11 +45,6 @@ def test_nothing_found_is_empty_not_an_error():
     assert scores.shape == labels.shape == (0,) and boxes.shape == (0, 4) and labels.dtype == torch.int64
 
 
-@pytest.mark.parametrize("threshold, expected", [(0.0, 4), (1.0, 0)])
-def test_extreme_thresholds(threshold, expected):
-    assert len(select(logit([0.9], [0.8], [0.3], [0.2]), score_threshold=threshold).scores) == expected
-
-
 def test_boxes_are_clipped():
     anchors = torch.tensor([[-10.0, -10.0, 200.0, 200.0]])
     assert select(logit([0.9]), anchors).boxes.tolist() == [[0, 0, 100, 100]]
@@ -57,12 +52,10 @@ def test_boxes_are_clipped():
 
 def test_what_lies_wholly_in_the_padding_is_no_detection():
     anchors = torch.tensor([[10.0, 10, 30, 30], [50, 10, 70, 30], [35, 10, 60, 30]])
-    found = select_detections(torch.full((3, 1), 3.0), torch.zeros(3, 4), anchors, [3], (64, 40))
+    found = select(torch.full((3, 1), 3.0), anchors, size=(64, 40))
     assert found.boxes.tolist() == [[10, 10, 30, 30], [35, 10, 40, 30]]
 
 
-@pytest.mark.parametrize(("threshold", "number"), [(-0.1, 1), (0, 1), (1, 0), (1.5, 0)])
+@pytest.mark.parametrize(("threshold", "number"), [(-0.1, 4), (0, 4), (0.5, 2), (1, 0), (1.5, 0)])
 def test_thresholds_at_and_beyond_the_ends(threshold, number):
-    anchors = torch.tensor([[10.0, 10, 30, 30]])
-    found = select_detections(torch.zeros(1, 1), torch.zeros(1, 4), anchors, [1], (64, 64), threshold)
-    assert len(found.scores) == number
+    assert len(select(logit([0.9], [0.8], [0.3], [0.2]), score_threshold=threshold).scores) == number
