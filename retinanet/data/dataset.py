@@ -37,7 +37,7 @@ class DetectionDataset(Dataset):
         annotation_ids: [N] int: the line or id of each in its file, for messages; default: 0, 1, ...
         report: what was wrong with the files; its arguments say whether that stops here; default: nothing.
         source: the annotations' file or folder, for messages; default: the class's name.
-        declared_sizes: [I, 2] int: height and width of each image, where they are known without opening the images.
+        declared_sizes: [I, 2] int: height and width of each image as the annotation files declare them; 0: unknown.
 
     Attributes:
         annotations, annotation_ids, image_index: as given, without the difficult ones, in the order of the images.
@@ -127,7 +127,7 @@ class DetectionDataset(Dataset):
     @cached_property
     def image_sizes(self) -> np.ndarray:
         """[I, 2] int: height and width of each image: the declared ones, or else read from the files' headers, once."""
-        if self.declared_sizes is not None:
+        if self.declared_sizes is not None and self.declared_sizes.all():
             return self.declared_sizes
         indices = progress(range(len(self)), "reading image sizes")
         return np.array([read_header(self.image_path(index))[:2] for index in indices]).reshape(-1, 2)

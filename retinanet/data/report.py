@@ -29,7 +29,7 @@ KINDS = {
     WARNED: (
         *("guess", "repeated image", "no validation boxes", "turned boxes", "scaled boxes", "declared size"),
         *("spaces", "separator", "unused class", "crowd-only image", "annotation ids", "stray file", "EXIF rotation"),
-        "declared area",
+        *("declared area", "no annotations", "boxes left out", "other source", "crowds", "no objects"),
     ),
 }
 POLICIES = {"leak": WARNED, **{kind: policy for policy, kinds in KINDS.items() for kind in kinds}}  # leaks come first

@@ -1,13 +1,15 @@
-"""Pascal VOC's layout: one XML file an image."""
+"""Pascal VOC's layout and its kin: one XML file an image."""
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.images import list_images
+from retinanet.data.images import IMAGE_SUFFIXES, list_images, walk
+from retinanet.data.layouts import choose_share, find_set
 from retinanet.data.reading import check_boxes, read_class_list, read_text, unknown_class
 from retinanet.data.report import Report
 from retinanet.errors import UserError, shown
@@ -16,21 +18,28 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+# Where lists of sets, XML files and images lie, in upper or lower case; or else all of them beside each other.
+LISTS = ("ImageSets/Main", "ImageSets")
+XML = {".xml"}
+XML_FOLDERS = ("annotations", "annotation", "xmls", "xml", "labels")
+IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img")
 
 
 class VOCDataset(DetectionDataset):
-    """A data set in Pascal VOC's layout.
+    """A data set in Pascal VOC's layout, or one of its kin.
 
     Boxes marked `difficult` are neither trained on nor scored. VOC counts pixels from 1 and includes the last one:
     a box from 1 to 10 becomes 0 to 10.
 
     Args:
-        root_dir: holds `Annotations`, `JPEGImages` and `ImageSets/Main/<set_name>.txt`, such as `VOCdevkit/VOC2012`.
+        root_dir: holds `Annotations`, `JPEGImages` and `ImageSets/Main/<set_name>.txt`, such as `VOCdevkit/VOC2012`;
+            or, without lists, the images and XML files of each set in a folder `<set_name>`, or those of all sets.
         set_name: such as `train`.
         transform: sample -> sample.
         class_names: the classes, in order; default: those of `classes.txt` in `root_dir`, or else VOC's twenty, or
-            all that `Annotations` has, sorted, if there are others among them.
-        report: gets what is wrong; its arguments say what is then done.
+            all that the XML files have, sorted, if there are others among them.
+        val_share: of the images that are for validation, in a folder without sets.
+        report: gets what is wrong.
 
     Raises:
         UserError: files are missing or wrong; the message lists all that is wrong.
@@ -42,29 +51,45 @@ class VOCDataset(DetectionDataset):
         set_name: str = "train",
         transform: Callable[[dict], dict] | None = None,
         class_names: Sequence[str] | None = None,
+        val_share: float | None = None,
         report: Report | None = None,
     ):
         self.root_dir = Path(root_dir)
         self.set_name = set_name
-        list_file = self.root_dir / "ImageSets" / "Main" / f"{set_name}.txt"
         report = Report() if report is None else report
-        lines = [line.strip() for line in read_text(list_file).splitlines() if line.strip()]
-        if not lines:
-            raise UserError(f"{list_file}: lists no images")
-        folder = self.root_dir / "JPEGImages"
-        images = list_images(folder, {name for line in lines for name in _readings(line)})
-        image_names = [next((name for name in _readings(line) if name in images), line) for line in lines]
-        report.add_rows(
-            "missing image",
-            [name for name in image_names if name not in images],
-            lambda _: str(list_file),
-            lambda name: f"image {shown(name)} does not exist in {folder}",
-        )
+        list_file, base = _find_set(self.root_dir, set_name, val_share)
+        xml_folder, image_folder = _subfolder(base, XML_FOLDERS), _subfolder(base, IMAGE_FOLDERS)
+        xml_files = {path.relative_to(xml_folder).with_suffix("").as_posix(): path for path in walk(xml_folder, XML)}
+        lines = [(name, [name]) for name in xml_files] if list_file is None else _read_list(list_file)
         if class_names is None:
-            class_names = read_class_list(self.root_dir / "classes.txt") or _class_names(self.root_dir / "Annotations")
-        files = [self.root_dir / "Annotations" / f"{name}.xml" for name in image_names]
-        found = [(index, *row) for index, path in enumerate(files) for row in _read_objects(path, class_names, report)]
-        table = np.array(found, dtype=np.float64).reshape(-1, 8)
+            class_names = read_class_list(self.root_dir / "classes.txt")
+        scope = {xml_files[name] for _, names in lines for name in names if name in xml_files}
+        if class_names is None:  # the classes of all sets, so that they agree
+            scope = {*xml_files.values(), *(() if base == self.root_dir else walk(self.root_dir, XML))}
+        contents = {path: _read_xml(path) for path in scope}
+        if class_names is None:
+            used = {name for content in contents.values() for name, *_ in content.objects} - {""}
+            class_names = VOC_CLASSES if used <= set(VOC_CLASSES) else sorted(used)
+        wanted = {name for _, names in lines for name in names}
+        images = list_images(image_folder, wanted, {content.file_name for content in contents.values()})
+        pairs = _pair(lines, images, xml_files, contents, list_file or xml_folder, image_folder, report)
+        if list_file:
+            _check_xml(pairs, xml_folder, report)
+        else:
+            others = sorted(images.keys() - pairs)
+            message = "has no XML file, and is left out; without objects, it needs one without <object>"
+            report.add_rows("stray file", others, lambda name: str(images[name]), lambda _: message, lambda _: message)
+            pairs = {name: pairs[name] for name in choose_share(base, set_name, val_share, pairs)}
+        for name in [name for name, path in pairs.items() if path and contents[path].fault]:
+            path = pairs.pop(name)
+            report.add("bad entry", str(path), contents[path].fault)
+        files = list(pairs.values())
+        rows = [
+            (index, *row)
+            for index, path in enumerate(files)
+            for row in (_read_objects(path, contents[path], class_names, report) if path else ())
+        ]
+        table = np.array(rows, dtype=np.float64).reshape(-1, 8)
         image_index, numbers, difficult = table[:, :3].T.astype(np.int64)
         boxes, labels = table[:, 3:7], table[:, 7]
         boxes[:, :2] = np.maximum(boxes[:, :2] - 1, 0)  # some tools count from 0 nevertheless
@@ -74,8 +99,9 @@ class VOCDataset(DetectionDataset):
             return f"{files[image_index[row]]}: object {numbers[row]}"
 
         kept = check_boxes(report, boxes, labels, groups, where)
+        sizes = np.array([contents[path].size if path else (0, 0) for path in files], dtype=np.int64).reshape(-1, 2)
         super().__init__(
-            [str(images.get(name)) for name in image_names],
+            [str(images[name]) for name in pairs],
             table[kept, 3:],
             image_index[kept],
             class_names,
@@ -83,7 +109,8 @@ class VOCDataset(DetectionDataset):
             difficult[kept],
             numbers[kept],
             report,
-            list_file,
+            list_file or xml_folder,
+            sizes if sizes.any() else None,
         )
         self.annotation_files = files
 
@@ -92,42 +119,131 @@ class VOCDataset(DetectionDataset):
         return f"{self.annotation_files[self.image_index[row]]}: object {self.annotation_ids[row]}"
 
 
-def _readings(line: str) -> tuple[str, str, str]:
-    """What may be the name in a line of a list: the lists of one class have a second column, and names have spaces."""
-    return line, line.rsplit(maxsplit=1)[0], line.split()[0]
+def _find_set(root: Path, set_name: str, val_share: float | None) -> tuple[Path | None, Path]:
+    """The list of a set, if there are lists, and the folder that holds its files."""
+    if not root.is_dir():
+        raise UserError(f"{root}: is not a folder")
+    sets = {path.stem: (path, root) for place in LISTS for path in sorted(root.glob(f"{place}/*.txt"))}
+    if not sets and _subfolder(root, XML_FOLDERS) == root and not any(root.glob("*.xml")):
+        sets = {path.name: (None, path) for path in root.iterdir() if path.is_dir() and any(walk(path, XML))}
+        if not sets:
+            raise UserError(f"{root}: has neither ImageSets/Main/{set_name}.txt nor XML files")
+    return find_set(root, set_name, sets, val_share) if sets else (None, root)
 
 
-def _class_names(folder: Path) -> Sequence[str]:
-    """VOC's classes, or where annotations have others, all of theirs: the same for each set of a folder."""
-    used = {
-        entry.findtext("name", "").strip() for path in folder.rglob("*.xml") for entry in _find_objects(path, Report())
-    } - {""}
-    return VOC_CLASSES if used <= set(VOC_CLASSES) else sorted(used)
+def _subfolder(base: Path, names: Sequence[str]) -> Path:
+    """The first of some folders that exists, in upper or lower case; or else the base."""
+    folders = {path.name.lower(): path for path in base.iterdir() if path.is_dir()}
+    return next((folders[name] for name in names if name in folders), base)
 
 
-def _find_objects(path: Path, report: Report) -> list[ElementTree.Element]:
-    """The objects of an image; none where the file cannot be read, which is reported."""
+def _read_list(path: Path) -> list[tuple[str, list[str]]]:
+    """The lines of a list, and what may be the image's name in each.
+
+    The lists of one class have a second column, names have spaces, and some tools list files, or their paths.
+    """
+    lines = []
+    for line in filter(None, map(str.strip, read_text(path).splitlines())):
+        names = [line, line.rsplit(maxsplit=1)[0], line.split()[0]]
+        names += [name.rpartition(".")[0] for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        lines.append((line, [*names, Path(names[-1]).name]))
+    if not lines:
+        raise UserError(f"{path}: lists no images")
+    return lines
+
+
+def _pair(
+    lines: Sequence[tuple[str, list[str]]],
+    images: Mapping[str, Path],
+    xml_files: Mapping[str, Path],
+    contents: Mapping[Path, "_Content"],
+    source: Path,
+    folder: Path,
+    report: Report,
+) -> dict[str, Path | None]:
+    """The XML file of each image that is listed; where there is no list, images without XML files are left out."""
+    pairs: dict[str, Path | None] = {}
+    missing, repeated = [], []
+    for line, names in lines:
+        path = next((xml_files[name] for name in names if name in xml_files), None)
+        also = [Path(contents[path].file_name).stem] if path else []
+        name = next((name for name in [*names, *also] if name in images), None)
+        if name is None:
+            missing.append(line)
+        elif name in pairs:
+            repeated.append(line)
+        else:
+            pairs[name] = path
+    report.add_rows(
+        "missing image",
+        missing,
+        lambda _: str(source),
+        lambda line: f"image {shown(line)} does not exist in {folder}",
+        None if pairs else lambda _: source,
+    )
+    report.add_rows("repeated image", repeated, lambda _: str(source), lambda line: f"{shown(line)} is read once")
+    return pairs
+
+
+def _check_xml(pairs: Mapping[str, Path | None], folder: Path, report: Report) -> None:
+    """An image of a list without an XML file has no objects, as some tools mean it, unless most of them have none."""
+    without = [name for name, path in pairs.items() if path is None]
+    if len(without) > len(pairs) / 2:
+        message = (
+            f"does not exist, and so it is with {len(without):,} of the {len(pairs):,} images that are listed; "
+            "an image without objects needs an XML file without <object>"
+        )
+        report.add("bad entry", str(folder / f"{without[0]}.xml"), message, "no XML", len(without))
+    else:
+        report.add_rows(
+            *("no annotations", without, lambda name: str(folder / f"{name}.xml")),
+            lambda _: "does not exist: its image counts as one without objects",
+            lambda _: "no XML",
+        )
+
+
+class _Content(NamedTuple):
+    """What an XML file says: the image's name and its height and width (0: unknown), the objects, or what is wrong."""
+
+    file_name: str = ""
+    size: tuple[int, int] = (0, 0)
+    objects: Sequence[tuple[str, bool, list[str]]] = ()  # class, `difficult`, xmin, ymin, xmax, ymax
+    fault: str = ""
+
+
+def _read_xml(path: Path) -> _Content:
     try:
-        return ElementTree.parse(path).findall("object")
+        root = ElementTree.parse(path).getroot()
     except OSError as error:
-        report.add("bad entry", str(path), f"cannot be read ({error.strerror})")
+        return _Content(fault=f"cannot be read ({error.strerror})")
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two of strange encodings
-        report.add("bad entry", str(path), f"is not valid XML ({error})")
-    return []
+        return _Content(fault=f"is not valid XML ({error})")
+    objects = [
+        (
+            entry.findtext("name", "").strip(),
+            entry.findtext("difficult", "0").strip().lower() in ("1", "true"),
+            [entry.findtext(f"bndbox/{key}", "") for key in ("xmin", "ymin", "xmax", "ymax")],
+        )
+        for entry in root.findall("object")
+    ]
+    size = [root.findtext(f"size/{side}", "").strip() for side in ("height", "width")]
+    known = all(side.isascii() and side.isdecimal() and len(side) < 8 for side in size)
+    file_name = PureWindowsPath(root.findtext("filename", "").strip()).name  # whose paths may have either slash
+    return _Content(file_name, tuple(map(int, size)) if known else (0, 0), objects)
 
 
-def _read_objects(path: Path, class_names: Sequence[str], report: Report) -> Iterator[tuple[float, ...]]:
+def _read_objects(
+    path: Path, content: _Content, class_names: Sequence[str], report: Report
+) -> Iterator[tuple[float, ...]]:
     """Number from 1, `difficult`, the box as in the file, and label of each object of an image."""
-    for number, entry in enumerate(_find_objects(path, report), start=1):
+    for number, (name, difficult, texts) in enumerate(content.objects, start=1):
         where = f"{path}: object {number}"
-        name = entry.findtext("name", "").strip()
         if name not in class_names:
-            report.add("unknown class", where, unknown_class(name, class_names))
+            report.add("unknown class", where, unknown_class(name, class_names), name)
             continue
         try:
-            box = [float(entry.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax")]
+            box = [float(text) for text in texts]
         except ValueError as error:
             report.add("not a number", where, f"needs a bndbox of four numbers ({error})")
-            continue
-        difficult = entry.findtext("difficult", "0").strip().lower() in ("1", "true")
-        yield number, difficult, *box, class_names.index(name)
+        else:
+            yield number, difficult, *box, class_names.index(name)

@@ -1,0 +1,78 @@
+"""What the layouts of all formats have in common: names of sets, and the share of a folder that names none."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from retinanet.errors import UserError, shown
+
+# Names of one set; COCO's, of the year 2017, are the defaults of --coco_train_set and --coco_val_set.
+SAME_NAMES = (("train", "train2017", "training"), ("val", "val2017", "valid", "validation"))
+ALL = "all"  # the set of all images of a folder that names no sets
+
+Source = TypeVar("Source")
+
+
+def _same_names(set_name: str) -> Sequence[str]:
+    return next((names for names in SAME_NAMES if set_name in names), (set_name,))
+
+
+def find_set(
+    root: Path, set_name: str, sets: Mapping[str, Source], wanted: str, val_share: float | None = None
+) -> Source:
+    """The set of a name, or else the one set of another name for the same, such as `valid` for `val`.
+
+    Args:
+        root: the data set's folder, for messages.
+        set_name: as the user names it.
+        sets: all that are there, by name.
+        wanted: the places where sets are looked for, for messages.
+        val_share: must be None, because there are sets.
+
+    Raises:
+        UserError: it does not exist; the message lists the sets that do.
+    """
+    listed = ", ".join(map(shown, sorted(sets)[:20]))
+    if val_share is not None:
+        raise UserError(f"{root}: has the sets {listed}; --val_share is for folders without sets")
+    if set_name in sets:
+        return sets[set_name]
+    alike = [name for name in _same_names(set_name) if name in sets]
+    if len(alike) == 1:
+        return sets[alike[0]]
+    found = f"the sets there are: {listed}" if sets else f"looked for {wanted}"
+    raise UserError(f"{root}: has no set named {shown(set_name)}; {found}")
+
+
+def choose_share(root: Path, set_name: str, val_share: float | None, names: Iterable[str]) -> list[str]:
+    """The images of a set where a folder names none: all for training, or a share of them for validation.
+
+    The share is drawn by a hash of the names, so that it is the same in every command and run.
+
+    Args:
+        root: the folder, for messages.
+        set_name: `all`, or a name of the training or the validation set.
+        val_share: of the validation set; None: all images are for training.
+        names: of all images.
+
+    Raises:
+        UserError: the set cannot be told.
+    """
+    names = list(names)
+    is_train, is_val = (set_name in same for same in SAME_NAMES)
+    if set_name == ALL or (is_train and val_share is None):
+        return names
+    if val_share is None or not (is_train or is_val):
+        raise UserError(
+            f"{root}: has no set named {shown(set_name)}: its {len(names):,} images are in no sets, and all for "
+            f"training; --val_share 0.2 sets a fifth of them aside for validation, and the set named `{ALL}` is all"
+        )
+    number = min(max(round(val_share * len(names)), 1), len(names) - 1)
+    if number < 1:
+        raise UserError(f"{root}: --val_share cannot divide {len(names)} images")
+    hashes = {
+        name: hashlib.blake2b(name.encode(errors="surrogatepass"), person=b"val_share").digest() for name in names
+    }
+    chosen = set(sorted(names, key=hashes.__getitem__)[:number])
+    return [name for name in names if (name in chosen) == is_val]
