@@ -5,6 +5,7 @@ import itertools
 import re
 import reprlib
 from collections.abc import Iterable
+from pathlib import Path
 
 # Control characters, line breaks, halves of surrogate pairs, and what is invisible or turns the direction of writing.
 UNSAFE = re.compile(
@@ -33,6 +34,18 @@ def escaped(text: str) -> str:
 def printable(text: str) -> str:
     """A message as a terminal may get it: each of its lines `escaped`."""
     return "\n".join(map(escaped, text.split("\n")))
+
+
+def output_file(path: str | Path) -> Path:
+    """A file that may be written: what lies there now, if anything, is a regular file.
+
+    Raises:
+        UserError: it is a link, which may lead anywhere, a FIFO, which may never end, or a folder.
+    """
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(f"{path}: exists and is not a regular file; remove it, or choose another folder")
+    return path
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -9,10 +9,12 @@ Inside its image, no box moves by a pixel or more.
 import csv
 import filecmp
 import io
+import itertools
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,20 +25,29 @@ from retinanet.data.csv import CSVDataset
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.ground_truth import coco_content
 from retinanet.data.images import IMAGE_SUFFIXES, list_images
-from retinanet.errors import UserError
+from retinanet.errors import UserError, output_file, shown
 from retinanet.process import log, progress, script, setup_logging
 
 IMAGE_FOLDERS = {"csv": "images/{}", "coco": "images/{}", "voc": "JPEGImages", "yolo": "images/{}"}
 
+# What cannot be written to XML or UTF-8, or what ends a line for a reader.
+UNWRITABLE = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
-def plan_images(dataset: DetectionDataset, folder: Path) -> dict[str, Path]:
-    """Choose the images' names in a folder; nothing is copied yet.
+
+def is_plain(name: str) -> bool:
+    """Whether a line of a text file, or an XML file, gives a name back as it is."""
+    return bool(name) and name == name.strip() and not UNWRITABLE.search(name)
+
+
+def plan_images(dataset: DetectionDataset, root: Path, folder: Path, to: str) -> dict[str, Path]:
+    """Choose the images' names in a folder of `root`; nothing is written yet.
 
     Returns:
         New name -> image: the old names, or all with the names of their folders in front if two are the same.
 
     Raises:
-        UserError: an image is missing, two names are the same, or the folder holds another image with such a name.
+        UserError: an image is missing, two names are the same, the layout cannot hold a name, or the folder holds
+            another image with such a name, or lies elsewhere.
     """
     paths = [Path(dataset.image_path(index)) for index in range(len(dataset))]
     # Only the folders are resolved: the target of a link may have another name, such as a hash.
@@ -49,7 +60,15 @@ def plan_images(dataset: DetectionDataset, folder: Path) -> dict[str, Path]:
     if len(set(stems)) < len(stems):  # VOC and YOLO name an image without its suffix
         repeated = next(name for name in names if stems.count(Path(name).stem) > 1)
         raise UserError(f"{repeated}: two images of one folder have this name, or differ only in their suffix")
-    folder.mkdir(parents=True, exist_ok=True)
+    if to != "coco":  # JSON holds any name
+        unfit = [f"class {shown(name)}" for name in dataset.labels.values() if not is_plain(name)]
+        hidden = "." if to in ("voc", "yolo") else "\0"  # files that their readers skip
+        plain = (is_plain(name) and is_plain(Path(name).stem) and not name.startswith(hidden) for name in names)
+        unfit += [f"image {shown(name)}" for name, is_good in zip(names, plain, strict=True) if not is_good]
+        if unfit:
+            listed = ", ".join(unfit[:10]) + (f", and {len(unfit) - 10} more" if len(unfit) > 10 else "")
+            raise UserError(f"{to} cannot hold these names: {listed}; rename them in the source, or use --to coco")
+    _make_folder(root, folder)
     existing = {path.stem: path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
     for path, name in zip(paths, names, strict=True):
         if not path.is_file():
@@ -57,8 +76,9 @@ def plan_images(dataset: DetectionDataset, folder: Path) -> dict[str, Path]:
         other = existing.get(Path(name).stem, name)
         if other != name:
             raise UserError(f"{folder}: holds {other}, which differs from {name} only in its suffix")
-        if (folder / name).exists() and not filecmp.cmp(path, folder / name, shallow=False):
-            raise UserError(f"{folder / name}: exists and differs from {path}")
+        target = folder / name
+        if os.path.lexists(target) and not (target.is_file() and filecmp.cmp(path, target, shallow=False)):
+            raise UserError(f"{target}: exists and differs from {path}")
     return dict(zip(names, paths, strict=True))
 
 
@@ -74,28 +94,40 @@ def place_images(images: dict[str, Path], folder: Path, link: bool) -> None:
             shutil.copyfile(path, target)
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Write a file.
+def _make_folder(root: Path, folder: Path) -> None:
+    """Create a folder below `root`.
 
     Raises:
-        UserError: it exists with other content.
+        UserError: a link leads elsewhere.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+    if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root)):
+        raise UserError(f"{folder}: leads out of --out {root}")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _write_text(root: Path, name: str, text: str, same: Callable[[str, str], bool] = str.__eq__) -> None:
+    """Write a file below `root`.
+
+    Raises:
+        UserError: it exists with other content, or is not a regular file.
+    """
+    path = output_file(root / name)
+    _make_folder(root, path.parent)
+    if path.exists() and not same(path.read_text(encoding="utf-8", errors="replace"), text):
         raise UserError(f"{path}: exists with other content; choose another --out")
     path.write_text(text, encoding="utf-8")
 
 
-def _write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
+def _write_rows(root: Path, name: str, rows: Iterable[Sequence[object]]) -> None:
     """Write a CSV file; errors are those of `_write_text`."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    _write_text(path, text.getvalue())
+    _write_text(root, name, text.getvalue())
 
 
 def write_csv(dataset: DetectionDataset, names: Sequence[str], root: Path, set_name: str) -> None:
     """Write `<set_name>.csv` and `classes.csv`; difficult boxes are left out."""
-    _write_rows(root / "classes.csv", [(name, label) for label, name in dataset.labels.items()])
+    _write_rows(root, "classes.csv", [(name, label) for label, name in dataset.labels.items()])
     lines = []
     for index, name in enumerate(names):
         path = f"images/{set_name}/{name}"
@@ -104,13 +136,13 @@ def write_csv(dataset: DetectionDataset, names: Sequence[str], root: Path, set_n
             for *box, label in dataset.load_annotations(index).tolist()
         ]
         lines += boxes or [[path, "", "", "", "", ""]]
-    _write_rows(root / f"{set_name}.csv", lines)
+    _write_rows(root, f"{set_name}.csv", lines)
 
 
 def write_coco(dataset: DetectionDataset, names: Sequence[str], root: Path, set_name: str) -> None:
     """Write `annotations/instances_<set_name>.json`; difficult boxes become crowds, which COCO ignores as well."""
     content = coco_content(dataset, file_names=names)
-    _write_text(root / "annotations" / f"instances_{set_name}.json", json.dumps(content))
+    _write_text(root, f"annotations/instances_{set_name}.json", json.dumps(content))
 
 
 def _add(parent: ElementTree.Element, tag: str, **texts: object) -> ElementTree.Element:
@@ -123,8 +155,8 @@ def _add(parent: ElementTree.Element, tag: str, **texts: object) -> ElementTree.
 
 def write_voc(dataset: DetectionDataset, names: Sequence[str], root: Path, set_name: str) -> None:
     """Write `Annotations`, `ImageSets/Main/<set_name>.txt` and `classes.txt`; coordinates become whole pixels."""
-    _write_text(root / "classes.txt", "".join(f"{name}\n" for name in dataset.labels.values()))
-    _write_text(root / "ImageSets" / "Main" / f"{set_name}.txt", "".join(f"{Path(name).stem}\n" for name in names))
+    _write_text(root, "classes.txt", "".join(f"{name}\n" for name in dataset.labels.values()))
+    _write_text(root, f"ImageSets/Main/{set_name}.txt", "".join(f"{Path(name).stem}\n" for name in names))
     for index, name in enumerate(names):
         height, width = dataset.image_sizes[index]
         tree = ElementTree.Element("annotation")
@@ -137,30 +169,28 @@ def write_voc(dataset: DetectionDataset, names: Sequence[str], root: Path, set_n
                 _add(element, "bndbox", xmin=x, ymin=y, xmax=max(x, round(x2)), ymax=max(y, round(y2)))
         ElementTree.indent(tree)
         text = ElementTree.tostring(tree, encoding="unicode") + "\n"
-        _write_text(root / "Annotations" / f"{Path(name).stem}.xml", text)
+        _write_text(root, f"Annotations/{Path(name).stem}.xml", text)
 
 
 def write_yolo(dataset: DetectionDataset, names: Sequence[str], root: Path, set_name: str) -> None:
     """Write `labels/<set_name>`, `classes.txt` and `data.yaml`; boxes are clipped to the image."""
     class_names = list(dataset.labels.values())
-    _write_text(root / "classes.txt", "".join(f"{name}\n" for name in class_names))
+    _write_text(root, "classes.txt", "".join(f"{name}\n" for name in class_names))
     folder = root / "images" / set_name
     others = set(list_images(folder)) - {Path(name).stem for name in names}
     if others:  # without a label file, an image counts as one without objects
         raise UserError(f"{folder}: holds other images, such as {min(others)}; choose another --out")
     sets = sorted(path.name for path in (root / "images").iterdir())
     names_line = f"names: {json.dumps(class_names, ensure_ascii=False)}\n"  # JSON is YAML, too
-    yaml_path = root / "data.yaml"
-    if yaml_path.exists() and not yaml_path.read_text(encoding="utf-8", errors="replace").endswith(names_line):
-        raise UserError(f"{yaml_path}: exists with other content; choose another --out")
-    yaml_path.write_text("".join(f"{name}: images/{name}\n" for name in sets) + names_line, encoding="utf-8")
+    text = "".join(f"{name}: images/{name}\n" for name in sets) + names_line
+    _write_text(root, "data.yaml", text, same=lambda old, _: old.endswith(names_line))  # other sets may be added
     for index, name in enumerate(names):
         annotations = dataset.load_annotations(index).astype(np.float64)
         corners = (annotations[:, :4].reshape(-1, 2, 2) / dataset.image_sizes[index][::-1]).clip(0, 1)  # [G, 2, (x, y)]
         sides = corners[:, 1] - corners[:, 0]
         table = np.hstack([annotations[:, 4:], corners.mean(axis=1), sides])[(sides > 0).all(axis=1)]
         lines = [f"{int(label)} {' '.join(f'{number:.8f}' for number in box)}\n" for label, *box in table.tolist()]
-        _write_text(root / "labels" / set_name / f"{Path(name).stem}.txt", "".join(lines))
+        _write_text(root, f"labels/{set_name}/{Path(name).stem}.txt", "".join(lines))
 
 
 WRITERS = {"csv": write_csv, "coco": write_coco, "voc": write_voc, "yolo": write_yolo}
@@ -182,28 +212,44 @@ def main(argv: list[str] | None = None) -> None:
     needed = "csv_classes" if args.kind == "csv" else "set"
     if getattr(args, needed) is None:
         parser.error(f"--from {args.kind} needs --{needed}")
+    set_name = args.out_set or args.set or Path(args.source).stem
+    if not is_plain(set_name) or set_name[0] == "." or set(set_name) & set("/\\:#\"'"):
+        parser.error(
+            f"the set's name there, {shown(set_name)}, must be a plain word, such as train: choose an --out_set"
+        )
     setup_logging()
 
     is_csv = args.kind == "csv"
     dataset = CSVDataset(args.source, args.csv_classes) if is_csv else FOLDERS[args.kind](args.source, args.set)
     dataset.declared_sizes = None  # they may be wrong: sizes are read from the images
-    set_name = args.out_set or args.set or Path(args.source).stem
     root = Path(args.out)
     try:
         folder = root / IMAGE_FOLDERS[args.to].format(set_name)
-        images = plan_images(dataset, folder)
+        images = plan_images(dataset, root, folder, args.to)
         WRITERS[args.to](dataset, list(images), root, set_name)  # before the images, because it may refuse
         place_images(images, folder, args.link)
     except OSError as error:
-        raise UserError(f"--out {args.out}: {error}") from error
-    if args.to == "csv":
-        report(dataset, CSVDataset(root / f"{set_name}.csv", root / "classes.csv"), args.to, root)
-    else:
-        report(dataset, FOLDERS[args.to](root, set_name), args.to, root)
+        raise UserError(f"--out {args.out}: {error.filename or ''}: {error.strerror}") from error
+    is_csv = args.to == "csv"
+    written = CSVDataset(root / f"{set_name}.csv", root / "classes.csv") if is_csv else FOLDERS[args.to](root, set_name)
+    report(dataset, written, list(images), args.to, root)
 
 
-def report(dataset: DetectionDataset, written: DetectionDataset, kind: str, root: Path) -> None:
-    """Log what was written, read back from the files, and what was lost."""
+def report(dataset: DetectionDataset, written: DetectionDataset, names: list[str], kind: str, root: Path) -> None:
+    """Log what was written, read back from the files, and what was lost.
+
+    Raises:
+        UserError: classes or images are not those of the source.
+    """
+    written_names = [Path(written.image_path(index)).name for index in range(len(written))]
+    for what, before, after in (
+        ("classes", list(dataset.labels.values()), list(written.labels.values())),
+        ("images", sorted(names), sorted(written_names)),
+    ):
+        if before != after:
+            old, new = next(pair for pair in itertools.zip_longest(before, after) if pair[0] != pair[1])
+            message = f"{shown(old)} is read back as {shown(new)}: do not use what was written"
+            raise UserError(f"{root}: the {what} written are not those of the source: {message}")
     difficult = len(dataset.difficult_annotations) - len(written.difficult_annotations)
     if difficult and kind in ("csv", "yolo"):
         log.warning("warning: %d difficult boxes (or crowds) are left out: %s cannot mark them", difficult, kind)

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -261,3 +262,97 @@ def test_lost_boxes_are_counted(tmp_path, capsys):
     assert convert.main([*flags, "--to", "voc", "--out", str(tmp_path / "voc")]) == 0
     printed = capsys.readouterr().out
     assert "1 boxes are left out" in printed and "1 images, 2 boxes (and 0 difficult), 1 classes" in printed
+
+
+@pytest.mark.parametrize("to", ["csv", "voc", "yolo"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "traffic\nlight",
+        "a\rb",
+        "a\x0bb",
+        "a\x1cb",
+        "a\x85b",
+        "a\u2028b",
+        " a",
+        "a\u3000",
+        "\ufeffa",
+        "\x1b[31m",
+        "\ud83d",
+    ],
+)
+def test_names_that_a_target_cannot_hold_are_refused_before_anything_is_written(tmp_path, capsys, to, name):
+    content = coco_content()
+    content["categories"] = [{"id": 3, "name": name}, {"id": 17, "name": "car"}]
+    write_coco_data(tmp_path / "coco", content, set_name="val")
+    assert run("coco", tmp_path / "coco", to, tmp_path / "out") == 1
+    assert f"{to} cannot hold these names: class {name!r};" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run("coco", tmp_path / "coco", "coco", tmp_path / "again") == 0  # JSON holds any name
+    assert list(read("coco", tmp_path / "again").labels.values()) == [name, "car"]
+
+
+@pytest.mark.parametrize(
+    ("to", "name"), [("voc", "a\nb.png"), ("voc", " a.png"), ("voc", "a .png"), ("yolo", ".a.png")]
+)
+def test_file_names_that_a_target_cannot_hold_are_refused(tmp_path, capsys, to, name):
+    content = coco_content()
+    content["images"][0]["file_name"] = name
+    root = Path(write_coco_data(tmp_path / "coco", content, set_name="val"))
+    (root / "images/val/b.png").rename(root / "images/val" / name)
+    assert run("coco", root, to, tmp_path / "out") == 1
+    assert f"image {name!r}" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changed", ["classes", "images"])
+def test_what_was_written_is_compared_with_the_source(source, tmp_path, capsys, monkeypatch, changed):
+    def write(dataset, names, root, set_name):
+        convert.write_csv(dataset, names, root, set_name)
+        name, old, new = {"classes": ("classes.csv", "fox", "dog"), "images": ("val.csv", "b.png", "d.png")}[changed]
+        (root / name).write_text((root / name).read_text().replace(old, new))
+
+    monkeypatch.setitem(convert.WRITERS, "csv", write)
+    save(gradient(48, 64), source / "d.png")
+    (tmp_path / "out/images/val").mkdir(parents=True)
+    save(gradient(48, 64), tmp_path / "out/images/val/d.png")
+    assert run("csv", source, "csv", tmp_path / "out") == 1
+    assert f"the {changed} written are not those of the source" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../..", "..", ".", "/tmp/x", "a/b", "a\\b", "a\nb", " a", "a: b", ".a"])
+def test_the_name_of_a_set_is_a_plain_word(source, tmp_path, capsys, name):
+    with pytest.raises(SystemExit) as error:
+        run("csv", source, "coco", tmp_path / "out", "--out_set", name)
+    assert error.value.code == 2 and "must be a plain word" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["csv", "coco", "voc", "yolo"])
+def test_nothing_is_written_outside_the_folder(source, tmp_path, capsys, to):
+    (tmp_path / "elsewhere").mkdir()
+    for link in ("images", "JPEGImages", "labels", "annotations", "Annotations"):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / link).symlink_to(tmp_path / "elsewhere")
+    assert run("csv", source, to, tmp_path / "out") == 1
+    assert "leads out of --out" in capsys.readouterr().err and not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_links_fifos_and_folders_are_not_written_to(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    makers = {
+        "link": lambda path: path.symlink_to(tmp_path / "elsewhere"),
+        "fifo": os.mkfifo,
+        "folder": Path.mkdir,
+    }
+    for make in makers.values():
+        make(out / "classes.csv")
+        assert run("csv", source, "csv", out) == 1
+        assert "classes.csv: exists and is not a regular file" in capsys.readouterr().err
+        (out / "classes.csv").rmdir() if (out / "classes.csv").is_dir() else (out / "classes.csv").unlink()
+    (out / "images/val/a.png").symlink_to(tmp_path / "elsewhere")  # to nothing
+    assert run("csv", source, "csv", out) == 1
+    assert "a.png: exists and differs from" in capsys.readouterr().err and not (tmp_path / "elsewhere").exists()
+    (tmp_path / "file").write_text("")
+    assert run("csv", source, "csv", tmp_path / "file") == 1
+    assert "--out" in capsys.readouterr().err
