@@ -52,11 +52,10 @@ def draw_matches(
     matches = match_anchors(anchors, torch.as_tensor(annotations)[None], best_match_iou)[0]  # [A]
     positive, ignored = (matches >= 0).nonzero()[:, 0], (matches == IGNORE).nonzero()[:, 0]
     counts = torch.bincount(matches[positive], minlength=len(boxes)).tolist()
-    best_iou = box_iou(boxes, anchors).amax(dim=1).tolist()
     labels = annotations[:, 4].astype(int)
     captions = [
-        f"{names[label]}: {count}" + ("" if count else f", best IoU {iou:.2f}")
-        for label, count, iou in zip(labels, counts, best_iou, strict=True)
+        f"{names[label]}: {count}" + ("" if count else f", best IoU {float(box_iou(box[None], anchors).max()):.2f}")
+        for label, count, box in zip(labels, counts, boxes, strict=True)
     ]
     colours = [class_colour(index) if count else RED for index, count in enumerate(counts)]
     styles = ["solid" if count else "dotted" for count in counts]
