@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torchvision.transforms import Compose
 
 from retinanet.anchors import Anchors
@@ -47,9 +48,42 @@ positive_float = _number(float, sys.float_info.min, sys.float_info.max, "above 0
 fraction = _number(float, 0, 1, "from 0 to 1")
 
 
+# The numbers that flags may have, in every command: beyond them, memory and arithmetic fail without a word.
+BOUNDS = {
+    **dict.fromkeys(("min_side", "max_side", "jitter", "height", "width"), (1, 16_384)),  # pixels
+    **dict.fromkeys(("batch_size", "accumulate"), (1, 65_536)),
+    **dict.fromkeys(("epochs", "early_stop", "val_every", "log_every"), (1, 10**7)),
+    **dict.fromkeys(("shapes_train", "shapes_val", "max_detections"), (1, 10**6)),
+    "workers": (0, 256),
+    "columns": (1, 100),
+    "lr": (1e-12, 1e3),
+    "clip_norm": (1e-9, 1e9),
+    "anchor_sizes": (0.5, 16_384),
+    "anchor_scales": (0.01, 100),
+    "anchor_ratios": (0.01, 100),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that holds all numbers against BOUNDS."""
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
+        values, rest = super().parse_known_args(*args, **kwargs)
+        given = ((flag, np.ravel(getattr(values, flag)).tolist()) for flag in BOUNDS if getattr(values, flag, None))
+        errors = [
+            f"--{flag} must be from {BOUNDS[flag][0]:g} to {BOUNDS[flag][1]:,}, not {number}"
+            for flag, numbers in given
+            for number in numbers
+            if not BOUNDS[flag][0] <= number <= BOUNDS[flag][1]
+        ]
+        if errors:
+            self.error("; ".join(errors))
+        return values, rest
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser without abbreviations, so that a flag of a later version cannot change what a command means."""
-    return argparse.ArgumentParser(description=description, prog=Path(sys.argv[0]).name, allow_abbrev=False)
+    return _Parser(description=description, prog=Path(sys.argv[0]).name, allow_abbrev=False)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, training: bool, required: bool = True) -> None:

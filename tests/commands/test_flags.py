@@ -16,6 +16,8 @@ def parse(*argv, training=True):
     flags.add_data_arguments(parser, training)
     flags.add_machine_arguments(parser)
     flags.add_detection_arguments(parser, score_threshold=0.05)
+    flags.add_augmentation_arguments(parser)
+    flags.add_anchor_arguments(parser)
     if training:
         parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(list(argv))
@@ -57,6 +59,38 @@ def test_wrong_flags_are_usage_errors(argv, message, capsys):
         parse(*argv)
     assert status.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "numbers", "bound"),
+    [
+        ("batch_size", ["4611686018427387904"], "from 1 to 65,536"),
+        ("workers", ["100000"], "from 0 to 256"),
+        ("shapes_train", ["1000000000"], "from 1 to 1,000,000"),
+        ("max_detections", ["1000000000"], "from 1 to 1,000,000"),
+        ("jitter", ["600", "1000000000"], "from 1 to 16,384"),
+        ("anchor_sizes", ["32", "64", "128", "256", "1e300"], "from 0.5 to 16,384"),
+        ("anchor_scales", ["1e-300"], "from 0.01 to 100"),
+        ("anchor_ratios", ["1", "1e300"], "from 0.01 to 100"),
+    ],
+)
+def test_absurd_numbers_are_usage_errors_with_the_bound(capsys, flag, numbers, bound):
+    with pytest.raises(SystemExit) as status:
+        parse("--dataset", "shapes", f"--{flag}", *numbers)
+    assert status.value.code == 2
+    assert (
+        f"--{flag} must be {bound}, not {float(numbers[-1]) if '.' in bound else numbers[-1]}"
+        in capsys.readouterr().err
+    )
+
+
+def test_all_numbers_out_of_bounds_are_reported_together(capsys):
+    with pytest.raises(SystemExit):
+        parse("--dataset", "shapes", "--workers", "257", "--batch_size", "70000", "--shapes_val", "1000000")
+    error = capsys.readouterr().err
+    assert (
+        "--batch_size must be" in error and "--workers must be" in error and "--shapes_val" not in error.split(":")[-1]
+    )
 
 
 def test_help_shows_defaults_where_there_are_any(capsys):
