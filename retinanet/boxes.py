@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 # Regression targets are divided by these, so that each has a spread of about one (Fast R-CNN, section 2.3).
-# Paper: (1, 1, 1, 1). Original: (0.1, 0.1, 0.2, 0.2). Here: the original's, because its checkpoints need them.
+# Paper: silent (Detectron: 1, 1, 1, 1). Original: (0.1, 0.1, 0.2, 0.2). Here: the original's, because its
+# checkpoints need them.
 DELTA_STD = (0.1, 0.1, 0.2, 0.2)
 
 # The most that a delta may enlarge its anchor: from a stride of 16 to 1000 pixels (Detectron's bound).
-# Paper: clamped so. Original: exp() without a bound. Here: clamped, because it overflows to infinity otherwise.
+# Paper: silent (Detectron: clamped so). Original: exp() without a bound. Here: clamped, because it overflows to
+# infinity otherwise.
 MAX_LOG_SCALE = math.log(1000.0 / 16)
 
 

@@ -3,7 +3,7 @@
 The plain form makes a dozen tensors of the logits' size. Here every logit is first treated as background, which
 nearly all are, some at a time so that all intermediate results stay in the processor's cache; then the one logit of
 each positive anchor that belongs to its class is corrected. So no one-hot target is ever made, and the only large
-tensor is the gradient, in the logits' own precision. `tests/test_fused_loss.py` holds both forms together.
+tensor is the gradient, in the logits' own precision. `tests/test_fused_loss.py` checks that both forms agree.
 """
 
 import torch
@@ -82,7 +82,7 @@ class _FocalLossSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.grad is None:
-            raise RuntimeError("the focal loss gives its gradient away: backward works once, also with retain_graph")
+            raise RuntimeError("backward of the fused focal loss works only once, even with retain_graph=True")
         (kept,) = ctx.saved_tensors
         grad, ctx.grad = ctx.grad, None
         return grad.mul_((kept * grad_output[:, None])[..., None]), None, None, None

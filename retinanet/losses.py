@@ -1,6 +1,6 @@
 """The focal loss, and the criterion that trains the network (RetinaNet, sections 3 and 4.1).
 
-A one-stage detector classifies some hundred thousand anchors an image, and nearly all of them are easy background.
+A one-stage detector classifies about a hundred thousand anchors an image, and nearly all of them are easy background.
 Each costs little, but together their cross entropy drowns that of the few objects. The focal loss
 
     FL(p_t) = -alpha_t (1 - p_t)^gamma log(p_t),    p_t = the probability given to the truth    (equation 5)
@@ -37,7 +37,7 @@ def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float
         [...] float32; 0 for ignored anchors.
     """
     # Paper: on logits. Original: on probabilities clamped to [1e-4, 1 - 1e-4]. Here: on logits, because the
-    # clamp leaves no gradient below a logit of -9.2, where training then sticks at a loss of 2.302.
+    # clamp leaves no gradient below a logit of -9.2, where training then sticks at a loss of 2.302 = -0.25 log(1e-4).
     logits = logits.float()
     y = (labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)).float()  # [..., K], one-hot
     x_t = (2 * y - 1) * logits
@@ -53,7 +53,7 @@ def smooth_l1(deltas: Tensor, targets: Tensor, beta: float = 1 / 9) -> Tensor:
     Args:
         deltas: [..., 4] regression outputs.
         targets: [..., 4] from `encode_boxes`.
-        beta: error below which the loss is a parabola and above which it is a line, in units of `DELTA_STD`.
+        beta: error below which the loss is a parabola and above which it is a line, in units of the targets.
 
     Returns:
         [...] float32.
@@ -69,8 +69,8 @@ class FocalLoss(nn.Module):
         alpha: weight of the positive decisions in the class loss.
         gamma: focusing parameter of the class loss.
         beta: where smooth L1 turns from a parabola into a line.
-        best_match_iou: also train an anchor that is some box's best, if their IoU is at least this (the
-            paper's rule; 0.4 in its authors' code). None, the original's choice, omits it.
+        best_match_iou: also train an anchor that is some box's best, if their IoU is at least this (RPN's rule,
+            which the paper refers to; 0.4 in its authors' code). None, the original's choice, omits it.
     """
 
     def __init__(

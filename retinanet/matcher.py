@@ -1,9 +1,8 @@
 """Which ground-truth box each anchor must find: one integer an anchor (RetinaNet, section 4, "Anchors").
 
-"Anchors are assigned to ground-truth object boxes using an intersection-over-union (IoU) threshold of 0.5; and to
-background if their IoU is in [0, 0.4). As each anchor is assigned to at most one object box [...]. If an anchor is
-unassigned, which may happen with overlap in [0.4, 0.5), it is ignored during training": it would be a half-right
-example of either.
+"Specifically, anchors are assigned to ground-truth object boxes using an intersection-over-union (IoU) threshold of
+0.5; and to background if their IoU is in [0, 0.4). [...] If an anchor is unassigned, which may happen with overlap in
+[0.4, 0.5), it is ignored during training": it overlaps too much to be background, and too little to be an object.
 """
 
 import torch
@@ -17,7 +16,7 @@ IGNORE = -2
 FOREGROUND_IOU = 0.5
 BACKGROUND_IOU = 0.4
 
-# IoU matrices are made for this many numbers at a time. On a CPU they then stay in the cache.
+# IoUs are computed in chunks of at most this many. On a CPU they then stay in the cache.
 CPU_CHUNK, GPU_CHUNK = 2**20, 2**25
 
 
@@ -27,15 +26,15 @@ def match_anchors(anchors: Tensor, annotations: Tensor, best_match_iou: float | 
     Args:
         anchors: [A, 4] xyxy, pixels.
         annotations: [B, G, 5] (x1, y1, x2, y2, label), pixels; rows with label -1 are padding.
-        best_match_iou: also assign an anchor that overlaps some box more than any other anchor does, if that
-            IoU is at least this; None turns the rule off.
+        best_match_iou: also assign an anchor that overlaps some box at least as much as every other anchor does,
+            if that IoU is at least this; None turns the rule off.
 
     Returns:
         [B, A] int64: the row of `annotations`, or BACKGROUND, or IGNORE.
     """
     best_iou, best_box, is_best = _best_overlaps(anchors, annotations, best_match_iou)
-    # Paper: an anchor that is some box's best is assigned too (RPN's rule; Detectron: from IoU 0.4 on).
-    # Original: not assigned. Here: the original's, unless `best_match_iou` asks for the paper's.
+    # Paper: "the assignment rule from RPN", by which an anchor that is some box's best is assigned too (Detectron:
+    # from IoU 0.4 on). Original: not assigned. Here: the original's, unless `best_match_iou` asks for the paper's.
     foreground = (best_iou >= FOREGROUND_IOU) | is_best
     background = (best_iou < BACKGROUND_IOU) & ~foreground
     return torch.where(foreground, best_box, torch.where(background, BACKGROUND, IGNORE))
@@ -62,6 +61,7 @@ def _best_overlaps(anchors: Tensor, annotations: Tensor, best_match_iou: float |
         best_iou = torch.where(better, chunk_iou, best_iou)
         best_box = torch.where(better, chunk_box + start, best_box)
         if best_match_iou is not None:
+            # A box whose highest IoU is below the limit has no best anchor: no IoU reaches the clamped value.
             highest = iou.amax(dim=2, keepdim=True).clamp_(min=best_match_iou)  # [B, rows, 1]
             is_best |= ((iou >= highest) & (iou > 0)).any(dim=1)
     return best_iou, best_box, is_best

@@ -51,7 +51,7 @@ class PyramidFeatures(nn.Module):
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """C3, C4, C5 -> P3 to P7, each [B, feature_size, H / 2^level, W / 2^level], sizes rounded up."""
         c3, c4, c5 = inputs
-        # Paper and original: nearest, x 2, so sizes must divide by 32. Here: nearest, to the size of the
+        # Paper and original: nearest, x 2, so sizes must be divisible by 32. Here: nearest, to the size of the
         # neighbour, because the result is the same where they do, and any size works.
         p5 = self.P5_1(c5)
         p4 = self.P4_1(c4)
@@ -112,7 +112,7 @@ class RegressionModel(_Head):
 
 
 class RetinaNet(Backbone):
-    """The whole detector; the original's name for it, `ResNet`, is kept below.
+    """The whole detector. The names of its parts are those of the original, whose checkpoints it loads.
 
     In training, `net([images, annotations])` gives the two losses; in evaluation, `net(image)` gives the
     scores, labels and boxes of one image, and `detect` those of a batch.
@@ -162,10 +162,10 @@ class RetinaNet(Backbone):
     def freeze_bn(self, frozen: bool = True) -> None:
         """Keep BatchNorm's statistics as they are, through every later `train()`; scale and shift are still trained.
 
-        Batches of a detector are too small for statistics of their own.
+        Batches of a detector are too small for reliable statistics.
         """
         # Paper: scale and shift fixed too. Original: statistics fixed until the next train(). Here: until unfrozen,
-        # because forgetting the call after a train() costs accuracy, and nothing tells.
+        # because forgetting the call after a train() costs accuracy without any warning.
         self.bn_frozen = frozen
         self.train(self.training)
 

@@ -10,7 +10,7 @@ from torchvision.ops import batched_nms
 from retinanet.boxes import clip_boxes, decode_boxes
 
 # Paper: at most 1000 boxes a level before NMS; Detectron: 100 an image after it. Original: no limits.
-# Here: the paper's, because the rest costs seconds and no AP; None in their place gives the original's set.
+# Here: the paper's, because more costs seconds and gains no AP; None means no limit, as in the original.
 SCORE_THRESHOLD, NMS_THRESHOLD, TOP_K, MAX_DETECTIONS = 0.05, 0.5, 1000, 100
 
 
@@ -31,7 +31,7 @@ class Detections(NamedTuple):
 def best_candidates(
     logits: Tensor, level_sizes: Sequence[int], score_threshold: float = SCORE_THRESHOLD, top_k: int | None = TOP_K
 ) -> Tensor:
-    """The candidates of one image: at most the `top_k` best of each level, of scores above the threshold.
+    """The candidates of one image, (anchor, class) pairs: at most the `top_k` best of each level above the threshold.
 
     Args:
         logits: [A, K].

@@ -2,7 +2,7 @@
 
 "P3 to P5 are computed from the output of the corresponding ResNet residual stage (C3 through C5)" (RetinaNet, section
 4). This is ResNet v1.5, where a bottleneck block halves the resolution in its 3x3 convolution: torchvision's ImageNet
-weights, which everybody starts from, are of this form.
+weights, the usual starting point, are of this form.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ def half_resolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the size of its input, but for the stride."""
+    """A 3x3 convolution that keeps the size of its input, apart from the stride."""
     return nn.Conv2d(in_planes, out_planes, kernel_size=3, stride=stride, padding=1, bias=False)
 
 
@@ -158,7 +158,7 @@ model_urls = {f"resnet{depth}": get_model_weights(f"resnet{depth}")["IMAGENET1K_
 def imagenet_weights(depth: int, version: str = "IMAGENET1K_V1") -> dict[str, Tensor]:
     """The backbone's weights from torchvision, trained on ImageNet.
 
-    They are downloaded once and kept in torch.hub's folder, where a file put by hand serves as well.
+    They are downloaded once and kept in torch.hub's folder, where a file placed there by hand is used, too.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
@@ -172,7 +172,7 @@ def imagenet_weights(depth: int, version: str = "IMAGENET1K_V1") -> dict[str, Te
     known = get_model_weights(f"resnet{depth}")
     if version not in known.__members__:
         names = ", ".join(weights.name for weights in known)
-        raise ValueError(f"torchvision has no weights {version} of ResNet-{depth}, but {names}")
+        raise ValueError(f"torchvision has no weights {version} for ResNet-{depth}; available: {names}")
     weights = known[version]
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)

@@ -64,7 +64,7 @@ def test_imagenet_weights_are_read_from_torch_hubs_folder(depth, version, tmp_pa
 
 
 def test_unknown_imagenet_weights_are_named():
-    with pytest.raises(ValueError, match=r"no weights IMAGENET1K_V2 of ResNet-34, but IMAGENET1K_V1$"):
+    with pytest.raises(ValueError, match=r"no weights IMAGENET1K_V2 for ResNet-34; available: IMAGENET1K_V1$"):
         imagenet_weights(34, "IMAGENET1K_V2")
 
 
