@@ -18,7 +18,7 @@ from retinanet.data.dataset import DetectionDataset, check_classes
 from retinanet.data.images import find_images, read_image
 from retinanet.data.loader import make_loader, read_sample
 from retinanet.data.transforms import Resizer, normalize
-from retinanet.errors import UserError
+from retinanet.errors import UserError, output_file
 from retinanet.evaluation.errors import judge
 from retinanet.model import RetinaNet
 from retinanet.process import log, progress, script
@@ -176,7 +176,8 @@ def show_anchor_fit(args: argparse.Namespace, dataset: DetectionDataset, anchors
         raise UserError("the data set has no boxes")
     better = anchor_fit.search(fit, args.seed)
     log.info("%s", anchor_report.report(fit, better, dataset))
-    (folder / "anchor_fit.json").write_text(json.dumps(anchor_report.as_dict(fit, better, dataset), indent=1))
+    content = anchor_report.as_dict(fit, better, dataset)
+    output_file(folder / "anchor_fit.json").write_text(json.dumps(content, indent=1))
     anchor_report.draw(fit, better, folder / "anchor_fit.png")
     log.info("\nwritten to %s: anchor_fit.json, anchor_fit.png", folder)
 
@@ -238,7 +239,7 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
         entries.append(entry | {"detections": detections})
     content = {"model": args.model, "class_names": names, **detection_limits(args)}
     content |= {"images": entries, "unreadable": failures}
-    (folder / "detections.json").write_text(json.dumps(content, indent=1))
+    output_file(folder / "detections.json").write_text(json.dumps(content, indent=1))
     total = sum(len(entry["detections"]) for entry in entries)
     log.info("%d images, %d detections: %s", len(entries), total, folder)
     if failures:

@@ -9,6 +9,7 @@ and `boxes` [B, A, 4] of all anchors, or with `--with_nms` the detections of one
 
 import argparse
 import json
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from retinanet.boxes import box_iou, clip_boxes, decode_boxes
 from retinanet.commands import flags
 from retinanet.data.images import read_image
 from retinanet.data.transforms import PIXEL_MEAN, PIXEL_STD, SIZE_DIVISOR, normalize
-from retinanet.errors import UserError
+from retinanet.errors import UserError, output_file
 from retinanet.model import RetinaNet
 from retinanet.postprocess import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, TOP_K, Detections
 from retinanet.process import log, script, setup_logging
@@ -277,9 +278,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.dynamic and info["min_side"] < MIN_DYNAMIC_SIDE:
         message = "warning: the model was trained on short sides of %d pixels, but --dynamic takes none below %d"
         log.warning(message, info["min_side"], MIN_DYNAMIC_SIDE)
-    path = Path(args.output) if args.output else Path(args.model).with_suffix(SUFFIXES[args.format])
-    if not path.parent.is_dir():
-        raise UserError(f"--output {path}: the folder {path.parent} does not exist")
+    path = output_file(args.output or Path(args.model).with_suffix(SUFFIXES[args.format]))
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"--output {path}: nothing can be written to its folder ({error.strerror})") from error
     if not path.name.endswith(SUFFIXES[args.format]):
         raise UserError(f"--output {path}: must end in {SUFFIXES[args.format]}")
     photograph = read_image(args.image) if args.image else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from retinanet.data.dataset import DetectionDataset
+from retinanet.errors import output_file
 from retinanet.evaluation import coco, errors, voc
 from retinanet.postprocess import Detections
 
@@ -55,7 +56,7 @@ class Evaluation:
     def write(self, folder: Path) -> None:
         """Write `detections.json`, in COCO's results format, and `metrics.json`."""
         for name, content in (("detections.json", self.results), ("metrics.json", self.metrics())):
-            (folder / name).write_text(json.dumps(content, indent=1))
+            output_file(folder / name).write_text(json.dumps(content, indent=1))
 
 
 def evaluate(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
-from retinanet.errors import UserError
+from retinanet.errors import UserError, output_file
 from retinanet.visual.drawing import class_colour
 from retinanet.visual.text import find_font, readable_names
 
@@ -39,7 +39,7 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
     for text in figure.findobj(Text):
         if font := find_font(text.get_text()):
             text.set_fontproperties(FontProperties(fname=font, size=text.get_size()))
-    figure.savefig(path)
+    figure.savefig(output_file(path))
 
 
 def chart_names(names: Iterable[str]) -> list[str]:

@@ -10,6 +10,7 @@ from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
+from retinanet.errors import output_file
 from retinanet.visual.text import drawable, load_font, readable_names
 
 Colour = tuple[int, int, int]
@@ -257,4 +258,4 @@ def contact_sheet(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 def save_image(picture: np.ndarray, path: str | Path) -> None:
     """Write a PNG file."""
-    Image.fromarray(picture).save(path, compress_level=1)
+    Image.fromarray(picture).save(output_file(path), compress_level=1)

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import sys
 
 import numpy as np
@@ -195,6 +196,18 @@ def run_export(model_path, path, capsys, *flags):
     assert json.loads(metadata["class_names"]) == NAMES
     assert metadata["min_side"] == "64" and metadata["max_side"] == "96"
     return run, json.loads(metadata["outputs"]), out
+
+
+@pytest.mark.parametrize("name", ["missing/a.onnx", "file/a.onnx", "folder.onnx", "link.onnx", "fifo.onnx"])
+def test_where_nothing_can_be_written(model_path, tmp_path, capsys, name):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "link.onnx").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(tmp_path / "fifo.onnx")
+    assert export.main(["--model", str(model_path), "--output", str(tmp_path / name)]) == 1
+    error = capsys.readouterr().err
+    assert ("nothing can be written to its folder" if "/" in name else "is not a regular file") in error
+    assert error.count("\n") == 1 and name in error and not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.slow
