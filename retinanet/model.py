@@ -159,14 +159,19 @@ class RetinaNet(Backbone):
         pi = self.classificationModel.prior
         nn.init.constant_(self.classificationModel.output.bias, -math.log((1 - pi) / pi))
 
-    def freeze_bn(self, frozen: bool = True) -> None:
-        """Keep BatchNorm's statistics as they are, through every later `train()`; scale and shift are still trained.
+    def freeze_bn(self, frozen: bool = True, affine: bool = False) -> None:
+        """Keep BatchNorm's statistics as they are, through every later `train()`; batches are too small for others.
 
-        Batches of a detector are too small for reliable statistics.
+        Args:
+            frozen: False lets `train()` update them again.
+            affine: fix scale and shift, too.
         """
-        # Paper: scale and shift fixed too. Original: statistics fixed until the next train(). Here: until unfrozen,
+        # Paper: silent (Detectron: scale and shift fixed too). Original: statistics fixed until the next train(). Here: until unfrozen,
         # because forgetting the call after a train() costs accuracy without any warning.
         self.bn_frozen = frozen
+        for module in self.modules():
+            if affine and isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+                module.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "RetinaNet":

@@ -134,6 +134,20 @@ class Backbone(nn.Module):
         blocks += [block(out_planes, planes) for _ in range(num_blocks - 1)]
         return nn.Sequential(*blocks)
 
+    def freeze_stages(self, number: int) -> None:
+        """Stop training conv1 and the first `number` - 1 residual stages, of 0 (none) to 4.
+
+        Their weights keep no gradients and their activations are not stored.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        # Paper: silent. Detectron: conv1 and the first stage (2). Original: none. Here: none, but recipe `paper` 2.
+        if not 0 <= number <= 4:
+            raise ValueError(f"0 to 4 stages can be frozen, not {number}")
+        for stage in [nn.ModuleList([self.conv1, self.bn1]), self.layer1, self.layer2, self.layer3][:number]:
+            stage.requires_grad_(False)
+
     def backbone(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, 3, H, W] -> C3, C4, C5: the outputs of the last three stages, at strides 8, 16 and 32."""
         x = self.maxpool(self.relu(conv_bn(self.conv1, self.bn1, images)))

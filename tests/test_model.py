@@ -212,3 +212,22 @@ def test_a_network_of_another_type_detects(filled_net, change):
     found = change(copy.deepcopy(filled_net)).detect(image)[0]
     assert found.boxes.dtype == found.scores.dtype == torch.float32
     torch.testing.assert_close(found.scores[:5], expected.scores[:5], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_frozen_stages_are_not_trained(number):
+    net = resnet18(2).train()
+    net.freeze_bn(affine=number == 2)
+    net.freeze_stages(number)
+    sum(net([torch.randn(1, 3, 64, 64), torch.tensor([[[4.0, 4, 40, 40, 1]]])])).backward()
+    stages = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",)]
+    frozen = [name for names in stages[:number] for name in names]
+    for name, weight in net.named_parameters():
+        is_norm = "bn" in name or "downsample.1" in name
+        fixed = name.split(".")[0] in frozen or (number == 2 and is_norm)
+        assert (weight.grad is None) == fixed, name
+
+
+def test_there_are_four_stages_to_freeze():
+    with pytest.raises(ValueError, match="0 to 4 stages can be frozen, not 5"):
+        resnet18(2).freeze_stages(5)
