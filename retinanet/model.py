@@ -138,7 +138,6 @@ class RetinaNet(Backbone):
             raise ValueError(f"the pyramid has the levels {PYRAMID_LEVELS}; the anchors' strides are {anchors.strides}")
         super().__init__(block, layers)
         self.num_classes = num_classes
-        self.bn_frozen = False
         self.anchors = Anchors() if anchors is None else anchors
         self.focalLoss: losses.FocalLoss = FusedFocalLoss()  # may be replaced
         self.fpn = PyramidFeatures(*self.out_channels)
@@ -158,30 +157,6 @@ class RetinaNet(Backbone):
         # "b = -log((1 - pi) / pi)": without it the background's loss swamps the first steps.
         pi = self.classificationModel.prior
         nn.init.constant_(self.classificationModel.output.bias, -math.log((1 - pi) / pi))
-
-    def freeze_bn(self, frozen: bool = True, affine: bool = False) -> None:
-        """Keep BatchNorm's statistics as they are, through every later `train()`; batches are too small for others.
-
-        Args:
-            frozen: False lets `train()` update them again.
-            affine: fix scale and shift, too.
-        """
-        # Paper: silent (Detectron: scale and shift fixed too). Original: statistics fixed until the next train(). Here: until unfrozen,
-        # because forgetting the call after a train() costs accuracy without any warning.
-        self.bn_frozen = frozen
-        for module in self.modules():
-            if affine and isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
-                module.requires_grad_(False)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "RetinaNet":
-        """Switch between training and evaluation; BatchNorm stays in evaluation while it is frozen."""
-        super().train(mode)
-        if self.bn_frozen:
-            for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
-                    module.eval()
-        return self
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """[B, 3, H, W] normalised -> P3 to P7, [B, 256, rows, columns] each."""
@@ -226,10 +201,10 @@ class RetinaNet(Backbone):
 
         Args:
             images: [B, 3, H, W] normalised.
-            score_threshold: scores must be above it.
-            nms_threshold: IoU above which the worse of two boxes of a class is dropped.
-            top_k: candidates of each pyramid level; None for all.
-            max_detections: detections of an image; None for all.
+            score_threshold: this and the next three are the limits of postprocess.py.
+            nms_threshold: IoU.
+            top_k: of each level; None for all.
+            max_detections: of an image; None for all.
             image_sizes: height and width, pixels, of each image without its padding, where boxes are clipped;
                 by default the size of the batch.
 

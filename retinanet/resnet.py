@@ -121,6 +121,7 @@ class Backbone(nn.Module):
         self.layer3 = self._make_stage(block, 128 * block.expansion, 256, layers[2], stride=2)
         self.layer4 = self._make_stage(block, 256 * block.expansion, 512, layers[3], stride=2)
         self.out_channels = [planes * block.expansion for planes in (128, 256, 512)]
+        self.bn_frozen = False
 
     @staticmethod
     def _make_stage(
@@ -133,6 +134,32 @@ class Backbone(nn.Module):
         blocks = [block(inplanes, planes, stride, downsample)]
         blocks += [block(out_planes, planes) for _ in range(num_blocks - 1)]
         return nn.Sequential(*blocks)
+
+    def freeze_bn(self, frozen: bool = True, affine: bool = False) -> None:
+        """Keep BatchNorm's statistics as they are, through every later `train()`.
+
+        Batches of a detector are too small for reliable statistics.
+
+        Args:
+            frozen: False lets `train()` update them again.
+            affine: fix scale and shift, too.
+        """
+        # Paper: silent (Detectron: scale and shift fixed too). Original: statistics fixed until the next train().
+        # Here: until unfrozen, because forgetting the call after a train() costs accuracy without any warning.
+        self.bn_frozen = frozen
+        for module in self.modules():
+            if affine and isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+                module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Switch between training and evaluation; BatchNorm stays in evaluation while it is frozen."""
+        super().train(mode)
+        if self.bn_frozen:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+                    module.eval()
+        return self
 
     def freeze_stages(self, number: int) -> None:
         """Stop training conv1 and the first `number` - 1 residual stages, of 0 (none) to 4.
