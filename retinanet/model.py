@@ -180,10 +180,10 @@ class RetinaNet(Backbone):
         """Class loss [1] and box loss [1]; the box head runs only where an anchor is positive (sparse_head.py)."""
         anchors = self.anchors(images)
         labels, boxes = self.focalLoss.assign(anchors, annotations, self.num_classes)
-        planned = sparse_head.plan(labels >= 0, self.anchors.level_shapes(*images.shape[-2:]))
+        plan = sparse_head.Plan(labels >= 0, self.anchors.level_shapes(*images.shape[-2:]))
         pyramid = self.pyramid(images)
         logits = torch.cat([self.classificationModel(level) for level in pyramid], dim=1)
-        deltas = sparse_head.run(self.regressionModel, pyramid, planned)
+        deltas = sparse_head.run(self.regressionModel, pyramid, plan)
         losses = self.focalLoss.of_assigned(logits, deltas, anchors, labels, boxes)
         return tuple(loss.mean(dim=0, keepdim=True) for loss in losses)
 
@@ -218,8 +218,8 @@ class RetinaNet(Backbone):
         counts = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
         for row, candidates in zip(counts, chosen, strict=True):
             row[candidates // self.num_classes] = True
-        planned = sparse_head.plan(counts, self.anchors.level_shapes(*images.shape[-2:]))
-        deltas = sparse_head.run(self.regressionModel, pyramid, planned)
+        plan = sparse_head.Plan(counts, self.anchors.level_shapes(*images.shape[-2:]))
+        deltas = sparse_head.run(self.regressionModel, pyramid, plan)
         anchors = self.anchors(images)[0]
         if image_sizes is None:
             image_sizes = [tuple(images.shape[-2:])] * len(images)

@@ -1,5 +1,6 @@
 """From the network's outputs to detections (RetinaNet, section 4.1, "Inference")."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,7 +43,9 @@ def best_candidates(
     Returns:
         [N] positions in `logits.flatten()`: anchor x K + class.
     """
-    logit_threshold = torch.logit(torch.tensor(score_threshold, dtype=torch.float64).clamp(0, 1)).item()
+    # A score is above the threshold where its logit is above the threshold's.
+    p = min(max(score_threshold, 0.0), 1.0)
+    logit_threshold = math.log(p / (1 - p)) if 0 < p < 1 else math.copysign(math.inf, p - 0.5)
     candidates, offset = [], 0
     for level in logits.split(list(level_sizes)):
         flat = level.flatten()

@@ -18,7 +18,7 @@ always is: it costs next to nothing, and all weights of the head then have a gra
 wants.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -77,48 +77,50 @@ def _where(active: Tensor, number: int) -> tuple[Tensor, Tensor]:
     return tile // (rows * columns), torch.stack([tile // columns % rows, tile % columns], dim=1) * TILE
 
 
-def plan(counts: Tensor, level_shapes: Sequence[tuple[int, int]]) -> Callable[[], list[tuple[Tensor, Tensor] | None]]:
-    """Find the tiles to compute.
+class Plan:
+    """The tiles to compute. A GPU is asked at once how many there are; only `tiles` waits for the answer.
 
     Args:
         counts: [B, A] bool: the anchors whose deltas count.
         level_shapes: rows and columns of each level.
 
-    Returns:
-        A function that gives, for each level, the tiles' images [N] and corners [N, 2], or None for the dense head. A
-        GPU is asked at once how many tiles there are; only calling the function waits for the answer.
+    Attributes:
+        levels: [B, rows, columns] bool of each level: the tiles that hold an anchor that counts.
     """
-    num_anchors = counts.shape[1] // sum(rows * columns for rows, columns in level_shapes)
-    parts = counts.split([rows * columns * num_anchors for rows, columns in level_shapes], dim=1)
-    levels = [
-        _active_tiles(part.view(len(part), *shape, num_anchors).any(dim=3))
-        for part, shape in zip(parts, level_shapes, strict=True)
-    ]
-    numbers, arrived = torch.stack([active.sum() for active in levels]), None
-    if numbers.device.type == "cuda":
-        numbers, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
-        arrived.record()
 
-    def tiles_of_levels() -> list[tuple[Tensor, Tensor] | None]:
-        if arrived is not None:
-            arrived.synchronize()
+    def __init__(self, counts: Tensor, level_shapes: Sequence[tuple[int, int]]):
+        num_anchors = counts.shape[1] // sum(rows * columns for rows, columns in level_shapes)
+        parts = counts.split([rows * columns * num_anchors for rows, columns in level_shapes], dim=1)
+        self.levels = [
+            _active_tiles(part.view(len(part), *shape, num_anchors).any(dim=3))
+            for part, shape in zip(parts, level_shapes, strict=True)
+        ]
+        self._numbers, self._arrived = torch.stack([active.sum() for active in self.levels]), None
+        if counts.device.type == "cuda" and torch.cuda.is_available():
+            self._numbers, self._arrived = self._numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+            self._arrived.record()
+
+    def numbers(self) -> list[int]:
+        """How many tiles each level has."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._numbers.tolist()
+
+    def tiles(self) -> list[tuple[Tensor, Tensor] | None]:
+        """Of each level the images [N] and corners [N, 2] of its tiles; None for the dense head."""
         return [
-            None if active is levels[-1] or number * COST >= active.numel() else _where(active, number)
-            for active, number in zip(levels, numbers.tolist(), strict=True)
+            None if active is self.levels[-1] or number * COST >= active.numel() else _where(active, number)
+            for active, number in zip(self.levels, self.numbers(), strict=True)
         ]
 
-    return tiles_of_levels
 
-
-def run(
-    head: nn.Module, pyramid: Sequence[Tensor], planned: Callable[[], list[tuple[Tensor, Tensor] | None]]
-) -> Tensor:
+def run(head: nn.Module, pyramid: Sequence[Tensor], plan: Plan) -> Tensor:
     """The box head's deltas [B, A, 4]: equal to the dense head's for the anchors that count.
 
     Args:
         head: the box head.
         pyramid: [B, C, H, W] of each level.
-        planned: from `plan`.
+        plan: what to compute.
     """
-    levels = zip(pyramid, planned(), strict=True)
+    levels = zip(pyramid, plan.tiles(), strict=True)
     return torch.cat([head(level) if tiles is None else _run_level(head, level, *tiles) for level, tiles in levels], 1)

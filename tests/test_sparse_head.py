@@ -39,7 +39,7 @@ def every_corner():
 def test_outputs_are_equal_to_the_bit_and_gradients_within_rounding(counts):
     head, pyramid = lively_head(), [torch.randn(2, 8, *shape, requires_grad=True) for shape in SHAPES]
     dense = torch.cat([head(level) for level in pyramid], dim=1)
-    sparse = sparse_head.run(head, pyramid, sparse_head.plan(counts, SHAPES))
+    sparse = sparse_head.run(head, pyramid, sparse_head.Plan(counts, SHAPES))
     assert sparse.shape == dense.shape
     torch.testing.assert_close(sparse[counts], dense[counts], rtol=1e-6, atol=1e-7)
     weights = torch.randn(dense.shape) * counts[..., None]
@@ -52,16 +52,16 @@ def test_outputs_are_equal_to_the_bit_and_gradients_within_rounding(counts):
 
 
 def test_a_level_is_dense_where_that_is_cheaper():
-    planned = sparse_head.plan(random_counts(2000), SHAPES)()
-    assert planned == [None] * 5
-    planned = sparse_head.plan(random_counts(1), SHAPES)()
-    assert planned[0] is not None and planned[-1] is None  # the coarsest level keeps every weight in the graph
+    tiles = sparse_head.Plan(random_counts(2000), SHAPES).tiles()
+    assert tiles == [None] * 5
+    tiles = sparse_head.Plan(random_counts(1), SHAPES).tiles()
+    assert tiles[0] is not None and tiles[-1] is None  # the coarsest level keeps every weight in the graph
 
 
 def test_tiles_are_those_that_hold_what_counts():
     counts = random_counts(0)
     counts[1, 2 * (9 * 40 + 17)] = True  # row 9, column 17 of the finest level: tile (1, 2)
-    (image, corner), *_ = sparse_head.plan(counts, SHAPES)()
+    (image, corner), *_ = sparse_head.Plan(counts, SHAPES).tiles()
     assert image.tolist() == [1] and corner.tolist() == [[8, 16]]
 
 
