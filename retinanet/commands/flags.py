@@ -1,8 +1,9 @@
 """Flags that several commands share, their checks, and what they stand for: data sets, transforms, anchors."""
 
 import argparse
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 from torchvision.transforms import Compose
 
 from retinanet.anchors import Anchors
+from retinanet.data.checks import leave_out_bad_images
 from retinanet.data.coco import CocoDataset
-from retinanet.data.csv import CSVDataset
+from retinanet.data.csv import CSVDataset, read_boxes
 from retinanet.data.dataset import DetectionDataset
+from retinanet.data.report import Report
 from retinanet.data.transforms import Augmenter, ColourJitter, RandomCrop, Resizer, ScaleJitter
 from retinanet.data.voc import VOCDataset
 from retinanet.data.yolo import YoloDataset
@@ -20,7 +23,7 @@ from retinanet.errors import UserError
 
 NEEDED_FLAGS = {
     "coco": ["coco_path"],
-    "csv": ["csv_classes"],
+    "csv": [],
     "shapes": [],
     "voc": ["voc_path"],
     "yolo": ["yolo_path"],
@@ -90,9 +93,12 @@ def add_data_arguments(parser: argparse.ArgumentParser, training: bool, required
     """Add the flags that name the data, with or without those of the training set."""
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=sorted(NEEDED_FLAGS), required=required, help="kind of data")
-    group.add_argument("--coco_path", help="folder with annotations/instances_SET.json and images/SET/")
-    group.add_argument("--voc_path", help="folder with Annotations, JPEGImages and ImageSets/Main")
-    group.add_argument("--yolo_path", help="folder with images/SET, labels/SET and classes.txt or data.yaml")
+    text = "folder with annotations/instances_SET.json and images/SET/, or SET/_annotations.coco.json; or of the images"
+    group.add_argument("--coco_path", help=f"{text}, where the set is a path, x.json")
+    text = "folder with Annotations, JPEGImages and ImageSets/Main; or with XML files beside the images, in SET/ or not"
+    group.add_argument("--voc_path", help=text)
+    text = "folder with images/SET and labels/SET, or text files beside the images, and classes.txt or data.yaml"
+    group.add_argument("--yolo_path", help=text)
     none = "; none: train without" if training else ""
     for kind, train_set, val_set in (
         ("coco", "train2017", "val2017"),
@@ -103,15 +109,23 @@ def add_data_arguments(parser: argparse.ArgumentParser, training: bool, required
         if training:
             group.add_argument(f"--{kind}_train_set", default=train_set, help=f"{name.format('training')} {DEFAULT}")
         group.add_argument(f"--{kind}_val_set", default=val_set, help=f"{name.format('validation')}{none} {DEFAULT}")
+    text = "path,x1,y1,x2,y2,class_name, or columns that a header names"
     if training:
-        group.add_argument("--csv_train", help="CSV file of the training set: path,x1,y1,x2,y2,class_name")
-    group.add_argument("--csv_val", help="CSV file of the validation set: path,x1,y1,x2,y2,class_name")
-    group.add_argument("--csv_classes", help="CSV file of the classes: class_name,id")
+        group.add_argument("--csv_train", help=f"CSV file of the training set: {text}")
+    group.add_argument("--csv_val", help=f"CSV file of the validation set: {text}")
+    text = "CSV file of the classes: class_name,id (default: those of the training set, or of the model)"
+    group.add_argument("--csv_classes", help=text)
+    text = "share of the images of a voc or yolo folder without sets that are for validation, such as 0.2"
+    group.add_argument("--val_share", type=fraction, help=text)
+    text = "take COCO's crowds as objects: CVAT, for one, marks masks so"
+    group.add_argument("--crowds_are_objects", action="store_true", help=text)
     if training:
         group.add_argument(
             "--shapes_train", type=positive_int, default=400, help=f"number of training images {DEFAULT}"
         )
     group.add_argument("--shapes_val", type=positive_int, default=100, help=f"number of validation images {DEFAULT}")
+    text = "leave out images that cannot be read and annotations that are corrupt; decodes all images first"
+    group.add_argument("--skip_bad", action="store_true", help=text)
     if training:
         group.add_argument("--strict", action="store_true", help="treat warnings about the data as errors")
 
@@ -195,7 +209,11 @@ def check_data_arguments(args: argparse.Namespace, needed: list[str]) -> list[st
 
 
 def make_dataset(
-    args: argparse.Namespace, split: str, transform: Callable[[dict], dict] | None
+    args: argparse.Namespace,
+    split: str,
+    transform: Callable[[dict], dict] | None,
+    class_names: Sequence[str] | None = None,
+    report: Report | None = None,
 ) -> DetectionDataset | None:
     """The data set that the flags name, if they name one.
 
@@ -203,14 +221,35 @@ def make_dataset(
         args: the parsed flags.
         split: train or val.
         transform: of its samples.
+        class_names: of a model; CSV data without a class list has these.
+        report: gets what is wrong.
     """
+    report = Report(skip_bad=args.skip_bad) if report is None else report
+    dataset = _read_dataset(args, split, transform, class_names, report)
+    if dataset is not None and args.skip_bad:
+        leave_out_bad_images(dataset, args.workers)
+    return dataset
+
+
+def _read_dataset(
+    args: argparse.Namespace,
+    split: str,
+    transform: Callable[[dict], dict] | None,
+    class_names: Sequence[str] | None,
+    report: Report,
+) -> DetectionDataset | None:
     kind = args.dataset
     if kind in FOLDERS:
         set_name = getattr(args, f"{kind}_{split}_set")
-        return None if set_name == "none" else FOLDERS[kind](getattr(args, f"{kind}_path"), set_name, transform)
+        crowds = {"crowds_are_objects": args.crowds_are_objects}
+        options = crowds if kind == "coco" else {"val_share": args.val_share}
+        make = functools.partial(FOLDERS[kind], getattr(args, f"{kind}_path"), set_name, transform)
+        return None if set_name == "none" else make(report=report, **options)
     if kind == "csv":
-        path = getattr(args, f"csv_{split}")
-        return CSVDataset(path, args.csv_classes, transform) if path else None
+        path, train_path = getattr(args, f"csv_{split}"), getattr(args, "csv_train", None)
+        if path and not (args.csv_classes or class_names) and split == "val" and train_path:
+            class_names = read_boxes(Path(train_path), None, Report())[-1]
+        return CSVDataset(path, args.csv_classes, transform, class_names, report) if path else None
     from retinanet.data.shapes import ShapesDataset  # scikit-image takes long to import
 
     # Training images come from odd seeds only: those of seed 0, for validation, are never trained on.

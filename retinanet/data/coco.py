@@ -6,7 +6,6 @@ only where a column does not hold what it should.
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,33 @@ import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.ground_truth import GroundTruth
+from retinanet.data.layouts import find_set
 from retinanet.data.reading import MAX_NAME, check_boxes, load_json, no_garbage_collection
-from retinanet.data.report import Report
+from retinanet.data.report import DataError, Report
 from retinanet.errors import UserError, shown
+from retinanet.process import log
 
 MAX_ID = 2**53
 
 
+# Where the annotation file of a set may lie, and its images: the first of the folders that has one of them.
+FILES = ("annotations/instances_{}.json", "annotations/{}.json", "{}/_annotations.coco.json", "{}.json")
+IMAGE_FOLDERS = ("images/{}", "{}", "images", ".")
+MANY_CROWDS = 0.02  # of all annotations; COCO has half as many
+
+
 class CocoDataset(DetectionDataset):
-    """A data set in COCO's layout.
+    """A data set in COCO's layout, or in Roboflow's or another one with a file in COCO's format.
 
     Crowd regions are difficult boxes; the categories, in the order of their ids, become the labels 0, 1, 2, ...
 
     Args:
-        root_dir: holds `annotations/instances_<set_name>.json` and `images/<set_name>/` (or `<set_name>/`).
-        set_name: such as `train2017`.
+        root_dir: holds `annotations/instances_<set_name>.json` and `images/<set_name>/` (or `<set_name>/`), or
+            `<set_name>/_annotations.coco.json` beside the images, or the images of a file that `set_name` names.
+        set_name: such as `train2017`; or the path of an annotation file, which ends with `.json`.
         transform: sample -> sample.
-        report: gets what is wrong; its arguments say what is then done.
+        crowds_are_objects: crowd regions are objects like all others.
+        report: gets what is wrong.
 
     Raises:
         UserError: the annotation file is missing or broken; the message lists all that is wrong.
@@ -45,16 +54,18 @@ class CocoDataset(DetectionDataset):
         root_dir: str | Path,
         set_name: str = "train2017",
         transform: Callable[[dict], dict] | None = None,
+        crowds_are_objects: bool = False,
         report: Report | None = None,
     ):
         self.root_dir = Path(root_dir)
         self.set_name = set_name
-        self.annotation_file = self.root_dir / "annotations" / f"instances_{set_name}.json"
-        self.image_folder = str(self.root_dir / "images" / set_name)
-        if not Path(self.image_folder).is_dir() and (self.root_dir / set_name).is_dir():
-            self.image_folder = str(self.root_dir / set_name)
         report = Report() if report is None else report
+        self.annotation_file, name = _find_file(self.root_dir, set_name, report)
         images, categories, self._truth = read_coco(self.annotation_file, report)
+        self.image_folder = _find_images(self.root_dir, name, images)
+        if crowds_are_objects:
+            self._truth = self._truth._replace(is_crowd=np.zeros_like(self._truth.is_crowd))
+        _report_crowds(self.annotation_file, self._truth, images, report)
         annotations, kept = _training_boxes(self.annotation_file, self._truth, report)
         truth = self._truth.select(kept)
         super().__init__(
@@ -68,8 +79,8 @@ class CocoDataset(DetectionDataset):
             report,
             self.annotation_file,
             _declared_sizes(self.annotation_file, images, report),
+            [image["id"] for image in images],
         )
-        self.image_ids = [image["id"] for image in images]
         self.coco_labels = {label: category["id"] for label, category in enumerate(categories)}
         self.coco_labels_inverse = {category_id: label for label, category_id in self.coco_labels.items()}
 
@@ -88,7 +99,15 @@ class CocoDataset(DetectionDataset):
     def ground_truth(self) -> GroundTruth:
         """The annotations as the file has them, with those that training drops."""
         renumber = "annotation ids" in self.report.counts
-        return self._truth._replace(ids=np.arange(1, len(self._truth.ids) + 1)) if renumber else self._truth
+        return self.placed(
+            self._truth._replace(ids=np.arange(1, len(self._truth.ids) + 1)) if renumber else self._truth
+        )
+
+    def select_images(self, keep: np.ndarray) -> None:
+        """Leave all other images out, with their annotations; `keep` is [I] bool."""
+        super().select_images(keep)
+        truth = self._truth.select(keep[self._truth.image_index])
+        self._truth = truth._replace(image_index=(np.cumsum(keep) - 1)[truth.image_index])
 
     def coco_label_to_label(self, category_id: int) -> int:
         """COCO's category id -> 0-based label."""
@@ -97,6 +116,31 @@ class CocoDataset(DetectionDataset):
     def label_to_coco_label(self, label: int) -> int:
         """0-based label -> COCO's category id."""
         return self.coco_labels[label]
+
+
+def _find_file(root: Path, set_name: str, report: Report) -> tuple[Path, str]:
+    """The annotation file of a set, and the set's name as the file has it."""
+    if set_name.endswith(".json"):
+        paths = [Path(set_name), root / set_name]
+        return next((path for path in paths if path.is_file()), paths[0]), Path(set_name).stem
+    names: dict[Path, str] = {}
+    for before, after in (place.split("{}") for place in FILES):
+        for path in sorted(root.glob(f"{before}*{after}")):
+            names.setdefault(path, path.relative_to(root).as_posix().removeprefix(before).removesuffix(after))
+    sets = {name: [path for path, its in names.items() if its == name] for name in names.values()}
+    if not sets:
+        message = "to read another file, name the images' folder here, and the file's path in place of the set"
+        raise UserError(f"{root}: has no {' or '.join(FILES[::2]).replace('{}', set_name)}; {message}")
+    path, *others = find_set(root, set_name, sets)
+    report.add_rows("other source", others, str, lambda _: f"is not read as the set {shown(set_name)}, but {path} is")
+    return path, names[path]
+
+
+def _find_images(root: Path, name: str, images: list[dict]) -> str:
+    """The folder that the images' names start at."""
+    folders = [root / place.format(name) for place in IMAGE_FOLDERS]
+    first = (folder for folder in folders if any((folder / image["file_name"]).is_file() for image in images[:20]))
+    return str(next(first, None) or next((folder for folder in folders if folder.is_dir()), folders[0]))
 
 
 @no_garbage_collection()
@@ -128,16 +172,32 @@ def read_coco(path: Path, report: Report) -> tuple[list[dict], list[dict], Groun
         ("class list", "category id", categories, "id"),
         ("class list", "category name", categories, "name"),
     ):
-        counts = Counter(entry[key] for entry in entries)
-        places = [f"{path}: {what} {shown(value)}" for value, count in counts.items() if count > 1]
-        report.add_rows(kind, places, str, lambda _: "is repeated")
+        ids: dict[Any, list[int]] = {}
+        for entry in entries:
+            ids.setdefault(entry[key], []).append(entry["id"])
+        for value, of_value in ids.items():
+            if len(of_value) > 1:
+                text = (
+                    "is repeated" if key == "id" else f"is repeated, with the ids {', '.join(map(str, of_value[:20]))}"
+                )
+                report.add(kind, f"{path}: {what} {shown(value)}", text)
     if not (images and categories):
-        report.raise_errors()
+        raise DataError(report)
     truth = _columns(content["annotations"])
     if truth is None:
         truth = _columns(_good_entries(path, content["annotations"], "annotations", report))
+    if len(categories) > 1 and _is_root(path, categories) and not (truth.labels == categories[0]["id"]).any():
+        log.info("%s: category %s, which has no boxes, is left out", path, shown(categories.pop(0)["name"]))
     truth = _resolve_ids(path, truth, images, categories, report)
     return images, categories, truth._replace(areas=_checked_areas(path, truth, report))
+
+
+def _is_root(path: Path, categories: list[dict]) -> bool:
+    """Whether the first category is the name that Roboflow gives to all of them together."""
+    root, *others = categories
+    if path.name == "_annotations.coco.json":
+        return root["id"] == 0
+    return root.get("supercategory") == "none" and {other.get("supercategory") for other in others} == {root["name"]}
 
 
 def _is_id(value: Any) -> bool:
@@ -207,7 +267,7 @@ def _columns(entries: list[Any]) -> GroundTruth | None:
     ids = [_whole(column) for column in ids]
     good = all(column.dtype == np.int64 and column.ndim == 1 for column in ids)
     good &= boxes.shape == (len(entries), 4) and boxes.dtype in (np.int64, np.float64)
-    good &= is_crowd.dtype.kind in "bif" and bool(np.isin(is_crowd, (0, 1)).all())
+    good &= is_crowd.dtype.kind in "bif" and is_crowd.ndim == 1 and bool(np.isin(is_crowd, (0, 1)).all())
     if not good:
         return None
     return GroundTruth(*ids, boxes.astype(np.float64), _areas(entries), is_crowd.astype(bool))
@@ -267,18 +327,31 @@ def _resolve_ids(
             np.flatnonzero(unknown),
             where,
             lambda row, what=what, wanted=wanted: f"{what} {wanted[row]} does not exist",
+            lambda row, wanted=wanted: int(wanted[row]),
         )
     _, first, counts = np.unique(truth.ids, return_index=True, return_counts=True)
     unusable = first[(counts > 1) | (truth.ids[first] == 0)]  # pycocotools confuses them, and takes 0 for none
     report.add_rows("annotation ids", unusable, where, lambda _: "the id is 0 or repeated; evaluation renumbers all")
     truth = truth._replace(image_index=found[0], labels=found[1]).select(known)
+    return truth
+
+
+def _report_crowds(path: Path, truth: GroundTruth, images: list[dict], report: Report) -> None:
+    """Report images of crowds alone, and so many crowds that they must be objects."""
+    crowds = int(truth.is_crowd.sum())
+    if crowds > MANY_CROWDS * len(truth.ids):
+        message = (
+            f"{crowds:,} of {len(truth.ids):,} annotations are crowds (iscrowd 1), on which nothing is trained; "
+            "CVAT and others mark masks so: --crowds_are_objects takes them as objects"
+        )
+        report.add("crowds", str(path), message)
     report.add_rows(
         "crowd-only image",
         np.setdiff1d(truth.image_index[truth.is_crowd], truth.image_index[~truth.is_crowd]),
         lambda index: f"{path}: image {images[index]['id']}",
         lambda index: f"{shown(images[index]['file_name'])} has crowds only, and is trained on as empty",
+        lambda _: "",
     )
-    return truth
 
 
 def _training_boxes(path: Path, truth: GroundTruth, report: Report) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The two CSV files of keras-retinanet and the original: a data set, and its reader.
+"""CSV files of boxes, one a line: a data set, and its reader.
 
 Rows are converted some hundreds at a time, column by column; they are looked at one by one only where that fails.
 """
@@ -10,55 +10,86 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.reading import MAX_NAME, check_boxes, read_text, unknown_class
-from retinanet.data.report import Report
+from retinanet.data.images import explain_missing
+from retinanet.data.reading import MAX_COORDINATE, MAX_NAME, check_boxes, read_text, unknown_class
+from retinanet.data.report import DataError, Report
 from retinanet.errors import UserError, shown
 
 CHUNK_ROWS = 500  # few enough that the texts of a chunk stay in the processor's cache
 UNKNOWN, NEGATIVE = -1, -2  # in place of a label: a class that is not in the list; a line without a box
 NO_CLASS = "\0"  # in place of the class of a negative; no text that is read holds it
+EMPTY = {"", "nan", "none", "null", "na", "n/a", "<na>"}  # what tools write in place of the numbers of no box
+# The names of the columns in the headers of all tools, the most telling first; those that a row must have, in order.
+COLUMNS = {
+    "path": (
+        *("path", "image_path", "img_path", "file_path", "filepath", "filename", "file_name", "file", "image_name"),
+        *("image", "img", "image_id"),
+    ),
+    "x1": ("x1", "xmin", "x_min", "left", "bbox_x1", "xtl"),
+    "y1": ("y1", "ymin", "y_min", "top", "bbox_y1", "ytl"),
+    "x2": ("x2", "xmax", "x_max", "right", "bbox_x2", "xbr"),
+    "y2": ("y2", "ymax", "y_max", "bottom", "bbox_y2", "ybr"),
+    "class_name": ("class_name", "classname", "class", "category_name", "category", "label_name", "label", "name"),
+}
+SIZES = (("height", "image_height", "img_height"), ("width", "image_width", "img_width"))
+
+
+class _Layout(NamedTuple):
+    """Where the columns of COLUMNS are in a row, those of SIZES or None, and how many columns there are."""
+
+    places: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+    sizes: tuple[int, int] | None = None
+    number: int = 6
 
 
 class CSVDataset(DetectionDataset):
-    """A data set in two CSV files, as keras-retinanet and the original read them.
+    """A data set in a CSV file, as keras-retinanet and the original, TensorFlow, Roboflow or DeepForest write it.
 
     Args:
-        train_file: one box a line, `path,x1,y1,x2,y2,class_name`; an image without boxes has one line
-            `path,,,,,`. Relative paths start at this file's folder, or else at the working directory.
+        train_file: one box a line, `path,x1,y1,x2,y2,class_name`, or in columns that a header names; an image without
+            boxes has one line `path,,,,,`. Relative paths start at this file's folder, or else at the working
+            directory.
         class_list: one class a line, `class_name,id`, ids from 0.
         transform: sample -> sample.
-        report: gets what is wrong; its arguments say what is then done.
+        class_names: in place of `class_list`; default: the classes of `train_file`, sorted.
+        report: gets what is wrong.
 
     Raises:
         UserError: a file is missing, or lines are wrong; the message lists them all, with file and line.
     """
 
+    per_image = (*DetectionDataset.per_image, "image_lines")
+
     def __init__(
         self,
         train_file: str | Path,
-        class_list: str | Path,
+        class_list: str | Path | None = None,
         transform: Callable[[dict], dict] | None = None,
+        class_names: Sequence[str] | None = None,
         report: Report | None = None,
     ):
         self.train_file = Path(train_file)
         self.folder = str(self.train_file.parent)
         report = Report() if report is None else report
-        class_names = read_classes(Path(class_list), report)
-        image_files, self.image_lines, *columns = read_boxes(self.train_file, class_names, report)
-        annotations, image_index, lines = columns
+        if class_list is not None:
+            class_names = read_classes(Path(class_list), report)
+        boxes = read_boxes(self.train_file, class_names, report)
+        self.image_lines = boxes.image_lines
         super().__init__(
-            image_files,
-            annotations,
-            image_index,
-            class_names,
+            boxes.image_files,
+            boxes.annotations,
+            boxes.image_index,
+            boxes.class_names,
             transform,
-            annotation_ids=lines,
+            annotation_ids=boxes.lines,
             report=report,
             source=self.train_file,
+            declared_sizes=boxes.sizes if boxes.sizes.any() else None,
         )
 
     def image_name(self, index: int) -> str:
@@ -69,20 +100,19 @@ class CSVDataset(DetectionDataset):
         """The CSV file and the box's line there."""
         return f"{self.train_file}:{self.annotation_ids[row]}"
 
+    def expected_path(self, index: int) -> str:
+        """The image's file, relative to the CSV file."""
+        return os.path.join(self.folder, str(self.image_files[index]))  # noqa: PTH118, pathlib takes several times as long
+
     def find_image(self, index: int) -> str | None:
         """The image's file: relative to the CSV file, or else the path as it is; None where neither exists."""
-        name = str(self.image_files[index])
-        for path in (os.path.join(self.folder, name), name):  # noqa: PTH118, pathlib takes several times as long
-            if os.path.isfile(path):  # noqa: PTH113
-                return path
-        return None
+        paths = self.expected_path(index), str(self.image_files[index])
+        return next((path for path in paths if os.path.isfile(path)), None)  # noqa: PTH113
 
     def explain_missing(self, index: int) -> str:
         """Why `find_image` finds nothing."""
-        name = str(self.image_files[index])
-        hint = "; is it a Windows path?" if "\\" in name or name[1:2] == ":" else ""
         start = f"relative paths start at {self.folder}, or else at the working directory"
-        return f"image {shown(name)} does not exist ({start}){hint}"
+        return f"{explain_missing(str(self.image_files[index]), self.folder)} ({start})"
 
     def image_path(self, index: int) -> str:
         """The image's file.
@@ -96,66 +126,127 @@ class CSVDataset(DetectionDataset):
         return path
 
 
-def read_boxes(
-    path: Path, class_names: Sequence[str], report: Report
-) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Read `path,x1,y1,x2,y2,class_name` lines; an image without boxes has one line `path,,,,,`.
+class Boxes(NamedTuple):
+    """What a CSV file says.
+
+    Attributes:
+        image_files: path of each image, in the order of their first lines.
+        image_lines: [I] int: these lines, from 1.
+        sizes: [I, 2] int: height and width; 0 where the file does not say.
+        annotations: [N, 5] float64 (x1, y1, x2, y2, label).
+        image_index: [N] int: the image of each annotation.
+        lines: [N] int: the line of each annotation.
+        class_names: of each label.
+    """
+
+    image_files: list[str]
+    image_lines: np.ndarray
+    sizes: np.ndarray
+    annotations: np.ndarray
+    image_index: np.ndarray
+    lines: np.ndarray
+    class_names: list[str]
+
+
+def read_boxes(path: Path, class_names: Sequence[str] | None, report: Report) -> Boxes:
+    """Read a CSV file of boxes.
 
     Args:
         path: the file.
-        class_names: name of each label.
+        class_names: name of each label; None: the classes of the file, sorted.
         report: gets what is wrong; where it holds no errors, the annotations are good.
 
-    Returns:
-        The images' paths, in the order of their first lines, and these lines [I], from 1; annotations [N, 5] float64
-        (x1, y1, x2, y2, label), the image of each [N], and its line [N].
-
     Raises:
-        UserError: the file is missing, empty, or not a CSV file in UTF-8.
+        UserError: the file is missing, empty, or not a CSV file in UTF-8, or its header lacks columns.
     """
-    labels = {name: label for label, name in enumerate(class_names)}
+    labels = {name: label for label, name in enumerate(class_names or ())}
     label_of = {NO_CLASS: NEGATIVE}  # of each class as it is written
-    positions: dict[str, int] = {}  # of each image
-    position_of: dict[str, int] = {}  # the same, of each path as it is written
-    parts = [(np.zeros((0, 4)), *[np.zeros(0, dtype=np.int64)] * 3)]
+    positions: dict[str, int] = {}  # of each image's path, from the working directory or the root
+    image_files: list[str] = []
+    position_of: dict[str, int] = {}  # of each path as it is written
+    folder = os.path.abspath(path.parent)  # noqa: PTH100
+
+    def new_image(name: str, where: Callable[[], str]) -> int:
+        key = name and os.path.normpath(os.path.join(folder, name))  # noqa: PTH118
+        position = positions.setdefault(key, len(positions))
+        if position == len(image_files):
+            image_files.append(name)
+        elif image_files[position] != name:
+            report.add("repeated image", where(), f"{shown(name)} is {shown(image_files[position])}, and read once")
+        return position
+
+    def new_class(name: str, _: Callable[[], str]) -> int:
+        return labels.setdefault(name, len(labels)) if class_names is None and name else labels.get(name, UNKNOWN)
+
+    layout, header = _Layout(), None
+    parts = [(np.zeros((0, 4)), *[np.zeros(0, dtype=np.int64)] * 3, np.zeros((0, 2)))]
     for numbers, rows in _chunks(path, 6, report):
+        if not parts[1:] and header is None:
+            layout, header = _read_header(path, numbers, rows, report)
         try:
-            names, boxes, classes = _columns(rows)
+            names, boxes, classes, sizes = _columns(rows, layout)
         except ValueError:
-            numbers, rows = _look_closer(path, numbers, rows, report)
+            numbers, rows = _look_closer(path, numbers, rows, layout, header, report)
             if not rows:
                 continue
-            names, boxes, classes = _columns(rows)
+            names, boxes, classes, sizes = _columns(rows, layout)
 
         def where(row: int, numbers: Sequence[int] = numbers) -> str:
             return f"{path}:{numbers[row]}"
 
-        image_index = _encode(
-            names, position_of, lambda name: positions.setdefault(name, len(positions)), where, report
-        )
-        label = _encode(classes, label_of, lambda name: labels.get(name, UNKNOWN), where, report)
-        unknown = np.flatnonzero(label == UNKNOWN)
+        empty = np.isnan(boxes).all(axis=1) | (boxes == 0).all(axis=1)
+        if empty.any():
+            report.add_rows(
+                *("no objects", [row for row in np.flatnonzero(empty) if classes[row] != NO_CLASS], where),
+                lambda _: "is read as an image without objects, whose line is best written `path,,,,,`",
+                lambda _: "",
+            )
+            classes = [NO_CLASS if is_empty else name for name, is_empty in zip(classes, empty, strict=True)]
+        image_index = _encode(names, position_of, new_image, where, report)
+        label = _encode(classes, label_of, new_class, where, report)
         report.add_rows(
-            "unknown class", unknown, where, lambda row, classes=classes: unknown_class(classes[row], class_names)
+            *("unknown class", np.flatnonzero(label == UNKNOWN), where),
+            lambda row, classes=classes: unknown_class(classes[row], list(labels)),
+            lambda row, classes=classes: classes[row].strip(),
         )
-        parts.append((boxes, label, image_index, np.asarray(numbers)))
+        parts.append((boxes, label, image_index, np.asarray(numbers), sizes))
     if not positions and not report.errors():
         raise UserError(f"{path}: lists no images")
-    boxes, label, image_index, lines = map(np.concatenate, zip(*parts, strict=True))
-    image_lines = lines[np.unique(image_index, return_index=True)[1]]
+    boxes, label, image_index, lines, sizes = map(np.concatenate, zip(*parts, strict=True))
+    first = np.unique(image_index, return_index=True)[1]
+    image_lines = lines[first]
     if "" in positions:
         report.add("bad name", f"{path}:{image_lines[positions['']]}", "the image's path is empty")
+    if class_names is None:
+        class_names = sorted(labels)
+        order = np.array([class_names.index(name) for name in labels], dtype=np.int64)
+        label[label >= 0] = order[label[label >= 0]]
     has_box = label != NEGATIVE
+    report.add_rows(
+        *("negative with boxes", np.intersect1d(image_index[has_box], image_index[~has_box])),
+        lambda index: f"{path}:{image_lines[index]}",
+        lambda index: f"{shown(image_files[index])} has a line without a box, and others with boxes, which count",
+    )
     boxes, label, image_index, lines = (column[has_box] for column in (boxes, label, image_index, lines))
     kept = check_boxes(report, boxes, label, image_index, lambda row: f"{path}:{lines[row]}")
-    _check_corners(path, boxes, report)
-    return list(positions), image_lines, np.column_stack([boxes, label])[kept], image_index[kept], lines[kept]
+    if header is None:
+        _check_corners(path, boxes, report)
+    annotations = np.column_stack([boxes, label])[kept]
+    return Boxes(
+        image_files,
+        image_lines,
+        sizes[first].astype(np.int64),
+        annotations,
+        image_index[kept],
+        lines[kept],
+        [*class_names],
+    )
 
 
 def _encode(
     texts: Sequence[str],
     codes: dict[str, int],
-    new_code: Callable[[str], int],
+    new_code: Callable[[str, Callable[[], str]], int],
     where: Callable[[int], str],
     report: Report,
 ) -> np.ndarray:
@@ -163,46 +254,70 @@ def _encode(
     for text in dict.fromkeys(texts):
         if text in codes:
             continue
-        codes[text] = new_code(text.strip())
+
+        def place(text: str = text) -> str:
+            return where(texts.index(text))
+
+        codes[text] = new_code(text.strip(), place)
         if len(text) > MAX_NAME:
-            message = f"{shown(text)} has {len(text):,} characters, more than {MAX_NAME:,}"
-            report.add("bad name", where(texts.index(text)), message)
+            report.add("bad name", place(), f"{shown(text)} has {len(text):,} characters, more than {MAX_NAME:,}")
         elif text != text.strip():
-            report.add("spaces", where(texts.index(text)), f"the spaces around {shown(text)} are ignored")
+            report.add("spaces", place(), f"the spaces around {shown(text)} are ignored")
     return np.fromiter(map(codes.__getitem__, texts), np.int64, len(texts))
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> tuple[Sequence[str], np.ndarray, Sequence[str]]:
-    """Names, boxes [n, 4] and classes of rows.
+def _columns(
+    rows: Sequence[Sequence[str]], layout: _Layout
+) -> tuple[Sequence[str], np.ndarray, Sequence[str], np.ndarray]:
+    """Names, boxes [n, 4], classes and sizes [n, 2] of rows.
 
     Raises:
         ValueError: one of the rows is malformed.
     """
-    names, *numbers, classes = zip(*rows, strict=True)
-    if len(numbers) != 4 or any("_" in "".join(column) for column in numbers):  # float() takes 1_0 for 10
+    columns = list(zip(*rows, strict=True))
+    if len(columns) != layout.number:
+        raise ValueError
+    names, *numbers, classes = (columns[place] for place in layout.places)
+    if any("_" in "".join(column) for column in numbers):  # float() takes 1_0 for 10
         raise ValueError
     boxes = np.stack([np.fromiter(map(float, column), np.float64, len(rows)) for column in numbers], axis=1)
-    return names, boxes, classes
+    sizes = np.zeros((len(rows), 2))
+    if layout.sizes:
+        sides = [
+            [int(side) if side.isascii() and side.isdecimal() else 0 for side in columns[place]]
+            for place in layout.sizes
+        ]
+        sizes = np.array(sides, dtype=np.float64).T
+        sizes[(sizes >= MAX_COORDINATE).any(axis=1)] = 0
+    return names, boxes, classes, sizes
 
 
 def _look_closer(
-    path: Path, numbers: Sequence[int], rows: Sequence[list[str]], report: Report
+    path: Path,
+    numbers: Sequence[int],
+    rows: Sequence[list[str]],
+    layout: _Layout,
+    header: list[str] | None,
+    report: Report,
 ) -> tuple[list[int], list[list[str]]]:
     """The line numbers of good rows, and these; rows without a box have `nan` in place of its numbers."""
     good: dict[int, list[str]] = {}
     for number, row in zip(numbers, rows, strict=True):
         where = f"{path}:{number}"
-        if not row or (len(row) == 1 and not row[0].strip()):
+        if not row or (len(row) == 1 and not row[0].strip()) or row == header:
             continue
-        if len(row) != 6:
-            message = f"expected `path,x1,y1,x2,y2,class_name`, found {len(row)} columns"
-            report.add("wrong column count", where, message)
-        elif not any(field.strip() for field in row[1:]):
-            good[number] = [row[0], "nan", "nan", "nan", "nan", NO_CLASS]
-        elif not (bad := [field for field in row[1:5] if not _is_number(field)]):
+        if len(row) != layout.number:
+            columns = "`path,x1,y1,x2,y2,class_name`" if header is None else f"{layout.number} columns"
+            report.add("wrong column count", where, f"expected {columns}, found {len(row)} columns", len(row))
+            continue
+        box, class_name = [row[place] for place in layout.places[1:5]], row[layout.places[5]]
+        if all(field.strip().lower() in EMPTY for field in box):
+            good[number] = row = list(row)
+            for place in layout.places[1:5]:
+                row[place] = "nan"
+            row[layout.places[5]] = class_name if class_name.strip() else NO_CLASS
+        elif not (bad := [field for field in box if not _is_number(field)]):
             good[number] = row
-        elif numbers[0] == 1 and not good and all(field.strip()[:1].isalpha() for field in bad) and len(bad) == 4:
-            _check_header(where, row, report)
         else:
             hint = "; the decimal sign is a point" if any(_is_number(field.replace(",", ".")) for field in bad) else ""
             report.add("not a number", where, f"x1, y1, x2, y2 must be numbers, not {shown(bad[0])}{hint}")
@@ -217,17 +332,41 @@ def _is_number(text: str) -> bool:
     return "_" not in text
 
 
-def _check_header(where: str, row: Sequence[str], report: Report) -> None:
-    """Skip a first row of column names, unless they are those of other columns than ours."""
-    names = [field.strip().lower() for field in row[1:5]]
-    initials = "".join(name[0] for name in names)
-    has_width = any(re.search(r"(^|[^a-z])w(idth)?$", name) for name in names)
-    found = shown(",".join(row[1:5]))
-    if not has_width and (initials == "xyxy" or not set(initials) <= set("xywh")):
+def _read_header(
+    path: Path, numbers: Sequence[int], rows: Sequence[list[str]], report: Report
+) -> tuple[_Layout, list[str] | None]:
+    """The columns that the first row names, and this row, if it is one of names.
+
+    Raises:
+        UserError: it lacks columns.
+    """
+    number, row = next(((n, row) for n, row in zip(numbers, rows, strict=True) if any(map(str.strip, row))), (1, []))
+    names = [re.sub(r"[\s-]+", "_", field.strip().lower()) for field in row]
+    where, found = f"{path}:{number}", shown(",".join(row))
+
+    def find(choices: Sequence[str]) -> int | None:
+        return next((names.index(name) for name in choices if name in names), None)
+
+    places = {role: place for role, choices in COLUMNS.items() if (place := find(choices)) is not None}
+    lacking = [role for role in COLUMNS if role not in places]
+    if any(map(_is_number, row)) or sum(map(bool, names)) < 2:
+        return _Layout(), None
+    sizes = [find(choices) for choices in SIZES]
+    if not lacking:
+        ignored = [field for place, field in enumerate(row) if place not in places.values() and place not in sizes]
+        text = f"; not read: {shown(', '.join(ignored))}" if any(ignored) else ""
+        report.add("header row", where, f"{found} are column names{text}")
+        return _Layout(tuple(places.values()), tuple(sizes) if None not in sizes else None, len(row)), row
+    if any(re.search(r"(^|_)w(idth)?$", name) for name in names):
+        report.add("looks like x, y, width, height", where, f"the columns are {found}, but must be x1,y1,x2,y2")
+        raise DataError(report)
+    if len(row) == 6 and len(lacking) >= 4 and all(name[:1].isalpha() for name in names[1:5]):
         report.add("header row", where, f"{found} are column names: line skipped")
-    else:
-        kind = "looks like x, y, width, height" if has_width or set(initials) == set("xywh") else "looks swapped"
-        report.add(kind, where, f"the columns are {found}, but must be x1,y1,x2,y2")
+        return _Layout(), row
+    if len(places) >= 2:
+        choices = "; ".join(f"{role} (such as {', '.join(COLUMNS[role][1:4])})" for role in lacking)
+        raise UserError(f"{where}: the header {found} has no column for {choices}")
+    return _Layout(), None
 
 
 def _check_corners(path: Path, boxes: np.ndarray, report: Report) -> None:
@@ -277,13 +416,14 @@ def read_classes(path: Path, report: Report) -> list[str]:
 def _chunks(path: Path, num_columns: int, report: Report) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
     """The rows of a file, some hundreds at a time, with their line numbers from 1.
 
-    Columns are separated by commas, unless another separator gives the first line the right number of columns.
+    Columns are separated by the sign that gives the first line the right number of columns, or else most of them.
     """
     text = read_text(path)
     first = next((line for line in io.StringIO(text, newline="") if line.strip()), None)
     if first is None:
         raise UserError(f"{path}: is empty")
-    separator = next((sign for sign in ",;\t" if first.count(sign) == num_columns - 1), ",")
+    exact = (sign for sign in ",;\t" if first.count(sign) == num_columns - 1)
+    separator = next(exact, max(",;\t", key=first.count))
     if separator != ",":
         report.add("separator", f"{path}:1", f"columns are separated by {shown(separator)}, not a comma")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)

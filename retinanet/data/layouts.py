@@ -1,10 +1,11 @@
 """What the layouts of all formats have in common: names of sets, and the share of a folder that names none."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from retinanet.data.report import Report
 from retinanet.errors import UserError, shown
 
 # Names of one set; COCO's, of the year 2017, are the defaults of --coco_train_set and --coco_val_set.
@@ -18,16 +19,13 @@ def _same_names(set_name: str) -> Sequence[str]:
     return next((names for names in SAME_NAMES if set_name in names), (set_name,))
 
 
-def find_set(
-    root: Path, set_name: str, sets: Mapping[str, Source], wanted: str, val_share: float | None = None
-) -> Source:
+def find_set(root: Path, set_name: str, sets: Mapping[str, Source], val_share: float | None = None) -> Source:
     """The set of a name, or else the one set of another name for the same, such as `valid` for `val`.
 
     Args:
         root: the data set's folder, for messages.
         set_name: as the user names it.
         sets: all that are there, by name.
-        wanted: the places where sets are looked for, for messages.
         val_share: must be None, because there are sets.
 
     Raises:
@@ -36,13 +34,10 @@ def find_set(
     listed = ", ".join(map(shown, sorted(sets)[:20]))
     if val_share is not None:
         raise UserError(f"{root}: has the sets {listed}; --val_share is for folders without sets")
-    if set_name in sets:
-        return sets[set_name]
     alike = [name for name in _same_names(set_name) if name in sets]
-    if len(alike) == 1:
-        return sets[alike[0]]
-    found = f"the sets there are: {listed}" if sets else f"looked for {wanted}"
-    raise UserError(f"{root}: has no set named {shown(set_name)}; {found}")
+    if set_name not in sets and len(alike) != 1:
+        raise UserError(f"{root}: has no set named {shown(set_name)}; the sets there are: {listed}")
+    return sets[set_name if set_name in sets else alike[0]]
 
 
 def choose_share(root: Path, set_name: str, val_share: float | None, names: Iterable[str]) -> list[str]:
@@ -76,3 +71,22 @@ def choose_share(root: Path, set_name: str, val_share: float | None, names: Iter
     }
     chosen = set(sorted(names, key=hashes.__getitem__)[:number])
     return [name for name in names if (name in chosen) == is_val]
+
+
+def report_list(source: Path, folder: Path, lines: Sequence[str], found: Sequence[Hashable], report: Report) -> None:
+    """Report the lines of a list whose images were not found, which is None in `found`, or found before."""
+    report.add_rows(
+        "missing image",
+        [line for line, image in zip(lines, found, strict=True) if image is None],
+        lambda _: str(source),
+        lambda line: f"image {shown(line)} does not exist in {folder}",
+        None if any(found) else lambda _: folder,
+    )
+    first = dict(zip(reversed(found), reversed(range(len(found))), strict=True))
+    repeated = [row for row, image in enumerate(found) if image is not None and first[image] != row]
+    report.add_rows(
+        "repeated image",
+        repeated,
+        lambda _: str(source),
+        lambda row: f"{shown(lines[row])} is listed twice, and read once",
+    )

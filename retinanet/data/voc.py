@@ -9,10 +9,10 @@ import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import IMAGE_SUFFIXES, list_images, walk
-from retinanet.data.layouts import choose_share, find_set
+from retinanet.data.layouts import choose_share, find_set, report_list
 from retinanet.data.reading import check_boxes, read_class_list, read_text, unknown_class
 from retinanet.data.report import Report
-from retinanet.errors import UserError, shown
+from retinanet.errors import UserError
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -45,6 +45,8 @@ class VOCDataset(DetectionDataset):
         UserError: files are missing or wrong; the message lists all that is wrong.
     """
 
+    per_image = (*DetectionDataset.per_image, "annotation_files")
+
     def __init__(
         self,
         root_dir: str | Path,
@@ -72,14 +74,23 @@ class VOCDataset(DetectionDataset):
             class_names = VOC_CLASSES if used <= set(VOC_CLASSES) else sorted(used)
         wanted = {name for _, names in lines for name in names}
         images = list_images(image_folder, wanted, {content.file_name for content in contents.values()})
-        pairs = _pair(lines, images, xml_files, contents, list_file or xml_folder, image_folder, report)
+        found = []
+        for _, names in lines:
+            path = next((xml_files[name] for name in names if name in xml_files), None)
+            also = [Path(contents[path].file_name).stem] if path else []
+            found.append((next((name for name in [*names, *also] if name in images), None), path))
+        report_list(
+            list_file or xml_folder, image_folder, [line for line, _ in lines], [name for name, _ in found], report
+        )
+        pairs = {name: path for name, path in found if name is not None}
         if list_file:
             _check_xml(pairs, xml_folder, report)
         else:
             others = sorted(images.keys() - pairs)
             message = "has no XML file, and is left out; without objects, it needs one without <object>"
             report.add_rows("stray file", others, lambda name: str(images[name]), lambda _: message, lambda _: message)
-            pairs = {name: pairs[name] for name in choose_share(base, set_name, val_share, pairs)}
+            if base == self.root_dir:  # there are no sets
+                pairs = {name: pairs[name] for name in choose_share(base, set_name, val_share, pairs)}
         for name in [name for name, path in pairs.items() if path and contents[path].fault]:
             path = pairs.pop(name)
             report.add("bad entry", str(path), contents[path].fault)
@@ -150,39 +161,6 @@ def _read_list(path: Path) -> list[tuple[str, list[str]]]:
     if not lines:
         raise UserError(f"{path}: lists no images")
     return lines
-
-
-def _pair(
-    lines: Sequence[tuple[str, list[str]]],
-    images: Mapping[str, Path],
-    xml_files: Mapping[str, Path],
-    contents: Mapping[Path, "_Content"],
-    source: Path,
-    folder: Path,
-    report: Report,
-) -> dict[str, Path | None]:
-    """The XML file of each image that is listed; where there is no list, images without XML files are left out."""
-    pairs: dict[str, Path | None] = {}
-    missing, repeated = [], []
-    for line, names in lines:
-        path = next((xml_files[name] for name in names if name in xml_files), None)
-        also = [Path(contents[path].file_name).stem] if path else []
-        name = next((name for name in [*names, *also] if name in images), None)
-        if name is None:
-            missing.append(line)
-        elif name in pairs:
-            repeated.append(line)
-        else:
-            pairs[name] = path
-    report.add_rows(
-        "missing image",
-        missing,
-        lambda _: str(source),
-        lambda line: f"image {shown(line)} does not exist in {folder}",
-        None if pairs else lambda _: source,
-    )
-    report.add_rows("repeated image", repeated, lambda _: str(source), lambda line: f"{shown(line)} is read once")
-    return pairs
 
 
 def _check_xml(pairs: Mapping[str, Path | None], folder: Path, report: Report) -> None:

@@ -1,88 +1,101 @@
-"""YOLO's layout: one text file an image, one box a line, in fractions of the image's size."""
+"""YOLO's layouts: one text file an image, one box a line, in fractions of the image's size."""
 
+import itertools
+import math
+import os
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.images import list_images, read_header
+from retinanet.data.images import IMAGE_SUFFIXES, list_images, read_header, walk
+from retinanet.data.layouts import SAME_NAMES, choose_share, find_set, report_list
 from retinanet.data.reading import check_boxes, read_class_list, read_text
 from retinanet.data.report import FileError, Report
-from retinanet.errors import UserError
-from retinanet.process import progress
+from retinanet.errors import UserError, shown
+from retinanet.process import log, progress
+
+# Where the images of a set may lie; a text file lists them, a path a line.
+PLACES = ("images/{}", "{}/images", "{}", "{}.txt")
+CLASS_LISTS = ("classes.txt", "obj.names", "_darknet.labels")
+SETTINGS = ("data.yaml", "data.yml", "dataset.yaml", "obj.data")  # of which those name sets and classes
+NO_SETS = ("path", "names", "nc", "classes", "backup", "kpt_shape")  # the entries of SETTINGS that name no set
 
 
 class YoloDataset(DetectionDataset):
-    """A data set in YOLO's layout, as Darknet, Ultralytics and Roboflow write it.
+    """A data set in YOLO's layout, as Darknet, Ultralytics, Roboflow, CVAT and Label Studio write it.
 
     An image without a text file has no boxes. Outlines (more than four numbers) become their bounding boxes; the key
     points of poses, which `kpt_shape` in `data.yaml` announces, are ignored.
 
     Args:
-        root_dir: holds `images/<set_name>` and `labels/<set_name>` (or `<set_name>/images` and `<set_name>/labels`),
-            and the class names: `data.yaml`, or `classes.txt` with one a line.
+        root_dir: holds the images of a set in `images/<set_name>`, `<set_name>/images` or `<set_name>`, where
+            `data.yaml` or `obj.data` say, or as listed in `<set_name>.txt`; or those of all sets. The text files lie
+            in `labels` in place of `images`, or beside the images. `classes.txt`, `obj.names`, `_darknet.labels`
+            or `data.yaml` name the classes.
         set_name: such as `train`.
         transform: sample -> sample.
-        report: gets what is wrong; its arguments say what is then done.
+        val_share: of the images that are for validation, in a folder without sets.
+        report: gets what is wrong.
 
     Raises:
         UserError: a file is missing, or lines are wrong; the message lists them all, with file and line.
     """
+
+    per_image = (*DetectionDataset.per_image, "label_files")
 
     def __init__(
         self,
         root_dir: str | Path,
         set_name: str = "train",
         transform: Callable[[dict], dict] | None = None,
+        val_share: float | None = None,
         report: Report | None = None,
     ):
-        self.root_dir = Path(root_dir)
+        self.root_dir = root = Path(root_dir)
         self.set_name = set_name
-        folders = [self.root_dir / "images" / set_name, self.root_dir / set_name / "images"]
-        folder = next((folder for folder in folders if folder.is_dir()), None)
-        if folder is None:
-            raise UserError(f"{self.root_dir}: has neither images/{set_name} nor {set_name}/images")
-        labels = self.root_dir / "labels" / set_name if folder == folders[0] else self.root_dir / set_name / "labels"
-        if not labels.is_dir():
-            raise UserError(f"{labels}: does not exist; it must hold the boxes")
         report = Report() if report is None else report
-        class_names = _read_class_names(self.root_dir)
-        images = list_images(folder)
-        if not images:
-            raise UserError(f"{folder}: holds no images")
-        files = [labels / f"{name}.txt" for name in images]
-        strangers = sorted({*labels.rglob("*.txt")} - {*files, labels / "classes.txt"})
-        report.add_rows("stray file", strangers, str, lambda path: f"no image in {folder} has the name {path.stem}")
-        key_numbers = _key_numbers(self.root_dir / "data.yaml")
-        table, sizes = [], []
-        for index, path in enumerate(progress(images.values(), "reading YOLO files")):
+        settings = _read_settings(root)
+        label_files, source = _find_files(root, set_name, val_share, settings, report)
+        folders = dict.fromkeys([root, source, *(file.parent for file in label_files.values())])
+        class_names = _class_names(root, folders, settings)
+        key_numbers = sum(_key_numbers(path, content) for path, content in settings.items())
+        images, files, sizes, table = [], [], [], []
+        for path, file in progress(label_files.items(), "reading YOLO files", len(label_files)):
             try:
+                lines = read_text(file).splitlines() if file.is_file() else []
+                rows = [(len(files), *row) for row in _read_boxes(file, lines, len(class_names), key_numbers, report)]
                 sizes.append(read_header(path)[:2])
             except FileError as error:
-                report.add("unreadable image", error.where, error.message)
-                sizes.append((1000, 1000))  # any size will do to check the boxes
-            table += [(index, *row) for row in _read_boxes(files[index], len(class_names), key_numbers, report)]
+                kind = "bad entry" if error.where.startswith(str(file)) else "unreadable image"
+                report.add(kind, error.where, error.message)
+                continue
+            table += rows
+            images.append(str(path))
+            files.append(file)
         table = np.array(table, dtype=np.float64).reshape(-1, 7)
         image_index, numbers = table[:, :2].T.astype(np.int64)
         boxes, classes = table[:, 2:6], table[:, 6]
-        boxes *= np.tile(np.array(sizes)[image_index, ::-1], 2)
+        sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)
+        boxes *= np.tile(sizes[image_index, ::-1], 2)
 
         def where(row: int) -> str:
             return f"{files[image_index[row]]}:{numbers[row]}"
 
         kept = check_boxes(report, boxes, classes, image_index, where)
         super().__init__(
-            [str(path) for path in images.values()],
+            images,
             table[kept, 2:],
             image_index[kept],
             class_names,
             transform,
             annotation_ids=numbers[kept],
             report=report,
-            source=labels,
-            declared_sizes=np.array(sizes),
+            source=source,
+            declared_sizes=sizes,
         )
         self.label_files = files
 
@@ -91,29 +104,167 @@ class YoloDataset(DetectionDataset):
         return f"{self.label_files[self.image_index[row]]}:{self.annotation_ids[row]}"
 
 
-def _read_class_names(root: Path) -> list[str]:
-    """Class names from `classes.txt`, or else from `data.yaml`."""
-    names = read_class_list(root / "classes.txt")
-    if names is not None:
-        return names
-    if not (root / "data.yaml").is_file():
-        raise UserError(f"{root}: has neither classes.txt nor data.yaml, which name the classes")
-    return _read_yaml_names(root / "data.yaml")
+def _read_settings(root: Path) -> dict[Path, dict[str, Any]]:
+    """What `data.yaml` and `obj.data` say, if they exist."""
+    settings = {}
+    for path in (root / name for name in SETTINGS if (root / name).is_file()):
+        if path.suffix == ".data":
+            pairs = (line.partition("=") for line in read_text(path).splitlines())
+            settings[path] = {key.strip(): value.strip() for key, sign, value in pairs if sign}
+        else:
+            settings[path] = _read_yaml(path)
+    return settings
 
 
-def _read_yaml_names(path: Path) -> list[str]:
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         import yaml  # an extra: nothing else needs it
     except ModuleNotFoundError as error:
+        if any((path.parent / name).is_file() for name in CLASS_LISTS):
+            log.warning("%s is not read: PyYAML is not installed (pip install 'retinanet[yolo]')", path)
+            return {}
         raise UserError(
             f"{path}: PyYAML is needed to read it (pip install 'retinanet[yolo]'), unless "
             f"{path.parent / 'classes.txt'} lists the class names, one a line"
         ) from error
     try:
         content = yaml.load(read_text(path), yaml.BaseLoader)  # texts alone: `no` does not become False
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not valid YAML ({error})") from error
-    names = content.get("names") if isinstance(content, dict) else None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid YAML, or too deep ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: needs `names`: a list, or a mapping from 0, 1, 2, ... to names")
+    return content
+
+
+def _places(text: str, root: Path, *bases: Path) -> list[Path]:
+    """Where a path of a list or of `data.yaml` may lead, whatever folder its tool started in."""
+    parts = PurePosixPath(text.replace("\\", "/")).parts
+    own = itertools.dropwhile(lambda part: part in ("..", ".", "data"), parts)
+    return [path for path in (*(Path(base, *parts) for base in (*bases, root)), Path(root, *own)) if _exists(path)]
+
+
+def _exists(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110, pathlib raises errors for impossible names
+
+
+def _resolve(text: str, root: Path, base: Path) -> list[Path]:
+    """Where a path of `data.yaml` leads: one place, or none."""
+    found = {os.path.realpath(path): path for path in _places(text, root, base)}
+    if len(found) > 1:
+        raise UserError(f"{root}: {shown(text)} may be {' or '.join(map(str, found.values()))}; write the whole path")
+    return list(found.values())
+
+
+def _find_sets(root: Path, set_name: str, settings: Mapping[Path, dict]) -> dict[str, list[list[Path]]]:
+    """The folders and lists of the images of each set, as each source names them, the most explicit source first."""
+    sets: dict[str, list[list[Path]]] = {}
+    for content in settings.values():
+        base = root / content["path"] if isinstance(content.get("path"), str) else root
+        for name, value in content.items():
+            texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text]
+            if name not in NO_SETS and (paths := [path for text in texts for path in _resolve(text, root, base)]):
+                sets.setdefault(name, []).append(paths)
+    known = {name for names in (*SAME_NAMES, ["test", set_name]) for name in names}
+    for before, after in (place.split("{}") for place in PLACES):
+        for path in sorted(root.glob(f"{before}*{after}")):
+            name = path.relative_to(root).as_posix().removeprefix(before).removesuffix(after)
+            if after == ".txt":
+                is_set = name in known and path.is_file()
+            elif before or after:
+                is_set = path.is_dir()
+            else:
+                is_set = name in known and path.is_dir() and any(map(_is_image, path.iterdir()))
+            if is_set:
+                sets.setdefault(name, []).append([path])
+    return sets
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _find_files(
+    root: Path, set_name: str, val_share: float | None, settings: Mapping[Path, dict], report: Report
+) -> tuple[dict[Path, Path], Path]:
+    """The images of a set, each once, and their text files; and where they are: a list, or a folder of text files."""
+    sets = _find_sets(root, set_name, settings)
+    flat = [[root / "images" if (root / "images").is_dir() else root]]
+    sources, *others = find_set(root, set_name, sets, val_share) if sets else flat
+    for other in others:
+        if sources[0].is_dir() and os.path.realpath(other[0]) != os.path.realpath(sources[0]):
+            message = f"is not read as the set {shown(set_name)}, but {sources[0]} is"
+            report.add("other source", str(other[0]), message)
+    images = dict.fromkeys(path for source in sources for path in _list_source(root, source, report))
+    if not images:
+        missing = "" if sets else f"has neither images/{set_name} nor {set_name}/images, and "
+        raise UserError(f"{sources[0]}: {missing}holds no images")
+    folders = {folder: _label_folder(folder) for folder in dict.fromkeys([path.parent for path in images] + sources)}
+    files = {path: folders[path.parent] / f"{path.stem}.txt" for path in images}
+    owners = {file: path for path, file in files.items()}
+    for path, file in files.items():
+        if owners[file] != path:
+            raise UserError(f"{owners[file]}: differs from {path.name} only in its suffix; remove one of them")
+    for source in filter(Path.is_dir, sources):
+        texts = list(walk(folders[source], {".txt"}))
+        if not texts and folders[source] == source:
+            message = "it must hold the boxes, unless they lie beside the images"
+            raise UserError(f"{_labels_like(source)}: does not exist; {message}")
+        strangers = [path for path in texts if path not in owners and path.name not in CLASS_LISTS]
+        strangers = [path for path in strangers if path.parent != root or path.stem not in sets]
+        report.add_rows("stray file", strangers, str, lambda path: f"no image of the set has the name {path.stem}")
+    if not sets:
+        names = {path.relative_to(root).as_posix(): path for path in images}
+        files = {names[name]: files[names[name]] for name in choose_share(root, set_name, val_share, names)}
+    return files, folders[sources[0]] if sources[0].is_dir() else sources[0]
+
+
+def _list_source(root: Path, source: Path, report: Report) -> list[Path]:
+    """The images of a folder, or of a list."""
+    if source.is_dir():
+        return list(list_images(source).values())
+    lines = [line.strip() for line in read_text(source).splitlines() if line.strip()]
+    found = [next(iter(_places(line, root, source.parent)), None) for line in lines]
+    images = {os.path.normpath(path): path for path in found if path}
+    report_list(source, root, lines, [path and os.path.normpath(path) for path in found], report)
+    return list(images.values())
+
+
+def _labels_like(folder: Path) -> Path:
+    """The folder with `labels` in place of the last `images` of its path, if there is one."""
+    parts = folder.parts
+    last = max((place for place, part in enumerate(parts) if part == "images"), default=None)
+    return folder if last is None else Path(*parts[:last], "labels", *parts[last + 1 :])
+
+
+def _label_folder(folder: Path) -> Path:
+    """Where the text files of a folder's images lie."""
+    labels = _labels_like(folder)
+    return labels if labels.is_dir() else folder
+
+
+def _class_names(root: Path, folders: Iterable[Path], settings: Mapping[Path, dict]) -> list[str]:
+    """The class names, on which all files that name them must agree."""
+    paths = [folder / name for folder in folders for name in CLASS_LISTS]
+    paths += [path for content in settings.values() for path in _resolve(str(content.get("names")), root, root)]
+    sources = {path: names for path in paths if (names := read_class_list(path))}
+    for path, content in settings.items():
+        if path.suffix != ".data" and ("names" in content or not sources):
+            sources[path] = _yaml_names(path, content.get("names"))
+    if not sources:
+        raise UserError(f"{root}: has neither classes.txt nor data.yaml, which name the classes")
+    (first, names), *others = sources.items()
+    for path, other in others:
+        if other != names:
+            pairs = itertools.zip_longest(names, other)
+            label, (mine, its) = next((label, pair) for label, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise UserError(
+                f"{first} and {path} name different classes: class {label} is {shown(mine)} and {shown(its)}; "
+                "correct or remove the wrong file"
+            )
+    return names
+
+
+def _yaml_names(path: Path, names: Any) -> list[str]:
     if isinstance(names, dict) and set(names) == {str(label) for label in range(len(names))}:
         names = [names[str(label)] for label in range(len(names))]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
@@ -123,20 +274,20 @@ def _read_yaml_names(path: Path) -> list[str]:
     return names
 
 
-def _key_numbers(path: Path) -> int:
-    """How many numbers of key points follow each box, according to `data.yaml`; 0 without poses."""
-    text = path.read_bytes() if path.is_file() else b""
-    found = re.search(rb"^kpt_shape\s*:[\s\[-]*(\d+)[\s,-]*(\d+)", text, re.MULTILINE)
-    return int(found[1]) * int(found[2]) if found else 0
+def _key_numbers(path: Path, content: Mapping[str, Any]) -> int:
+    """How many numbers of key points follow each box; 0 without poses."""
+    shape = content.get("kpt_shape", [])
+    if not isinstance(shape, list) or not all(
+        isinstance(side, str) and re.fullmatch("[0-9]{1,4}", side) for side in shape
+    ):
+        raise UserError(f"{path}: kpt_shape must be two whole numbers, not {shown(shape)}")
+    return math.prod(map(int, shape)) if shape else 0
 
 
-def _read_boxes(path: Path, num_classes: int, key_numbers: int, report: Report) -> Iterator[tuple[float, ...]]:
+def _read_boxes(
+    path: Path, lines: Sequence[str], num_classes: int, key_numbers: int, report: Report
+) -> Iterator[tuple[float, ...]]:
     """Number from 1, (x1, y1, x2, y2) in fractions of the image's size, and label of each line."""
-    try:
-        lines = read_text(path).splitlines() if path.is_file() else []
-    except FileError as error:
-        report.add("bad entry", error.where, error.message)
-        return
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -158,7 +309,7 @@ def _read_boxes(path: Path, num_classes: int, key_numbers: int, report: Report) 
             report.add("wrong column count", where, message)
             continue
         if label not in range(num_classes):
-            report.add("unknown class", where, f"class {label:g} is not one of 0 to {num_classes - 1}")
+            report.add("unknown class", where, f"class {label:g} is not one of 0 to {num_classes - 1}", label)
         # Values slightly outside are rounded ones; values far outside are pixels instead of fractions.
         elif not ((corners > -0.5) & (corners < 1.5)).all():
             report.add("bad entry", where, "a box must be in fractions of the image's size, from 0 to 1")

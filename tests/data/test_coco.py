@@ -62,7 +62,7 @@ def test_sizes_are_the_declared_ones_or_else_those_of_the_images(tmp_path):
     data = write(tmp_path / "with", make_floats)
     for path in tmp_path.glob("with/images/*/*.png"):
         path.unlink()
-    assert data.image_sizes.tolist() == expected and data.report.counts == {}
+    assert data.image_sizes.tolist() == expected and data.report.counts == {"crowds": 1}
     assert data.image_aspect_ratio(0) == pytest.approx(64 / 48)
 
 
@@ -74,7 +74,7 @@ def test_crowds_are_not_trained_on_but_evaluated(tmp_path):
         content["annotations"].append({**content["annotations"][3], "id": 5, "iscrowd": 0})
 
     data = write(tmp_path, change)
-    assert data.annotation_ids.tolist() == [2, 3, 5, 1] and not data.report.counts
+    assert data.annotation_ids.tolist() == [2, 3, 5, 1]
     assert data.load_difficult(0).tolist() == [[0, 0, 64, 48, 1]]
     assert [entry["id"] for entry in data.coco.loadAnns(data.coco.getAnnIds(iscrowd=True))] == [4]
 
@@ -199,8 +199,10 @@ def test_a_broken_file_is_an_error_that_says_where(tmp_path, spoil, message):
 
 def test_a_file_that_is_missing_or_not_json_is_an_error(tmp_path):
     root = write_coco_data(tmp_path)
-    with pytest.raises(UserError, match=r"instances_test\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"has no set named 'test'; the sets there are: 'val2017'$"):
         CocoDataset(root, "test")
+    with pytest.raises(UserError, match=r"none\.json: cannot be read"):
+        CocoDataset(root, "none.json")
     path = tmp_path / "annotations" / "instances_val2017.json"
     truncate(path)
     with pytest.raises(UserError, match=r"instances_val2017\.json:1: is not valid JSON"):

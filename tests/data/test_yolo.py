@@ -137,11 +137,13 @@ def test_a_missing_folder_or_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"has neither images/train nor train/images"):
         YoloDataset(tmp_path)
     root = write_yolo(tmp_path, {}, names=None)
-    with pytest.raises(UserError, match=r"has neither classes\.txt nor data\.yaml"):
-        YoloDataset(root)
-    (root / "classes.txt").write_text("cat\n")
     with pytest.raises(UserError, match=r"images/train: holds no images"):
         YoloDataset(root)
+    save(gradient(40, 80), root / "images/train/a.png")
+    with pytest.raises(UserError, match=r"has neither classes\.txt nor data\.yaml"):
+        YoloDataset(root)
+    with pytest.raises(UserError, match=r"no set named 'val'; the sets there are: 'train'"):
+        YoloDataset(root, "val")
 
 
 def test_text_files_without_an_image_are_reported(tmp_path):
