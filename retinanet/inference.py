@@ -26,19 +26,12 @@ AnyImage = str | Path | np.ndarray | Image.Image | Tensor
 
 
 class Prediction(NamedTuple):
-    """Detections in one image, best first.
+    """Detections in one image, best first."""
 
-    Attributes:
-        scores: [N] float32, from 0 to 1.
-        labels: [N] int64, 0-based.
-        boxes: [N, 4] float32 xyxy, pixels of the image.
-        class_names: [N] the name of each label.
-    """
-
-    scores: Tensor
-    labels: Tensor
-    boxes: Tensor
-    class_names: list[str]
+    scores: Tensor  # [N] float32, from 0 to 1
+    labels: Tensor  # [N] int64, 0-based
+    boxes: Tensor  # [N, 4] float32 xyxy, pixels of the image
+    class_names: list[str]  # [N] the name of each label
 
 
 def predict(
@@ -195,17 +188,8 @@ def detect_images(
     """Run a detector over a stream of images.
 
     Only consecutive images of the same size share a batch: none is padded, so the others do not affect its detections.
-
-    Args:
-        net: the model; it keeps its mode.
-        images: [H, W, 3] uint8 each.
-        resizer: resizes images to the size that the network was trained on.
-        batch_size: images a batch.
-        precision: of the network's arithmetic.
-        **limits: arguments of `RetinaNet.detect`.
-
-    Yields:
-        Each image and its Detections, on the CPU, boxes in pixels of the image.
+    Yields each image, [H, W, 3] uint8, and its Detections, on the CPU, boxes in pixels of the image; the model keeps
+    its mode, and the limits are those of `RetinaNet.detect`.
     """
     device = next(net.parameters()).device
     for (height, width, _), same_size in itertools.groupby(images, key=np.shape):
@@ -218,13 +202,7 @@ def detect_images(
 
 
 def detect_dataset(model: nn.Module, dataset: DetectionDataset, **limits: float | None) -> dict[int, Detections]:
-    """Run a model over a data set, on the model's device.
-
-    Args:
-        model: a RetinaNet, or a DataParallel around it.
-        dataset: with a Resizer among its transforms.
-        **limits: arguments of `RetinaNet.detect`.
-    """
+    """Run a model, perhaps within DataParallel, over a data set with a Resizer, on the model's device."""
     net = getattr(model, "module", model)
     device = next(net.parameters()).device
     return detect(net, make_loader(dataset, batch_size=1, device=device), device, **limits)

@@ -47,13 +47,7 @@ IOU_TOLERANCE = 0.01
 
 
 class Detector(nn.Module):
-    """A RetinaNet with its pre- and post-processing, in operations that can be exported.
-
-    Args:
-        net: in evaluation mode.
-        with_nms: return detections instead of logits and boxes.
-        score_threshold, nms_threshold, max_detections: as in `select_detections`.
-    """
+    """A RetinaNet with its pre- and post-processing, in operations that can be exported; thresholds as in `detect`."""
 
     def __init__(
         self,
@@ -119,11 +113,7 @@ def trace(detector: Detector, size: tuple[int, int], dynamic: bool) -> ExportedP
 
 
 def save(program: ExportedProgram, path: Path, file_format: str, metadata: dict[str, str]) -> None:
-    """Write a traced detector and its metadata in a format of SUFFIXES.
-
-    Raises:
-        UserError: a library that the format needs is missing.
-    """
+    """Write a traced detector and its metadata in a format of SUFFIXES."""
     if file_format == "onnx":
         try:
             onnx_program = torch.onnx.export(program, dynamo=True, input_names=["images"], verbose=False)
@@ -141,14 +131,7 @@ def save(program: ExportedProgram, path: Path, file_format: str, metadata: dict[
 
 
 def load(path: str | Path) -> tuple[Callable[[Tensor], list[Tensor]], dict[str, str]]:
-    """Load an exported network.
-
-    Args:
-        path: as written by `save`; its suffix determines the format.
-
-    Returns:
-        A function of images, [B, 3, H, W] uint8 -> outputs, and the metadata: `class_names`, `min_side`, ...
-    """
+    """Load what `save` wrote: a function of images, [B, 3, H, W] uint8 -> outputs, and the metadata."""
     if str(path).endswith(SUFFIXES["onnx"]):
         import onnxruntime  # an extra
 
@@ -179,11 +162,7 @@ def check_image(size: tuple[int, int], photograph: np.ndarray | None, seed: int)
 def count_missing(found: Detections, candidates: Detections, nms_threshold: float, max_detections: int) -> int:
     """How many candidates NMS should have kept: those that no equal or better detection overlaps.
 
-    Args:
-        found: detections, best first.
-        candidates: what NMS chose from.
-        nms_threshold: IoU above which the better of two boxes of a class suppresses the other.
-        max_detections: if so many are found, only candidates better than the last of them count.
+    Where `max_detections` are found, only candidates better than the last of them count.
     """
     better = found.scores[:, None] >= candidates.scores - SCORE_TOLERANCE  # [N, C]
     better &= found.labels[:, None] == candidates.labels
@@ -195,7 +174,7 @@ def count_missing(found: Detections, candidates: Detections, nms_threshold: floa
 
 
 def count_wrong(found: Detections, candidates: Detections, nms_threshold: float) -> int:
-    """How many detections are no candidate, or overlap a better detection; arguments as in `count_missing`."""
+    """How many detections are no candidate, or overlap a better detection."""
     equal = (found.scores[:, None] - candidates.scores).abs() <= SCORE_TOLERANCE  # [N, C]
     equal &= (found.boxes[:, None] - candidates.boxes).abs().amax(dim=2) <= BOX_TOLERANCE
     equal &= found.labels[:, None] == candidates.labels
@@ -212,13 +191,7 @@ def compare(detector: Detector, exported: Callable[[Tensor], Sequence[Tensor]], 
     either may suppress the other, which is common for scores near 0. So the exported detections are not compared
     with the eager ones, but must be a right result of NMS among the eager candidates.
 
-    Args:
-        detector: the eager one.
-        exported: from `load`.
-        images: [1, 3, H, W] uint8.
-
-    Returns:
-        A line that reports the differences.
+    Takes images [1, 3, H, W] uint8, and returns a line that reports the differences.
 
     Raises:
         UserError: they are larger than rounding errors.

@@ -37,24 +37,16 @@ class ClassScore(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """COCO's scores of a detector.
+    """COCO's scores of a detector."""
 
-    Attributes:
-        metrics: the twelve METRICS, from 0 to 1; -1 where no ground truth has that size.
-        classes: the scores of each class, in the order of the category ids.
-        precision: [10, 101, K] at the IoUs 0.5, 0.55, ... 0.95 and the recalls 0, 0.01, ... 1; -1 without boxes.
-    """
-
-    metrics: dict[str, float]
-    classes: list[ClassScore]
-    precision: np.ndarray
+    metrics: dict[str, float]  # the twelve METRICS, from 0 to 1; -1 where no ground truth has that size
+    classes: list[ClassScore]  # in the order of the category ids
+    precision: (
+        np.ndarray
+    )  # [10, 101, K] at the IoUs 0.5, 0.55, ... 0.95 and the recalls 0, 0.01, ... 1; -1 without boxes
 
     def curves(self, iou_row: int) -> dict[str, np.ndarray]:
-        """Precision-recall curve of each class at one IoU: name -> [2, 101]; empty for a class without boxes.
-
-        Args:
-            iou_row: 0 for IoU 0.5, 5 for 0.75.
-        """
+        """Precision-recall curve of each class, [2, 101] or empty, at IoU 0.5 (row 0), ... 0.75 (row 5), ..."""
         recalls = np.linspace(0, 1, self.precision.shape[1])
         curves = {}
         for column, row in enumerate(self.classes):

@@ -34,47 +34,29 @@ KINDS = {
 
 @dataclass
 class ErrorAnalysis:
-    """The errors of a detector.
+    """The errors of a detector."""
 
-    Attributes:
-        ap50: COCO's AP50.
-        counts: number of errors of each of the KINDS.
-        lost: AP that fixing all errors of a kind, and nothing else, would add.
-        confusion: [K + 1, K + 1] counts of detections above CONFUSION_SCORE: rows are the true class, columns the
-            detected one; the last row and column are the background.
-    """
-
-    ap50: float
-    counts: dict[str, int]
-    lost: dict[str, float]
+    ap50: float  # COCO's
+    counts: dict[str, int]  # errors of each of the KINDS
+    lost: dict[str, float]  # AP that fixing all errors of a kind, and nothing else, would add
+    # [K + 1, K + 1] counts of detections above CONFUSION_SCORE: rows are the true class, columns the detected one; the
+    # last row and column are the background.
     confusion: np.ndarray
 
 
 class _Judged(NamedTuple):
-    """The detections of one image or of a data set.
-
-    Attributes:
-        scores: [N].
-        labels: [N].
-        kinds: [N] "right" or one of the KINDS.
-        boxes: [N] index of the ground-truth box that each one found or should have found; -1 for none.
-    """
+    """The N detections of one image or of a data set."""
 
     scores: np.ndarray
     labels: np.ndarray
-    kinds: np.ndarray
-    boxes: np.ndarray
+    kinds: np.ndarray  # "right" or one of the KINDS
+    boxes: np.ndarray  # index of the ground-truth box that each one found or should have found; -1 for none
 
 
 def greedy_match(iou: np.ndarray, threshold: float) -> np.ndarray:
     """Assign boxes to detections: each detection, best first, takes the free box that it overlaps most.
 
-    Args:
-        iou: [D, G], detections best first.
-        threshold: IoU from which a box is taken, above 0.
-
-    Returns:
-        [D] index of the box that each detection takes; -1 for none.
+    From the IoU [D, G], the index of the box that each detection takes, [D]; -1 where none reaches the threshold.
     """
     free, taken = iou.copy(), np.full(len(iou), -1)
     for detection in range(len(iou) if iou.size else 0):
@@ -93,15 +75,8 @@ def judge(
 ) -> dict[int, tuple[Detections, np.ndarray, np.ndarray]]:
     """Find out which detections are right and which boxes were found, as drawings show it.
 
-    Args:
-        dataset: provides the ground truth.
-        found: of each sample index, best first, boxes in pixels of the original image.
-        score_threshold: scores must be above it.
-        iou_threshold: IoU with a box of its class from which a detection is right.
-
-    Returns:
-        For each index the detections above the threshold, whether each is right [N] bool, and whether each box of the
-        image was found [G] bool.
+    Detections are those of `inference.detect`. Returns for each index the ones above the threshold, whether each is
+    right [N] bool, and whether each box of the image was found [G] bool.
     """
     judged = {}
     for index, one in found.items():
@@ -122,13 +97,7 @@ def _in_regions(detections: Detections, regions: np.ndarray) -> np.ndarray:
 
 
 def _judge_image(detections: Detections, iou: np.ndarray, box_labels: np.ndarray) -> _Judged:
-    """Find the kind of each detection of one image.
-
-    Args:
-        detections: D of them, best first.
-        iou: [D, G] with the image's boxes.
-        box_labels: [G].
-    """
+    """Find the kind of each of D detections of one image, best first, from their IoU [D, G] with its boxes."""
     scores, labels = detections.scores.numpy(), detections.labels.numpy()
     kinds, boxes = np.full(len(scores), "background", dtype="U10"), np.full(len(scores), -1)
     if iou.size == 0:

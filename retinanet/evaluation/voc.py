@@ -24,21 +24,13 @@ VOC07_RECALLS = np.linspace(0, 1, 11) - 1e-12  # less a rounding error: a recall
 
 
 class ClassResult(NamedTuple):
-    """How well the objects of one class were found.
+    """How well the objects of one class were found."""
 
-    Attributes:
-        average_precision: area under its precision-recall curve, 0 to 1; 0 if nothing was found.
-        num_boxes: ground-truth boxes, without the difficult ones.
-        precision: share of its detections that are right; 0 without detections.
-        recall: share of its boxes that were found; 0 without boxes.
-        curve: [2, N] recall and precision after each detection, from the best to the worst.
-    """
-
-    average_precision: float
-    num_boxes: int
-    precision: float
-    recall: float
-    curve: np.ndarray
+    average_precision: float  # area under its precision-recall curve, 0 to 1; 0 if nothing was found
+    num_boxes: int  # of the ground truth, without the difficult ones
+    precision: float  # share of its detections that are right; 0 without detections
+    recall: float  # share of its boxes that were found; 0 without boxes
+    curve: np.ndarray  # [2, N] recall and precision after each detection, from the best to the worst
 
 
 def compute_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -66,12 +58,7 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, recalls: np.nda
     """Area under the envelope of a precision-recall curve, or the envelope's mean at some recalls.
 
     The envelope is the best precision at a recall or any higher one. VOC takes its area since 2010; VOC 2007 takes
-    its mean at 11 recalls, and COCO at 101.
-
-    Args:
-        recall: [N] rising.
-        precision: [N].
-        recalls: [R] where the mean is taken; None for the area.
+    its mean at 11 recalls, and COCO at 101: at `recalls`. The curve is [N] recalls, rising, and [N] precisions.
     """
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     if recalls is None:

@@ -28,21 +28,13 @@ SEARCH_SCALES, SEARCH_RATIOS = (0.25, 3.0), (1 / 6, 6.0)  # bounds of the search
 
 
 class Boxes(NamedTuple):
-    """The boxes of a data set as the network receives them, after resizing.
+    """The boxes of a data set as the network receives them, after resizing."""
 
-    Attributes:
-        boxes: [N, 4] float64 xyxy, pixels of the padded input.
-        labels: [N] int.
-        image_index: [N] int: the image of each.
-        input_sizes: [N, 2] height and width of its image's padded input, pixels.
-        scales: [N] resized size / original size of its image.
-    """
-
-    boxes: np.ndarray
-    labels: np.ndarray
-    image_index: np.ndarray
-    input_sizes: np.ndarray
-    scales: np.ndarray
+    boxes: np.ndarray  # [N, 4] float64 xyxy, pixels of the padded input
+    labels: np.ndarray  # [N] int
+    image_index: np.ndarray  # [N] int: the image of each
+    input_sizes: np.ndarray  # [N, 2] height and width of its image's padded input, pixels
+    scales: np.ndarray  # [N] resized size / original size of its image
 
     def select(self, chosen: np.ndarray) -> "Boxes":
         """Those of some indices, or of a mask."""
@@ -101,20 +93,12 @@ def smallest_side(anchors: Anchors) -> float:
 
 @dataclass
 class AnchorFit:
-    """How well anchors fit boxes.
-
-    Attributes:
-        boxes: the boxes.
-        anchors: the anchors.
-        iou: [N] the best IoU of each box.
-        needed_iou: IoU that a box needs to be learned: 0.5, or less if training keeps the best anchor of each box.
-        class_names: name of each label.
-    """
+    """How well anchors fit boxes."""
 
     boxes: Boxes
     anchors: Anchors
-    iou: np.ndarray
-    needed_iou: float
+    iou: np.ndarray  # [N] the best IoU of each box
+    needed_iou: float  # that a box needs to be learned: 0.5, or less if training keeps the best anchor of each box
     class_names: list[str]
 
     @property
@@ -146,15 +130,7 @@ class AnchorFit:
 def measure(
     dataset: DetectionDataset, anchors: Anchors, min_side: int, max_side: int, best_match_iou: float | None = None
 ) -> AnchorFit:
-    """Measure how well anchors fit the boxes of a data set.
-
-    Args:
-        dataset: gives boxes and image sizes.
-        anchors: the anchors.
-        min_side: pixels of the resized short side.
-        max_side: limit of the resized long side, pixels.
-        best_match_iou: as in FocalLoss.
-    """
+    """Measure how well anchors fit the boxes of a data set, resized as by Resizer; `best_match_iou` is FocalLoss's."""
     boxes = resized_boxes(dataset, min_side, max_side)
     needed = FOREGROUND_IOU if best_match_iou is None else min(FOREGROUND_IOU, best_match_iou)
     return AnchorFit(boxes, anchors, best_ious(boxes, anchors), needed, list(dataset.labels.values()))
@@ -164,14 +140,8 @@ def search(fit: AnchorFit, seed: int = 0) -> AnchorFit:
     """Search scales and ratios that fit the boxes better, as many as now, with the same sizes and strides.
 
     Differential evolution (Storn and Price, 1997) over the logarithms of the scales and ratios, starting from the
-    present ones, on up to SEARCH_BOXES boxes; the result is measured on all boxes.
-
-    Args:
-        fit: of the present anchors.
-        seed: of the search.
-
-    Returns:
-        The fit of the anchors found, which reach no fewer boxes; `fit` itself if none fit better.
+    present ones, on up to SEARCH_BOXES boxes; the result is measured on all boxes. The anchors found reach no fewer
+    boxes; if none fit better, `fit` itself is returned.
     """
     from scipy.optimize import differential_evolution  # slow to import
 

@@ -39,14 +39,8 @@ def draw_matches(
 ) -> np.ndarray:
     """Draw which anchors are positive, each in the colour of its box, and beside them the ignored ones.
 
-    The caption of a box holds its number of positive anchors; a box without any is red and dotted.
-
-    Args:
-        image: [H, W, 3] uint8, the network's input.
-        annotations: [G, 5] (x1, y1, x2, y2, label), pixels of the image.
-        anchors: [A, 4] xyxy, pixels of the image.
-        class_names: name of each label.
-        best_match_iou: as in FocalLoss.
+    The caption of a box holds its number of positive anchors; a box without any is red and dotted. Annotations [G, 5]
+    and anchors [A, 4] are in pixels of the image [H, W, 3], the network's input; `best_match_iou` is FocalLoss's.
     """
     boxes, names = torch.as_tensor(annotations[:, :4]), readable_names(class_names)
     matches = match_anchors(anchors, torch.as_tensor(annotations)[None], best_match_iou)[0]  # [A]
@@ -93,12 +87,7 @@ def draw_anchors(image: np.ndarray, annotations: np.ndarray, anchors: Anchors) -
     """Draw the anchors of one location of each level: one panel a level, one colour a ratio, boxes white and dotted.
 
     The location is the one whose anchors overlap some box most, or the middle one where there are no boxes. Anchors
-    may reach beyond the image, which then gets a grey margin.
-
-    Args:
-        image: [H, W, 3] uint8, the network's input.
-        annotations: [G, 5] (x1, y1, x2, y2, label), pixels of the image.
-        anchors: the anchors.
+    may reach beyond the image, which then gets a grey margin. Annotations [G, 5] are in pixels of the image [H, W, 3].
     """
     height, width = image.shape[:2]
     boxes = torch.as_tensor(annotations[:, :4])

@@ -1,4 +1,7 @@
-"""Numbers -> charts, as PNG files. Needs matplotlib (`pip install matplotlib`), and no display."""
+"""Numbers -> charts, as PNG files.
+
+Needs matplotlib (a UserError says how to install it), and no display.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -49,12 +52,7 @@ def chart_names(names: Iterable[str]) -> list[str]:
 
 
 def draw_curves(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) -> None:
-    """Precision-recall curves.
-
-    Args:
-        panels: for each panel's title, for each class's name, [2, N] recall and precision.
-        path: of the PNG file.
-    """
+    """Precision-recall curves: for each panel's title and each class's name, [2, N] recall and precision."""
     figure = new_figure(6 * len(panels) + 2, 6)
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         names = chart_names(curves)
@@ -70,16 +68,7 @@ def draw_curves(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | Path
 
 
 def draw_training_curves(entries: Sequence[Mapping[str, float]], steps_per_epoch: int, path: str | Path) -> None:
-    """Losses, learning rate and AP over the epochs.
-
-    Args:
-        entries: of log.jsonl.
-        steps_per_epoch: optimizer steps.
-        path: of the PNG file.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Losses, learning rate and AP over the epochs, from the entries of log.jsonl."""
     steps = [entry for entry in entries if "step" in entry]
     epochs = [entry for entry in entries if "step" not in entry]
     scored = [entry for entry in epochs if "AP" in entry]
@@ -122,14 +111,7 @@ def draw_bars(values: Mapping[str, float], title: str, path: str | Path) -> None
 
 
 def draw_matrix(matrix: np.ndarray, names: Sequence[str], title: str, path: str | Path) -> None:
-    """A confusion matrix, each row coloured by its shares, with the counts where there is room.
-
-    Args:
-        matrix: [N, N] counts; rows are the ground truth, columns the detections.
-        names: [N] classes.
-        title: of the chart.
-        path: of the PNG file.
-    """
+    """A confusion matrix of counts [N, N], each row (a true class) coloured by its shares, with counts if few."""
     side = min(24, 3.5 + 0.45 * len(names))
     figure = new_figure(side + 1, side)
     axes = figure.subplots()
@@ -154,15 +136,7 @@ def rgb(label: int) -> tuple[float, ...]:
 
 
 def draw_label_chart(dataset: DetectionDataset, path: str | Path) -> None:
-    """What a data set holds: boxes of each class, their sizes and their positions.
-
-    Args:
-        dataset: gives annotations and image sizes; no image is read.
-        path: of the PNG file.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """What a data set holds: boxes of each class, their sizes and their positions; no image is decoded."""
     annotations, names = dataset.annotations, chart_names(dataset.labels.values())
     counts = np.bincount(annotations[:, 4].astype(int), minlength=len(names))
     shown = np.argsort(-counts, kind="stable")[:CLASS_LIMIT].tolist()

@@ -41,13 +41,7 @@ def draw_annotations(
 
 
 def draw_batch(batch: Mapping[str, Any], class_names: Sequence[str], columns: int = 4) -> np.ndarray:
-    """Draw a batch as the network receives it, including its padding.
-
-    Args:
-        batch: from `collater`.
-        class_names: name of each label.
-        columns: of the sheet.
-    """
+    """Draw a batch from `collater` as the network receives it, including its padding."""
     pictures = []
     for image, annotations in zip(batch["img"], batch["annot"].numpy(), strict=True):
         picture, scale = fit_to_cell(to_image(image))
@@ -60,12 +54,7 @@ def draw_batch(batch: Mapping[str, Any], class_names: Sequence[str], columns: in
 def save_data_images(dataset: DetectionDataset, sampler: AspectRatioBasedSampler, folder: Path) -> None:
     """Write what a training run is about to see: `labels.png`, and the first batch as `batch.png`.
 
-    Without matplotlib, a warning takes the place of `labels.png`.
-
-    Args:
-        dataset: the training set, with its transforms.
-        sampler: draws the batches; its position does not change.
-        folder: of the run.
+    Without matplotlib, a warning takes the place of `labels.png`. The sampler's position does not change.
     """
     epoch, first_step = sampler.epoch, sampler.first_step
     indices = next(iter(sampler))[:BATCH_LIMIT]

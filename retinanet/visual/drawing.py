@@ -57,13 +57,7 @@ def fit_to_cell(image: np.ndarray, side: int = CELL_SIDE) -> tuple[np.ndarray, f
 
 
 def legible_zoom(image_size: tuple[int, int], captions: Sequence[str], short_side: int = LEGIBLE_SIDE) -> int:
-    """The whole factor by which an image must be enlarged to have room for captions.
-
-    Args:
-        image_size: height and width, pixels.
-        captions: texts.
-        short_side: length that the short side needs at least, pixels.
-    """
+    """The whole factor by which an image of (height, width) is enlarged to have room for captions and a short side."""
     widest = max((width for width, _ in _plate_sizes(captions, SMALLEST_FONT)), default=0)
     wanted = np.ceil(max(short_side / min(image_size), widest / image_size[1]))
     return int(max(1, min(wanted, LARGEST_SIDE // max(image_size))))
@@ -193,13 +187,7 @@ def _place_caption(
 def draw_legend(labels: Sequence[int], class_names: Sequence[str], width: int) -> np.ndarray:
     """The classes that are present, each with its colour and its number of boxes, the most frequent first.
 
-    Args:
-        labels: [N] 0-based.
-        class_names: name of each label.
-        width: pixels.
-
-    Returns:
-        [H, width, 3] uint8.
+    Labels [N], one a box, become an image [H, width, 3] uint8.
     """
     size = max(SMALLEST_FONT, min(16, width / 40))
     names, row_height = readable_names(class_names), round(1.6 * size)

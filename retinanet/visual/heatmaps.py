@@ -36,14 +36,9 @@ def _draw_map(axes: Any, values: Tensor | np.ndarray, size: tuple[int, int], tit
 
 @torch.no_grad()
 def pyramid_maps(net: RetinaNet, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The norm of the activations over the channels, and the highest class probability, at each location of each level.
+    """The norm of the activations over the channels, and the highest class probability, of each location of each level.
 
-    Args:
-        net: in evaluation mode.
-        images: [1, 3, H, W] normalised.
-
-    Returns:
-        For each level two maps [rows, columns], on the CPU.
+    Takes images [1, 3, H, W], normalised, and gives two maps [rows, columns] for each level, on the CPU.
     """
     maps = []
     for level in net.fpn(net.backbone(images)):
@@ -54,17 +49,7 @@ def pyramid_maps(net: RetinaNet, images: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def draw_pyramid(net: RetinaNet, images: Tensor, picture: np.ndarray, path: str | Path) -> None:
-    """Draw the activations of each level, and its highest class probability at each location.
-
-    Args:
-        net: in evaluation mode.
-        images: [1, 3, H, W] normalised.
-        picture: [H, W, 3] uint8: the same image to look at.
-        path: of the PNG file.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Draw `pyramid_maps` of images [1, 3, H, W], beside `picture`, [H, W, 3] uint8, the same image to look at."""
     size = picture.shape[:2]
     title = "the pyramid: norm of the activations over the channels (above), highest class probability (below)"
     figure, axes = _grid(title, size)
@@ -98,13 +83,7 @@ class AnchorLosses(NamedTuple):
 
 @torch.no_grad()
 def anchor_losses(net: RetinaNet, images: Tensor, annotations: Tensor) -> AnchorLosses:
-    """Take the class loss of an image apart, anchor by anchor.
-
-    Args:
-        net: in evaluation mode.
-        images: [1, 3, H, W] normalised.
-        annotations: [G, 5] (x1, y1, x2, y2, label), pixels of the input.
-    """
+    """Take the class loss of images [1, 3, H, W] with annotations [G, 5] apart, anchor by anchor."""
     criterion = net.focalLoss
     logits, _, anchors = net.heads(images)
     annotations = annotations.to(anchors.device)
@@ -122,18 +101,8 @@ def draw_loss(
 ) -> AnchorLosses:
     """Draw where the class loss comes from: the loss of the anchors at each location, of objects and of background.
 
-    Args:
-        net: in evaluation mode.
-        images: [1, 3, H, W] normalised.
-        annotations: [G, 5] (x1, y1, x2, y2, label), pixels of the input.
-        picture: [H, W, 3] uint8: the input to look at, with its annotations drawn on it.
-        path: of the PNG file.
-
-    Returns:
-        What was drawn, for `draw_cumulative_loss`.
-
-    Raises:
-        UserError: matplotlib is not installed.
+    Arguments are those of `anchor_losses`, and `picture`, [H, W, 3] uint8, the image with its annotations to look at.
+    Returns what was drawn, for `draw_cumulative_loss`.
     """
     result, size = anchor_losses(net, images, annotations), tuple(images.shape[-2:])
     kinds = {"objects": result.labels >= 0, "background": result.labels == BACKGROUND}
@@ -175,14 +144,6 @@ def draw_cumulative_loss(results: Sequence[AnchorLosses], alpha: float, path: st
     """Draw the paper's Figure 4 for these images: the cumulative loss of objects and of background, for each gamma.
 
     The larger gamma, the fewer background anchors make up the loss; the loss of the objects hardly changes.
-
-    Args:
-        results: from `draw_loss`, one for each image.
-        alpha: as in `losses.focal_loss`.
-        path: of the PNG file.
-
-    Raises:
-        UserError: matplotlib is not installed.
     """
     logits, labels = (torch.cat(parts) for parts in list(zip(*results, strict=True))[:2])
     figure = new_figure(12, 5)

@@ -44,12 +44,7 @@ def _to_ascii(text: str) -> str:
 
 
 def readable_names(class_names: Iterable[str], limit: int = NAME_LIMIT) -> list[str]:
-    """Class names that can be drawn; one whose letters no installed font has becomes ASCII, or `class 3`.
-
-    Args:
-        class_names: name of each label, in order.
-        limit: characters of a name that are kept.
-    """
+    """Class names that can be drawn, cut to `limit` characters; where no font has the letters, ASCII or `class 3`."""
     names = []
     for label, name in enumerate(class_names):
         line = one_line(name, limit)

@@ -24,16 +24,10 @@ def draw_detections(
     class_names: Sequence[str],
     zoom: int | None = None,
 ) -> np.ndarray:
-    """Draw the ground truth and the detections of one image side by side.
+    """Draw the annotations [G, 5] and the detections of one image [H, W, 3], in its pixels, side by side.
 
-    Args:
-        image: [H, W, 3] uint8.
-        annotations: [G, 5] (x1, y1, x2, y2, label), pixels of the image.
-        detections: boxes in pixels of the image.
-        right: [N] bool, which detections are right.
-        found: [G] bool, which boxes were found.
-        class_names: name of each label.
-        zoom: whole factor to enlarge by; by default what the captions need.
+    `right` [N] says which detections are right, `found` [G] which boxes were found; `zoom` is a whole factor to enlarge
+    by, by default what the captions need.
     """
     names, missed = readable_names(class_names), ~found
     true_labels = annotations[:, 4].astype(int)
@@ -57,14 +51,7 @@ def draw_detections(
 def draw_detections_sheet(
     dataset: DetectionDataset, judged: Mapping[int, Judged], indices: Sequence[int], columns: int = 3
 ) -> np.ndarray:
-    """Draw the ground truth and the detections of several images on one sheet.
-
-    Args:
-        dataset: gives images and annotations.
-        judged: for each index its detections, boxes in pixels of the original image.
-        indices: which images.
-        columns: of the sheet.
-    """
+    """Draw the ground truth and the detections of several images, boxes in pixels of the originals, on one sheet."""
     names, pairs = list(dataset.labels.values()), []
     for index in indices:
         (scores, labels, boxes), right, found = judged[index]
