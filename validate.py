@@ -8,6 +8,7 @@ import torch
 
 from retinanet import inference, process
 from retinanet.commands import flags
+from retinanet.data.checks import write_skipped
 from retinanet.data.dataset import DetectionDataset, check_classes
 from retinanet.data.loader import make_loader
 from retinanet.data.transforms import Resizer
@@ -79,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.model:
         log.info("detections with scores above %g:", args.score_threshold)
+    write_skipped(flags.make_out_dir(args.out) if args.out else None, [dataset])
     evaluation = report.evaluate(dataset, found, args.iou_threshold, args.voc07, args.analyse, results)
     log.info("%s", evaluation.text())
     if not args.out:

@@ -1,9 +1,10 @@
 """Find errors in a data set before training."""
 
 import argparse
+from pathlib import Path
 
 from retinanet.commands import flags
-from retinanet.data.checks import DEPTHS, check_dataset, check_overlap, summary
+from retinanet.data.checks import DEPTHS, check_dataset, compare_sets, summary, write_skipped
 from retinanet.data.report import DataError, Report
 from retinanet.errors import UserError
 from retinanet.process import log, script, setup_logging
@@ -31,24 +32,29 @@ def main(argv: list[str] | None = None) -> int:
     """Check a data set as the flags say; the exit status is 1 if training would not start."""
     args = parse_arguments(argv)
     setup_logging()
-    report, broken, found = Report(), [], []
+    report, broken, found = Report(skip_bad=args.skip_bad), [], []
     for split in ("train", "val"):
+        # Tolerant: what is wrong in one place must not hide what is wrong in another.
+        own = Report(tolerant=True, skip_bad=args.skip_bad)
         try:
-            dataset = flags.make_dataset(args, split, None)
+            dataset = flags.make_dataset(args, split, None, report=own)
         except DataError as error:
             report.merge(error.report)
         except UserError as error:
             broken.append(str(error))
+            report.merge(own)
         else:
             if dataset is not None:
                 log.info("%s", summary(dataset))
                 report.merge(check_dataset(dataset, args.images, split == "train", args.workers))
                 found.append(dataset)
     if len(found) == 2:
-        check_overlap(*found, args.images == "decode", report)
+        compare_sets(*found, args.images == "decode", report)
     errors, warnings = report.errors(args.strict), report.warnings(args.strict)
     if warnings:
         log.info("\nwarnings:\n%s", report.text(warnings))
+    if args.skip_bad:
+        write_skipped(Path(), found)
     if errors or broken:
         log.info("\nerrors:\n%s", "\n".join([*broken, *([report.text(errors)] if errors else [])]))
         log.info("\ntraining would not start")

@@ -21,10 +21,12 @@ from xml.etree import ElementTree
 import numpy as np
 
 from retinanet.commands.flags import FOLDERS, make_parser
+from retinanet.data.checks import leave_out_bad_images, write_skipped
 from retinanet.data.csv import CSVDataset
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.ground_truth import coco_content
 from retinanet.data.images import IMAGE_SUFFIXES, list_images
+from retinanet.data.report import Report
 from retinanet.errors import UserError, output_file, shown
 from retinanet.process import log, progress, script, setup_logging
 
@@ -208,6 +210,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="folder to write to")
     parser.add_argument("--out_set", help="name of the set there, such as train (default: as in the source)")
     parser.add_argument("--link", action="store_true", help="link to the images instead of copying them")
+    text = "leave out images that cannot be read and annotations that are corrupt; decodes all images first"
+    parser.add_argument("--skip_bad", action="store_true", help=text)
     args = parser.parse_args(argv)
     needed = "csv_classes" if args.kind == "csv" else "set"
     if getattr(args, needed) is None:
@@ -220,14 +224,25 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging()
 
     is_csv = args.kind == "csv"
-    dataset = CSVDataset(args.source, args.csv_classes) if is_csv else FOLDERS[args.kind](args.source, args.set)
-    dataset.declared_sizes = None  # they may be wrong: sizes are read from the images
+    found = Report(skip_bad=args.skip_bad)
+    dataset = (
+        CSVDataset(args.source, args.csv_classes, report=found)
+        if is_csv
+        else FOLDERS[args.kind](args.source, args.set, report=found)
+    )
+    dataset.match_headers(*dataset.read_headers(range(len(dataset))))
+    if args.skip_bad:
+        leave_out_bad_images(dataset, workers=2)
+    found.raise_errors()
+    if kinds := found.warnings():
+        log.warning("%s", found.text(kinds, max_examples=3))
     root = Path(args.out)
     try:
         folder = root / IMAGE_FOLDERS[args.to].format(set_name)
         images = plan_images(dataset, root, folder, args.to)
         WRITERS[args.to](dataset, list(images), root, set_name)  # before the images, because it may refuse
         place_images(images, folder, args.link)
+        write_skipped(root, [dataset])
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.filename or ''}: {error.strerror}") from error
     is_csv = args.to == "csv"

@@ -5,25 +5,25 @@ their images, and the training set with the validation set; `train.py` does the 
 """
 
 import contextlib
+import csv
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from retinanet.data.dataset import DetectionDataset
-from retinanet.data.images import ImageHeader, read_header, read_image, valid_orientation
-from retinanet.data.report import CLIPPED, DROPPED, MIN_SIDE, WARNED, Report
-from retinanet.errors import UserError, shown
-from retinanet.process import log, progress
+from retinanet.data.dataset import DetectionDataset, class_difference
+from retinanet.data.images import ImageHeader, read_header, read_image
+from retinanet.data.placing import exceeds, overhang
+from retinanet.data.report import CLIPPED, DROPPED, MIN_SIDE, SKIPPED, WARNED, Report, counted
+from retinanet.errors import UserError, output_file, shown
+from retinanet.process import from_main_process, is_main_process, log, progress
 
 # How closely images are checked: whether the files exist; also some headers, or all those of images whose sizes the
 # annotations do not declare; all headers; every pixel.
 DEPTHS = ("none", "quick", "headers", "decode")
-QUICK_HEADERS = 500
 MARGIN = 1  # pixels by which a box may exceed its image without being reported; annotation tools round
 
 
@@ -36,16 +36,14 @@ def check_before_training(train_set: DetectionDataset, val_set: DetectionDataset
     report = check_dataset(train_set)
     if val_set is not None:
         report.merge(check_dataset(val_set, training=False))
-        check_overlap(train_set, val_set, False, report)
+        compare_sets(train_set, val_set, False, report)
     report.raise_errors(strict)
-    if kinds := report.kinds(DROPPED, CLIPPED, WARNED):
+    if kinds := report.kinds(SKIPPED, DROPPED, CLIPPED, WARNED):
         log.warning("%s", report.text(kinds, max_examples=3))
 
 
 def check_dataset(dataset: DetectionDataset, depth: str = "quick", training: bool = True, workers: int = 1) -> Report:
     """Check a data set whose annotation files could be read.
-
-    Where all headers are read, the data set's `image_sizes` are known afterwards.
 
     Args:
         dataset: any.
@@ -56,35 +54,40 @@ def check_dataset(dataset: DetectionDataset, depth: str = "quick", training: boo
     Returns:
         What was found here and when the annotation files were read.
     """
-    report = Report()
-    report.merge(dataset.report)
+    report = Report(skip_bad=dataset.report.skip_bad)
     if dataset.in_files:
-        sizes = _check_images(dataset, depth, workers, report)
+        _check_images(dataset, depth, workers, report)
         _check_repeated(dataset, report)
-    else:
-        sizes = dataset.image_sizes
-    _check_borders(dataset, sizes, report)
-    if training:
-        counts = np.bincount(dataset.annotations[:, 4].astype(np.int64), minlength=dataset.num_classes())
-        if not counts.any():
-            report.add("no boxes", dataset.source, "has no boxes to learn from")
-        else:
-            unused = [shown(dataset.label_to_name(label)) for label in np.flatnonzero(counts == 0)]
-            report.add_rows("unused class", unused, lambda _: dataset.source, lambda name: f"no box has class {name}")
+    report.merge(dataset.report)
+    _check_borders(dataset, report)
+    counts = np.bincount(dataset.annotations[:, 4].astype(np.int64), minlength=dataset.num_classes())
+    if not counts.any():
+        kind, why = ("no boxes", "to learn from") if training else ("no validation boxes", "so AP cannot be measured")
+        report.add(kind, dataset.source, f"has no boxes {why}")
+    elif training:
+        unused = [shown(dataset.label_to_name(label)) for label in np.flatnonzero(counts == 0)]
+        report.add_rows("unused class", unused, lambda _: dataset.source, lambda name: f"no box has class {name}")
     return report
 
 
-def check_overlap(train_set: DetectionDataset, val_set: DetectionDataset, same_content: bool, report: Report) -> None:
-    """Report images of the validation set that are in the training set, too.
+def compare_sets(train_set: DetectionDataset, val_set: DetectionDataset, same_content: bool, report: Report) -> None:
+    """Report classes that the two sets do not share, and images that they do.
 
     Args:
-        train_set: whose images are in files.
-        val_set: likewise.
-        same_content: compare the contents of the files, not only their paths.
-        report: gets them.
+        train_set: the training set.
+        val_set: the validation set.
+        same_content: compare the contents of the files, not only which they are.
+        report: gets what is found.
     """
+    names, val_names = list(train_set.labels.values()), list(val_set.labels.values())
+    if difference := class_difference("the training set", names, "the validation set", val_names):
+        report.add("different classes", val_set.source, difference)
     seen = {key: index for index, key in _keys(train_set, same_content)}
     both = [(seen[key], index) for index, key in _keys(val_set, same_content) if key in seen]
+    if both:
+        verb = "is" if len(both) == 1 else "are"
+        share = f"{len(both):,} of {counted(len(val_set), 'image')} of the validation set {verb} also trained on"
+        report.add("leak", val_set.source, share, count=0)
     report.add_rows(
         "leak",
         both,
@@ -95,7 +98,7 @@ def check_overlap(train_set: DetectionDataset, val_set: DetectionDataset, same_c
 
 def _check_repeated(dataset: DetectionDataset, report: Report) -> None:
     """Report images that are listed under two names: the boxes of one are background of the other."""
-    first: dict[str | bytes, int] = {}
+    first: dict[tuple[int, int] | bytes, int] = {}
     pairs = [(first[key], index) for index, key in _keys(dataset, False) if first.setdefault(key, index) != index]
     report.add_rows(
         "repeated image",
@@ -105,118 +108,137 @@ def _check_repeated(dataset: DetectionDataset, report: Report) -> None:
     )
 
 
-def _keys(dataset: DetectionDataset, same_content: bool) -> Iterator[tuple[int, str | bytes]]:
-    """Index of each image whose file exists, and what distinguishes it: its path, or a hash of its content."""
+def _keys(dataset: DetectionDataset, same_content: bool) -> Iterator[tuple[int, tuple[int, int] | bytes]]:
+    """Index of each image whose file exists, and what distinguishes it: the file behind all links, or its content."""
     for index in range(len(dataset)):
-        path = dataset.find_image(index)
+        path = dataset.find_image(index) if dataset.in_files else None
         if path is None:
             continue  # reported as missing
-        if same_content:
-            with contextlib.suppress(OSError):  # reported as unreadable
-                yield index, hashlib.blake2b(Path(path).read_bytes()).digest()
-        else:
-            yield index, os.path.abspath(path)  # noqa: PTH100, several times as fast as pathlib
+        with contextlib.suppress(OSError):  # reported as unreadable
+            if same_content:
+                with open(path, "rb") as file:
+                    digest = hashlib.blake2b()
+                    while block := file.read(2**20):
+                        digest.update(block)
+                yield index, digest.digest()
+            else:
+                status = os.stat(path)  # noqa: PTH116, pathlib takes several times as long
+                yield index, (status.st_dev, status.st_ino)
 
 
-class _Look(NamedTuple):
-    """What was found out about one image."""
+def leave_out_bad_images(dataset: DetectionDataset, workers: int) -> None:
+    """Decode all images, and leave out those that are missing, unreadable or not the ones that were annotated.
 
-    exists: bool
-    header: ImageHeader | None = None
-    fault: str = ""
+    Raises:
+        UserError: none is left.
+    """
+    if dataset.in_files:
+        bad = _check_images(dataset, "decode", workers, dataset.report)
+        bad[dataset.misfits] = True
+        if bad.all():
+            raise UserError(f"{dataset.source}: none of its {counted(len(dataset), 'image')} can be read")
+        dataset.select_images(~bad)
 
 
-def _look_at(dataset: DetectionDataset, index: int, depth: str) -> _Look:
+def write_skipped(folder: Path | None, datasets: Iterable[DetectionDataset | None]) -> None:
+    """Log how much was left out of data sets, and list it in `skipped.csv` of a folder."""
+    rows = [(dataset.source, *problem) for dataset in datasets if dataset for problem in dataset.report.skipped]
+    if not rows:
+        return
+    listed = "--out lists them"
+    if folder is not None:
+        path = output_file(folder / "skipped.csv")
+        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            csv.writer(file, lineterminator="\n").writerows([("file", "where", "reason"), *rows])
+        listed = f"{path} lists them"
+    log.warning("%d bad images and annotations were left out; %s", len(rows), listed)
+
+
+def _look_at(dataset: DetectionDataset, index: int, depth: str) -> tuple[str, str, ImageHeader | None]:
+    """The kind of what is wrong with an image, why, and its header, if it was read now."""
     path = dataset.find_image(index)
-    if path is None or depth == "none":
-        return _Look(path is not None)
+    if path is None:
+        return "missing image", "", None
+    if depth == "none":
+        return "", "", None
     try:
         header = read_header(path)
         if depth == "decode":
-            height, width = read_image(path).shape[:2]
-            header = ImageHeader(height, width, header.orientation)
+            read_image(path)
     except UserError as error:
-        return _Look(True, fault=str(error))
-    return _Look(True, header)
+        return "unreadable image", str(error), None
+    return "", "", header
 
 
 def _check_images(dataset: DetectionDataset, depth: str, workers: int, report: Report) -> np.ndarray:
-    """Check the image files; returns [I, 2] height and width, 0 where they are not known."""
-    number, declared = len(dataset), dataset.declared_sizes
-    depths = np.full(number, "headers" if depth == "quick" else depth, dtype=object)
-    if depth == "quick" and declared is not None:
-        depths[:] = "none"
-        depths[np.linspace(0, number - 1, min(number, QUICK_HEADERS)).astype(int)] = "headers"
-    sizes = np.zeros((number, 2), dtype=np.int64) if declared is None else declared.copy()
-    # Only decoding gains from threads: the rest is Python.
-    with ThreadPoolExecutor(workers if depth == "decode" and workers > 1 else 1) as pool:
-        looks = pool.map(lambda index: _look_at(dataset, index, depths[index]), range(number))
-        looks = list(progress(looks, "checking images", number))
-    for index, look in enumerate(looks):
-        where = dataset.image_name(index)
-        if look.fault:
-            report.add("unreadable image", where, look.fault)
-        if look.header is None:
-            continue
-        sizes[index], orientation = look.header[:2], look.header.orientation
-        if orientation != 1 and valid_orientation(orientation) == 1:
-            report.add("EXIF rotation", where, f"{shown(orientation)}; the image is not turned")
-        elif orientation != 1:
-            message = f"is turned upright by its EXIF orientation {orientation}; its boxes must fit the upright image"
-            report.add("EXIF rotation", where, message)
-        if declared is not None and tuple(declared[index]) != look.header[:2]:
-            report.add("declared size", where, _explain_size(*declared[index].tolist(), look.header))
-    missing = [index for index, look in enumerate(looks) if not look.exists]
-    report.add_rows("missing image", missing, dataset.image_name, dataset.explain_missing)
-    if declared is None and all(look.header for look in looks):
-        dataset.image_sizes = sizes
-    return sizes
+    """Check the image files; returns [I] bool: the bad ones."""
+    number = len(dataset)
+    depths = np.full(number, depth, dtype=object)
+    if depth in ("quick", "headers"):
+        unread = ~dataset.file_sizes.all(axis=1)
+        if depth == "quick":
+            unread &= ~dataset.known_sizes().all(axis=1)
+        depths[:] = np.where(unread, "headers", "none")
+    looks = []
+    if is_main_process():  # Only decoding gains from threads: the rest is Python.
+        with ThreadPoolExecutor(workers if depth == "decode" and workers > 1 else 1) as pool:
+            looks = pool.map(lambda index: _look_at(dataset, index, depths[index]), range(number))
+            looks = list(progress(looks, "checking images", number))
+    looks = from_main_process(looks)
+    sizes, orientations = np.zeros((number, 2), dtype=np.int64), np.ones(number, dtype=np.int64)
+    for index, (_, _, header) in enumerate(looks):
+        if header is not None:
+            *sizes[index], orientations[index] = header
+    dataset.match_headers(sizes, orientations)
+    kinds = np.array([kind for kind, *_ in looks], dtype=object)
+
+    def folder(index: int) -> str | None:
+        parent = os.path.dirname(dataset.expected_path(index))  # noqa: PTH120
+        return None if os.path.isdir(parent or ".") else parent  # noqa: PTH112
+
+    missing, unreadable = (np.flatnonzero(kinds == kind) for kind in ("missing image", "unreadable image"))
+    report.add_rows("missing image", missing, dataset.image_name, dataset.explain_missing, folder)
+    report.add_rows("unreadable image", unreadable, dataset.image_name, lambda index: looks[index][1])
+    return kinds != ""
 
 
-def _explain_size(height: int, width: int, header: ImageHeader) -> str:
-    message = (
-        f"is declared as {width} x {height}, but the file has {header.width} x {header.height} pixels, which count"
-    )
-    if (width, height) == header[:2]:
-        turned = valid_orientation(header.orientation) >= 5
-        message += "; EXIF turns it: were its boxes drawn before?" if turned else "; are the two swapped?"
-    return message
-
-
-def _check_borders(dataset: DetectionDataset, sizes: np.ndarray, report: Report) -> None:
+def _check_borders(dataset: DetectionDataset, report: Report) -> None:
     """Report boxes outside their images, and what their numbers may mean instead."""
+    sizes = dataset.known_sizes()
     known = np.flatnonzero(sizes[dataset.image_index].all(axis=1))
-    boxes, limits = dataset.annotations[known, :4], sizes[dataset.image_index[known]][:, ::-1]  # limits: width, height
+    boxes, limits = dataset.annotations[known, :4], sizes[dataset.image_index[known]]  # limits: height, width
     if not len(boxes):
         return
 
-    def overhang(boxes: np.ndarray) -> np.ndarray:
-        return np.maximum(-boxes[:, :2], boxes[:, 2:] - limits).max(axis=1)
-
     def show(row: int) -> str:
         height, width = sizes[dataset.image_index[row]]
-        return (
-            ",".join(f"{number:g}" for number in dataset.annotations[row, :4]) + f" in an image of {width} x {height}"
-        )
+        numbers = ",".join(f"{number:g}" for number in dataset.annotations[row, :4])
+        return f"{numbers} in an image of {width} x {height}"
 
-    clipped = np.concatenate([boxes[:, :2].clip(0, limits), boxes[:, 2:].clip(0, limits)], axis=1)
-    outside = ((clipped[:, 2:] - clipped[:, :2]) < MIN_SIDE).any(axis=1)
-    beyond = overhang(boxes) > MARGIN
+    clipped = boxes.clip(0, np.tile(limits[:, ::-1], 2))
+    sides = clipped[:, 2:] - clipped[:, :2]
+    outside = (sides < MIN_SIDE).any(axis=1)
+    beyond = overhang(boxes, limits) > MARGIN
     for kind, mask, message in (
         ("box outside", outside, "the box lies outside"),
         ("box partly outside", beyond & ~outside, "the box is partly outside"),
     ):
         report.add_rows(kind, known[mask], dataset.annotation_name, lambda row, text=message: f"{text}: {show(row)}")
-    if beyond.sum() <= max(2, len(boxes) / 20):
+    few, far = max(2, len(boxes) / 20), exceeds(boxes, limits)
+    if far.sum() <= few:
         return
-    count = f"{beyond.sum():,} of {len(boxes):,} boxes exceed the borders of their images"
-    if (overhang(boxes[:, [1, 0, 3, 2]]) <= MARGIN).all():
-        report.add("looks swapped", dataset.source, f"{count}, but none does with x and y swapped: is y written first?")
-    corners = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-    valid = (overhang(corners) <= MARGIN) & (corners[:, 2:] > corners[:, :2]).all(axis=1)
-    if dataset.box_format == "xywh" and valid.all():
-        message = f"{count}, but none does if bbox is x1, y1, x2, y2; it must be x, y, width, height"
-        report.add("looks like x1, y1, x2, y2", dataset.source, message)
+    # Objects at a border may be drawn beyond it, but hardly so that more than half of a box is outside.
+    lost = sides.prod(axis=1) < (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) / 2
+    readings = [("looks swapped", boxes[:, [1, 0, 3, 2]], "with x and y swapped: is y written first?")]
+    if dataset.box_format == "xywh":
+        corners = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+        message = "if bbox is x1, y1, x2, y2; it must be x, y, width, height"
+        readings.append(("looks like x1, y1, x2, y2", corners, message))
+    count = f"{far.sum():,} of {len(boxes):,} boxes exceed the borders of their images, but none does"
+    is_guess = bool(lost.sum() <= few)
+    for kind, reading, message in readings:
+        if (overhang(reading, limits) <= MARGIN).all() and (reading[:, 2:] > reading[:, :2]).all():
+            report.add("guess" if is_guess else kind, dataset.source, f"{'a guess: ' * is_guess}{count} {message}")
 
 
 def summary(dataset: DetectionDataset) -> str:
@@ -225,12 +247,13 @@ def summary(dataset: DetectionDataset) -> str:
     boxes = np.bincount(labels, minlength=dataset.num_classes())
     images = np.bincount(np.unique(dataset.image_index * len(boxes) + labels) % len(boxes), minlength=len(boxes))
     lines = [
-        f"{dataset.source}: {len(dataset):,} images, {int((per_image == 0).sum()):,} of them without boxes; "
-        f"{len(labels):,} boxes, at most {per_image.max()} in an image; {len(boxes):,} classes"
+        f"{dataset.source}: {counted(len(dataset), 'image')}, {int((per_image == 0).sum()):,} of them without boxes; "
+        f"{counted(len(labels), 'box')}, at most {per_image.max(initial=0)} in an image; {counted(len(boxes), 'class')}"
     ]
     most = {label: shown(dataset.label_to_name(label)) for label in np.argsort(-boxes, kind="stable")[:20]}
     width = max(map(len, most.values()))
-    lines += [f"  {name:{width}} {boxes[label]:9,} boxes in {images[label]:7,} images" for label, name in most.items()]
+    for label, name in most.items():
+        lines.append(f"  {name:{width}} {counted(boxes[label], 'box'):>15} in {counted(images[label], 'image'):>14}")
     if len(boxes) > len(most):
         lines.append(f"  ... and {len(boxes) - len(most):,} more classes")
     return "\n".join(lines)

@@ -5,9 +5,11 @@ A sample is a dict: `img`, a uint8 RGB array [H, W, 3], and `annot`, a float32 a
 worker processes share instead of copying.
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +17,16 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from retinanet.data.ground_truth import GroundTruth, coco_content, from_arrays, quiet_coco
-from retinanet.data.images import read_header, read_image
-from retinanet.data.report import DROPPED, MIN_SIDE, Report
+from retinanet.data.images import explain_missing, read_header, read_image
+from retinanet.data.placing import find_placement, move
+from retinanet.data.report import DROPPED, MIN_SIDE, FileError, Report
 from retinanet.errors import UserError, shown
 from retinanet.process import log, progress
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
+
+SOME_IMAGES = 5000  # an eighth of a second to read their headers; all of a usual validation set
 
 
 class DetectionDataset(Dataset):
@@ -38,17 +43,23 @@ class DetectionDataset(Dataset):
         report: what was wrong with the files; its arguments say whether that stops here; default: nothing.
         source: the annotations' file or folder, for messages; default: the class's name.
         declared_sizes: [I, 2] int: height and width of each image as the annotation files declare them; 0: unknown.
+            Boxes of images that were turned or resized since are moved (see `placing`).
+        image_ids: of each image, for COCO's evaluation; default: 0, 1, ...
 
     Attributes:
         annotations, annotation_ids, image_index: as given, without the difficult ones, in the order of the images.
         offsets: [I + 1] int: the annotations of image i are those from offsets[i] to offsets[i + 1].
         difficult_annotations, difficult_image_index, difficult_offsets: likewise, of the difficult ones.
-        image_ids, coco_labels: of each image and {label: category id}, for COCO's evaluation.
+        file_sizes: [I, 2] int: height and width of the image files; 0: not read yet.
+        coco_labels: {label: category id}, for COCO's evaluation.
+        misfits: images whose boxes must be those of another one.
 
     Raises:
         DataError: the report holds errors.
     """
 
+    # Attributes with an entry for each image.
+    per_image = ("image_files", "image_ids", "declared_sizes", "file_sizes", "affine")
     in_files = True  # False where images are drawn or kept in memory
     box_format = "xyxy"  # of the annotation files
     has_coco_ids = False  # whether image_ids and coco_labels are those of a COCO file, instead of positions
@@ -65,10 +76,9 @@ class DetectionDataset(Dataset):
         report: Report | None = None,
         source: str | Path | None = None,
         declared_sizes: np.ndarray | None = None,
+        image_ids: Sequence[int] | None = None,
     ):
         self.report = Report() if report is None else report
-        if not self.report.tolerant:
-            self.report.raise_errors()
         annotations = np.asarray(annotations, dtype=np.float32).reshape(-1, 5)
         image_index, number = np.asarray(image_index, dtype=np.int64), len(image_files)
         difficult = np.zeros(len(annotations), dtype=bool) if difficult is None else np.asarray(difficult, dtype=bool)
@@ -77,24 +87,44 @@ class DetectionDataset(Dataset):
         easy, hard = order[~difficult[order]], order[difficult[order]]
         self.annotations, self.annotation_ids, self.image_index = annotations[easy], ids[easy], image_index[easy]
         self.difficult_annotations, self.difficult_image_index = annotations[hard], image_index[hard]
-        self.offsets = np.searchsorted(self.image_index, np.arange(number + 1))
-        self.difficult_offsets = np.searchsorted(self.difficult_image_index, np.arange(number + 1))
         self.image_files = np.array(image_files)
+        self._find_offsets()
         self.declared_sizes = declared_sizes
         self.classes = {name: label for label, name in enumerate(class_names)}
         self.labels = dict(enumerate(class_names))
-        self.image_ids = list(range(number))
+        self.image_ids = list(range(number) if image_ids is None else image_ids)
         self.coco_labels = {label: label for label in self.labels}
         self.transform = transform
         self.source = str(source or type(self).__name__)
+        self.misfits: list[int] = []
+        self.affine: np.ndarray | None = None  # [I, 2, 3] of `placing`, where boxes were moved
+        self.file_sizes = np.zeros((number, 2), dtype=np.int64)
+        if declared_sizes is not None and self.in_files:
+            # Reading the headers of all would take too long where there are many images.
+            some = np.unique(np.linspace(0, number - 1, min(number, SOME_IMAGES)).astype(int))
+            sizes, _ = headers = self.read_headers(some)
+            differs = (sizes != declared_sizes).any(axis=1) & sizes.all(axis=1)
+            self.match_headers(*(self.read_headers(range(number)) if differs.any() else headers))
+        if not self.report.tolerant:
+            self.report.raise_errors()
         if dropped := [f"{kind} {self.report.counts[kind]:,}" for kind in self.report.kinds(DROPPED)]:
             log.info("%s: dropped: %s", self.source, ", ".join(dropped))
+
+    def _find_offsets(self) -> None:
+        ends = np.arange(len(self) + 1)
+        self.offsets = np.searchsorted(self.image_index, ends)
+        self.difficult_offsets = np.searchsorted(self.difficult_image_index, ends)
 
     def __len__(self) -> int:
         return len(self.image_files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = self.load_image(index)
+        unsettled = self.in_files and self.declared_sizes is not None and not self.file_sizes[index].all()
+        if unsettled and (self.declared_sizes[index] != image.shape[:2]).any():
+            self.match_headers(*self.read_headers([index]))
+            if index in self.misfits:
+                raise UserError(str(self.report.examples["boxes of another size"][-1]))
         annotations = _clip_to_image(self.load_annotations(index), *image.shape[:2])
         sample = {"img": image, "annot": annotations, "index": index}
         return sample if self.transform is None else self.transform(sample)
@@ -103,14 +133,18 @@ class DetectionDataset(Dataset):
         """The image's file."""
         return str(self.image_files[index])
 
+    def expected_path(self, index: int) -> str:
+        """Where the image's file should be, whether it is there or not."""
+        return self.image_path(index)
+
     def find_image(self, index: int) -> str | None:
         """The image's file; None where it does not exist."""
-        path = self.image_path(index)
+        path = self.expected_path(index)
         return path if os.path.isfile(path) else None  # noqa: PTH113, pathlib takes several times as long
 
     def explain_missing(self, index: int) -> str:
         """Why `find_image` finds nothing, for messages."""
-        return f"image {shown(self.image_path(index))} does not exist"
+        return explain_missing(self.expected_path(index))
 
     def load_image(self, index: int) -> np.ndarray:
         """[H, W, 3] uint8 RGB."""
@@ -124,17 +158,87 @@ class DetectionDataset(Dataset):
         """[D, 5] float32: boxes not trained on and ignored in evaluation: VOC's `difficult`, COCO's crowds."""
         return self.difficult_annotations[self.difficult_offsets[index] : self.difficult_offsets[index + 1]].copy()
 
+    def known_sizes(self) -> np.ndarray:
+        """[I, 2] int: height and width of each image: those of the file, or else the declared ones; 0: unknown."""
+        declared = 0 if self.declared_sizes is None else self.declared_sizes
+        return np.where(self.file_sizes.all(axis=1)[:, None], self.file_sizes, declared)
+
     @cached_property
     def image_sizes(self) -> np.ndarray:
-        """[I, 2] int: height and width of each image: the declared ones, or else read from the files' headers, once."""
-        if self.declared_sizes is not None and self.declared_sizes.all():
-            return self.declared_sizes
-        indices = progress(range(len(self)), "reading image sizes")
-        return np.array([read_header(self.image_path(index))[:2] for index in indices]).reshape(-1, 2)
+        """[I, 2] int: height and width of each image; those that are not known yet are read from the files, once."""
+        sizes = self.known_sizes()
+        for index in progress(np.flatnonzero(~sizes.all(axis=1)), "reading image sizes"):
+            sizes[index] = read_header(self.image_path(index))[:2]
+        return sizes
+
+    def read_headers(self, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+        """[I, 2] height and width as the files have them, 0 where they are not read; and [I] orientations of EXIF."""
+        sizes, orientations = np.zeros((len(self), 2), dtype=np.int64), np.ones(len(self), dtype=np.int64)
+        for index in progress(indices, "reading image sizes"):
+            with contextlib.suppress(FileError):  # reported by whoever needs the image
+                if (path := self.find_image(index)) is not None:
+                    *sizes[index], orientations[index] = read_header(path)
+        return sizes, orientations
+
+    def match_headers(self, sizes: np.ndarray, orientations: np.ndarray) -> None:
+        """Move the boxes of images that were turned or resized since, by what `read_headers` gives."""
+        sizes = np.where(self.file_sizes.all(axis=1)[:, None], 0, sizes)  # others are settled
+        declared = np.zeros_like(sizes) if self.declared_sizes is None else self.declared_sizes
+        boxes = np.concatenate([self.annotations, self.difficult_annotations])[:, :4].astype(np.float64)
+        index = np.concatenate([self.image_index, self.difficult_image_index])
+        found = find_placement(declared, sizes, orientations, boxes, index)
+        self.file_sizes += sizes
+        self.__dict__.pop("image_sizes", None)
+        self.misfits += np.flatnonzero(found.misfit).tolist()
+        moved = found.turned | found.scaled
+        if moved.any():
+            boxes = move(boxes, found.affine[index])
+            self.annotations[:, :4], self.difficult_annotations[:, :4] = np.split(boxes, [len(self.annotations)])
+            before = found.affine if self.affine is None else self.affine
+            self.affine = np.where(moved[:, None, None], found.affine, before)
+        for kind, mask, text in (
+            ("turned boxes", found.turned, "its boxes are turned by EXIF as the image is"),
+            ("scaled boxes", found.scaled, "its boxes are scaled to it"),
+            ("boxes of another size", found.misfit, "its boxes fit the declared size only: are they another image's?"),
+            ("declared size", found.wrong, "its boxes stay as they are"),
+            ("EXIF rotation", found.unsure, "EXIF turns it, and its boxes must fit the upright image"),
+        ):
+
+            def explain(image: int, text: str = text) -> str:
+                (height, width), (file_height, file_width) = declared[image], sizes[image]
+                start = f"is declared as {width} x {height}, and " if declared[image].all() else ""
+                return f"{start}has {file_width} x {file_height} pixels in its file; {text}"
+
+            self.report.add_rows(kind, np.flatnonzero(mask), self.image_name, explain, lambda _: "")
 
     def ground_truth(self) -> GroundTruth:
         """All annotations, difficult ones as crowds, as COCO's evaluation takes them."""
         return from_arrays(self)
+
+    def placed(self, truth: GroundTruth) -> GroundTruth:
+        """Annotations as in the files -> with their boxes and areas moved as those of training are."""
+        if self.affine is None:
+            return truth
+        affine, boxes = self.affine[truth.image_index], truth.boxes_xywh
+        corners = move(np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]), affine)
+        areas = truth.areas * np.abs(np.linalg.det(affine[:, :, :2]))
+        return truth._replace(boxes_xywh=np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]), areas=areas)
+
+    def select_images(self, keep: np.ndarray) -> None:
+        """Leave all other images out, with their annotations; `keep` is [I] bool."""
+        new_index = np.cumsum(keep) - 1
+        for name in self.per_image:
+            value = getattr(self, name)
+            setattr(self, name, value[keep] if isinstance(value, np.ndarray) else value and [*compress(value, keep)])
+        good, hard = keep[self.image_index], keep[self.difficult_image_index]
+        self.annotations, self.annotation_ids = self.annotations[good], self.annotation_ids[good]
+        self.difficult_annotations = self.difficult_annotations[hard]
+        self.image_index = new_index[self.image_index[good]]
+        self.difficult_image_index = new_index[self.difficult_image_index[hard]]
+        self._find_offsets()
+        self.misfits = [int(new_index[index]) for index in self.misfits if keep[index]]
+        for name in ("image_sizes", "coco"):  # cached properties
+            self.__dict__.pop(name, None)
 
     @cached_property
     def coco(self) -> "COCO":
@@ -178,6 +282,24 @@ def placeholder_names(num_classes: int) -> list[str]:
     return [f"class {label}" for label in range(num_classes)]
 
 
+def class_difference(owner: str, names: Sequence[str], other: str, others: Sequence[str]) -> str:
+    """The message about classes that two owners do not share; empty where they have the same in the same order."""
+    texts = []
+    for who, missing in (
+        (owner, [name for name in others if name not in set(names)]),
+        (other, [name for name in names if name not in set(others)]),
+    ):
+        listed = ", ".join(map(shown, missing[:5])) + (f" and {len(missing) - 5:,} more" if len(missing) > 5 else "")
+        texts += [f"{who} lacks {listed}"] if missing else []
+    if not texts:
+        pairs = zip(names, others, strict=True)
+        texts = [
+            f"label {n} is {shown(a)} and {shown(b)}: the order differs" for n, (a, b) in enumerate(pairs) if a != b
+        ]
+        texts = texts[:1]
+    return f"{owner} and {other} have different classes: {'; '.join(texts)}" if texts else ""
+
+
 def check_classes(owner: str, class_names: list[str], dataset: DetectionDataset) -> None:
     """Make sure that a model, or a training set, and a data set have the same classes.
 
@@ -187,8 +309,9 @@ def check_classes(owner: str, class_names: list[str], dataset: DetectionDataset)
         dataset: that the model shall be used on.
 
     Raises:
-        UserError: they differ; the message shows both.
+        UserError: they differ; the message names the classes that do.
     """
     names = list(dataset.labels.values())
-    if names != class_names and class_names != placeholder_names(len(names)):
-        raise UserError(f"{owner} has the classes {class_names}, but {dataset.source} has {names}")
+    difference = class_difference(owner, class_names, dataset.source, names)
+    if difference and class_names != placeholder_names(len(names)):
+        raise UserError(difference)

@@ -1,22 +1,28 @@
 """Image files -> arrays, whatever their kind, and whatever is wrong with them."""
 
 import contextlib
+import functools
 import glob
 import io
 import os
 import re
 import struct
+import unicodedata
+import warnings
 import zlib
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from retinanet.data.report import FileError
-from retinanet.errors import UserError
+from retinanet.errors import UserError, shown
+
+# Pillow warns of large, palette and oddly tagged images, which are read, without their names.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -30,10 +36,11 @@ IMAGE_SUFFIXES = {
     *(".tif", ".tiff", ".webp"),
 }
 MAX_PIXELS = 178_956_970  # of an image; from here on Pillow, too, takes it for a decompression bomb
+MAX_BYTES = 2**31  # of an image's file: more than MAX_PIXELS of 16 bits a channel
 # What the readers of Pillow and torchvision raise for one broken file or another.
 BROKEN_IMAGE = (
     OSError, RuntimeError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
-    AssertionError, EOFError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
+    AssertionError, EOFError, MemoryError, struct.error, zlib.error,
 )  # fmt: skip
 # What turns an image of each EXIF orientation upright. ImageOps.exif_transpose also rewrites EXIF, and fails where
 # that is broken.
@@ -56,9 +63,18 @@ def _naming(path: str | Path) -> Iterator[None]:
             raise FileNotFoundError("the file does not exist")
         if not Path(path).is_file():
             raise OSError("it is not a file")
+        if Path(path).stat().st_size > MAX_BYTES:
+            raise OSError(f"it has more than {MAX_BYTES:,} bytes")
         yield
     except FileError:
         raise
+    except Image.DecompressionBombError as error:
+        raise FileError(str(path), f"has more pixels than {_pixel_limit()}") from error
+    except UnidentifiedImageError as error:
+        with open(path, "rb") as file:
+            start = shown(file.read(12))
+        message = f"cannot be read as an image (it starts with {start}, and is none of {', '.join(FORMATS)})"
+        raise FileError(str(path), message) from error
     except BROKEN_IMAGE as error:
         reason = str(error).split("\n")[0][:200] or type(error).__name__
         raise FileError(str(path), f"cannot be read as an image ({reason})") from error
@@ -66,18 +82,17 @@ def _naming(path: str | Path) -> Iterator[None]:
 
 def _check_pixels(path: str | Path, image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
-        limit = f"the limit of {MAX_PIXELS:,} (retinanet.data.images.MAX_PIXELS)"
-        raise FileError(str(path), f"has {image.width} x {image.height} pixels, more than {limit}")
+        raise FileError(str(path), f"has {image.width} x {image.height} pixels, more than {_pixel_limit()}")
 
 
-def _exif_orientation(image: Image.Image) -> Any:
-    """What EXIF says, whatever that is; 1 where it says nothing. Pillow turns TIFF files by itself."""
+def _pixel_limit() -> str:
+    return f"the limit of {MAX_PIXELS:,} (retinanet.data.images.MAX_PIXELS)"
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, from 1 to 8; 1, upright, in place of anything else."""
     # The method of the base class, because PNG's own decodes the whole image to find EXIF at its end.
-    return 1 if image.format == "TIFF" else Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-
-
-def valid_orientation(orientation: Any) -> int:
-    """EXIF's orientation, from 1 to 8; 1 in place of any other value."""
+    orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     return orientation if isinstance(orientation, int) and orientation in TURNS else 1
 
 
@@ -96,7 +111,7 @@ def read_image(path: str | Path) -> np.ndarray:
         data = np.fromfile(path, dtype=np.uint8)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_pixels(path, image)
-            orientation = valid_orientation(_exif_orientation(image))
+            orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns TIFF files by itself
             is_whole = image.format in ("JPEG", "MPO") and data[-2:].tobytes() == b"\xff\xd9"
             if is_whole and orientation == 1 and decode_jpeg is not None:  # the fast way
                 pixels = decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB)
@@ -119,12 +134,12 @@ class ImageHeader(NamedTuple):
     Attributes:
         height: pixels, as `read_image` turns it.
         width: the same.
-        orientation: of EXIF; 1 is upright, and values other than 1 to 8 are not valid.
+        orientation: of EXIF, from 1, upright, to 8: how the file stores it.
     """
 
     height: int
     width: int
-    orientation: Any
+    orientation: int
 
 
 def read_header(path: str | Path) -> ImageHeader:
@@ -135,10 +150,41 @@ def read_header(path: str | Path) -> ImageHeader:
     """
     with _naming(path), Image.open(path, formats=FORMATS) as image:
         _check_pixels(path, image)
-        orientation = _exif_orientation(image)
+        orientation = _orientation(image)
         width, height = image.size
-    turned = valid_orientation(orientation) >= 5
+        turned = orientation >= 5 and image.format != "TIFF"
     return ImageHeader(*((width, height) if turned else (height, width)), orientation)
+
+
+@functools.lru_cache(maxsize=16)
+def _plain_names(folder: str) -> dict[str, str]:
+    """The names in a folder by what is left without letter case and Unicode forms."""
+    with contextlib.suppress(OSError, ValueError):
+        return {_plain(name): name for name in os.listdir(folder)}  # noqa: PTH208
+    return {}
+
+
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _plain(name: str) -> str:
+    return _nfc(name).casefold()
+
+
+def explain_missing(name: str, folder: str = "") -> str:
+    """The message about an image that does not exist, with the file that does under nearly the same name."""
+    path, found = os.path.join(folder, name), folder  # noqa: PTH118
+    for part in Path(name.replace("\\", "/")).parts:
+        whole = os.path.join(found, part)  # noqa: PTH118
+        near = part if os.path.exists(whole) else _plain_names(found or ".").get(_plain(part))  # noqa: PTH110
+        if near is None:
+            parent = os.path.dirname(path)  # noqa: PTH120
+            lost = "" if os.path.isdir(parent or ".") else f"; nor does its folder, {shown(parent)}"  # noqa: PTH112
+            return f"image {shown(name)} does not exist{lost}" + "; is it a Windows path?" * ("\\" in name)
+        found = os.path.join(found, near)  # noqa: PTH118
+    form = ", in another Unicode form (NFC or NFD)" if found != path and _nfc(found) == _nfc(path) else ""
+    return f"image {shown(name)} does not exist, but {shown(found)} does{form}"
 
 
 def walk(folder: Path, suffixes: Container[str]) -> Iterator[Path]:

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,28 @@ import numpy as np
 from retinanet.data.report import MIN_SIDE, FileError, Report
 from retinanet.errors import UserError, shown, suggestion
 
+MAX_BYTES = 2**33  # of a file of annotations
 MAX_NAME = 1024  # characters of an image's path
 MAX_COORDINATE = 1e6  # pixels; float32 still tells sixteenths of a pixel apart there
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a regular file of at most MAX_BYTES; everything else, such as a pipe, might never end.
+
+    Raises:
+        FileError: it cannot be read.
+    """
+    try:
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise FileError(str(path), "is not a file")
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise FileError(str(path), f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if len(content) > MAX_BYTES:
+        raise FileError(str(path), f"has more than {MAX_BYTES:,} bytes")
+    return content
 
 
 def read_text(path: Path) -> str:
@@ -22,10 +43,7 @@ def read_text(path: Path) -> str:
     Raises:
         FileError: it is missing, or not such a text.
     """
-    try:
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise FileError(str(path), f"cannot be read ({error})") from error
+    data = read_bytes(path)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise FileError(str(path), "is in UTF-16; save it as UTF-8")
     try:
@@ -60,14 +78,14 @@ def load_json(path: Path) -> Any:
         UserError: it is missing, too large, too deep, or not JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_bytes(path))
     except json.JSONDecodeError as error:
         hint = "; does the file hold two documents?" if error.msg == "Extra data" else ""
         raise UserError(f"{path}:{error.lineno}: is not valid JSON ({error}){hint}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not in UTF-8 ({error.reason} at byte {error.start})") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UserError:
+        raise
     except (ValueError, RecursionError, MemoryError) as error:
         reason = error or type(error).__name__
         raise UserError(f"{path}: is not valid JSON, or too deep or too large to be read ({reason})") from error
@@ -119,21 +137,22 @@ def check_boxes(
     small = valid & (side < MIN_SIDE)
     twin = valid & ~small & (labels >= 0)
     twin[twin] = _repeated([*boxes[twin].T, labels[twin], image_index[twin]])
-    tiny = valid & (np.abs(boxes) <= 1).all(axis=1)
+    tiny = valid & (np.abs(boxes) <= 1.05).all(axis=1)
     normalised = tiny.any() and (
         tiny.sum() == valid.sum() or (tiny.sum() > valid.sum() / 2 and (boxes[tiny] % 1).any())
     )
+    all_tiny = tiny.sum() == valid.sum()
     if normalised:
         first = int(np.flatnonzero(tiny)[0])
         message = (
-            f"{tiny.sum():,} of {len(boxes):,} boxes, such as {show(first)}, lie between 0 and 1; boxes must be in "
-            "pixels: multiply by the image's width and height"
+            f"{'' if all_tiny else 'a guess: '}{tiny.sum():,} of {len(boxes):,} boxes, such as {show(first)}, lie "
+            "between 0 and 1; boxes must be in pixels: multiply by the image's width and height"
         )
-        report.add("looks normalised", where(first), message)
+        report.add("looks normalised" if all_tiny else "guess", where(first), message)
     for kind, mask, message in (
         ("not finite", ~finite, f"a box needs finite numbers of at most {MAX_COORDINATE:,.0f}, found"),
         ("inverted box", inverted, "a box needs x1 < x2 and y1 < y2, or a width and height above 0, found"),
-        ("sub-pixel box", small & (not normalised), "is less than 1 pixel wide or high:"),
+        ("sub-pixel box", small & (not (normalised and all_tiny)), "is less than 1 pixel wide or high:"),
         ("duplicate box", twin, "repeats a box of the same image and class:"),
     ):
         report.add_rows(kind, np.flatnonzero(mask), where, lambda row, message=message: f"{message} {show(row)}")

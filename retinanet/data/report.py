@@ -1,6 +1,7 @@
 """What can be wrong with annotations and images, what is done about each, and reports of it."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -29,10 +30,15 @@ KINDS = {
     WARNED: (
         *("guess", "repeated image", "no validation boxes", "turned boxes", "scaled boxes", "declared size"),
         *("spaces", "separator", "unused class", "crowd-only image", "annotation ids", "stray file", "EXIF rotation"),
-        *("declared area", "no annotations", "boxes left out", "other source", "crowds", "no objects"),
+        *("declared area", "no annotations", "negative with boxes", "other source", "crowds", "no objects"),
     ),
 }
 POLICIES = {"leak": WARNED, **{kind: policy for policy, kinds in KINDS.items() for kind in kinds}}  # leaks come first
+
+
+def counted(number: int, noun: str) -> str:
+    """1 box, 2 boxes; 1 image, 1,000 images."""
+    return f"{number:,} {noun if number == 1 else noun + ('es' if noun[-1] in 'sx' else 's')}"
 
 
 class Problem(NamedTuple):
@@ -93,19 +99,23 @@ class Report:
     ) -> None:
         """Add a problem of many rows.
 
-        `where` and `message` are called only for those that are kept as examples; `cause`, if given, for all rows,
-        and `message` then once a cause.
+        `where` and `message` are called for those that are kept as examples or listed as skipped, `message` once a
+        cause; `cause`, if given, for all rows: None for one of its own.
         """
-        groups: dict[Hashable, list[int]] = {}
-        for row in rows if cause else ():
-            groups.setdefault(cause(row), []).append(row)
-        if self.policy(kind) == SKIPPED:
-            texts = {name: message(group[0]) for name, group in groups.items()}
-            self.skipped += [(where(row), texts[cause(row)] if cause else message(row)) for row in rows]
-        for name, group in groups.items() if cause else ((None, [row]) for row in rows[:MAX_EXAMPLES]):
-            self._add(Problem(kind, where(group[0]), message(group[0]), len(group), name))
-        if not cause and len(rows) > MAX_EXAMPLES:
-            self.counts[kind] += len(rows) - MAX_EXAMPLES
+        skipping = self.policy(kind) == SKIPPED
+        groups: dict[tuple, list[int]] = {}
+        for row in rows if cause or skipping else rows[:MAX_EXAMPLES]:
+            name = cause(row) if cause else None
+            groups.setdefault((name, name is None and len(groups)), []).append(row)
+        rest = len(rows)
+        for (name, _), group in islice(groups.items(), None if skipping else MAX_EXAMPLES):
+            problem = Problem(kind, where(group[0]), message(group[0]), len(group), name)
+            self._add(problem)
+            rest -= len(group)
+            if skipping:
+                self.skipped += [(where(row), problem.message) for row in group]
+        if rest:
+            self.counts[kind] += rest
 
     def _add(self, problem: Problem) -> None:
         self.counts[problem.kind] = self.counts.get(problem.kind, 0) + problem.count

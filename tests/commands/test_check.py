@@ -18,7 +18,7 @@ def test_the_program_lists_errors_and_warnings_apart(tmp_path, capsys):
     text = capsys.readouterr().out
     warnings, errors = text.split("\nerrors:\n")
     assert "data.csv: 2 images, 0 of them without boxes; 3 boxes, at most 2 in an image; 3 classes" in warnings
-    assert "'circle'            1 boxes in       1 images" in warnings
+    assert "'circle'              1 box in        1 image" in warnings
     assert "data.csv:6: is less than 1 pixel wide or high: 1,1,2,1.1" in warnings
     assert "data.csv:4: class 'dog' is not in the class list" in errors
     assert text.endswith("training would not start\n")

@@ -2,12 +2,11 @@ import argparse
 
 import numpy as np
 import pytest
-from helpers import CLASSES, gradient, write_coco_data, write_csv_data
+from helpers import gradient, write_coco_data, write_csv_data
 
 from retinanet.commands import flags
 from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset
-from retinanet.data.dataset import check_classes
 from retinanet.errors import UserError
 
 
@@ -186,15 +185,6 @@ def test_the_seed_changes_only_the_training_shapes():
             drawn.append(flags.make_dataset(args, split, identity).images[0])
     assert not np.array_equal(*images["train"])
     np.testing.assert_array_equal(*images["val"])
-
-
-def test_a_model_of_other_classes_is_an_error_that_shows_both(tmp_path):
-    data = CSVDataset(*write_csv_data(tmp_path))
-    check_classes("best.pt", CLASSES, data)
-    for names in (["cat", "dog"], CLASSES[:2], CLASSES[::-1]):
-        with pytest.raises(UserError, match=r"best\.pt") as error:
-            check_classes("best.pt", names, data)
-        assert str(names) in str(error.value) and str(CLASSES) in str(error.value)
 
 
 def test_out_dir_is_created_with_its_parents_and_may_exist(tmp_path):

@@ -81,6 +81,14 @@ def test_classes_are_compared_by_name_or_by_number_where_there_are_no_names():
     data = make_dataset()
     check_classes("the model", ["a", "b"], data)
     check_classes("the model", placeholder_names(2), data)
-    for names in (["b", "a"], placeholder_names(3)):
-        with pytest.raises(UserError, match=r"the model has the classes .*, but DetectionDataset has"):
+    for names, difference in (
+        (["b", "a"], "label 0 is 'b' and 'a': the order differs"),
+        (["a"], "the model lacks 'b'"),
+        (["a", "b", "c"], "DetectionDataset lacks 'c'"),
+        (["a", *"defghijk"], "the model lacks 'b'; DetectionDataset lacks 'd', 'e', 'f', 'g', 'h' and 3 more"),
+        (placeholder_names(3), "lacks 'a', 'b'; DetectionDataset lacks 'class 0', 'class 1', 'class 2'"),
+    ):
+        with pytest.raises(UserError) as error:
             check_classes("the model", names, data)
+        assert str(error.value).startswith("the model and DetectionDataset have different classes: ")
+        assert str(error.value).endswith(difference)

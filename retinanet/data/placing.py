@@ -1,0 +1,102 @@
+"""A box belongs to the image as it was annotated: where that was turned or resized since, the box is, too.
+
+Annotation files declare the sizes of their images. A file of another size is the same image turned by its EXIF
+orientation, which some tools ignore, or shrunk after the annotation; its boxes fit the declared size.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+SLACK = 5, 0.02  # pixels, or share of the image's side, whichever is more: boxes overhang by so much now and then
+
+
+class Placement(NamedTuple):
+    """From the images as annotated to the images as read.
+
+    Attributes:
+        affine: [I, 2, 3] float64: (x, y, 1) as annotated -> (x, y) as read.
+        turned: [I] bool: images that EXIF turns, unlike their boxes.
+        scaled: [I] bool: images that were resized after the annotation.
+        misfit: [I] bool: images of another shape, whose boxes fit only the declared size.
+        wrong: [I] bool: images of another size than the declared one, which count nevertheless.
+        unsure: [I] bool: images that EXIF turns, whose declared sizes do not tell whether their boxes are turned.
+    """
+
+    affine: np.ndarray
+    turned: np.ndarray
+    scaled: np.ndarray
+    misfit: np.ndarray
+    wrong: np.ndarray
+    unsure: np.ndarray
+
+
+def overhang(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """[N] pixels by which boxes [N, 4] exceed images of [N, 2] height and width; negative inside."""
+    return np.maximum(-boxes[:, :2], boxes[:, 2:] - sizes[:, ::-1]).max(axis=1, initial=-np.inf)
+
+
+def exceeds(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """[N] bool: boxes that exceed their images by more than rounding and careless drawing explain."""
+    return overhang(boxes, sizes) > np.maximum(SLACK[0], SLACK[1] * sizes.max(axis=1))
+
+
+def move(boxes: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Boxes [N, 4] as annotated -> as read, by the affine [N, 2, 3] of the image of each."""
+    corners = boxes.reshape(-1, 2, 2) @ affine[:, :, :2].transpose(0, 2, 1) + affine[:, None, :, 2]
+    return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+
+
+def find_placement(
+    declared: np.ndarray, sizes: np.ndarray, orientations: np.ndarray, boxes: np.ndarray, image_index: np.ndarray
+) -> Placement:
+    """Find out which images were turned or resized after their annotation.
+
+    Images that were turned (or resized) are alike within a data set: where the boxes of one fit both sizes, those
+    of the others decide, and without any, the declared size does.
+
+    Args:
+        declared: [I, 2] height and width as the annotation files have them; 0: unknown.
+        sizes: [I, 2] as the image files have them, upright; 0: unknown.
+        orientations: [I] of EXIF, 1 to 8.
+        boxes: [N, 4] xyxy as annotated, pixels.
+        image_index: [N] the image of each.
+    """
+
+    def fits(limits: np.ndarray) -> np.ndarray:
+        return np.bincount(image_index, exceeds(boxes, limits[image_index]), minlength=len(limits)) == 0
+
+    def alike(others: np.ndarray) -> np.ndarray:  # one size is the other one times a factor, but for a pixel
+        with np.errstate(all="ignore"):
+            return ((others - 1) / declared).max(axis=1) <= ((others + 1) / declared).min(axis=1)
+
+    sideways = orientations >= 5
+    stored = np.where(sideways[:, None], sizes[:, ::-1], sizes)
+    known = declared.all(axis=1) & sizes.all(axis=1)
+    differs = known & (np.abs(declared - sizes) > 1).any(axis=1)
+    fits_declared, fits_file = fits(declared), fits(sizes)
+    found = []
+    for kind in (
+        differs & sideways & alike(stored) & ~alike(sizes),
+        differs & alike(sizes),
+    ):
+        as_declared, as_file = kind & fits_declared & ~fits_file, kind & fits_file & ~fits_declared
+        found.append(kind & ~as_file & (as_declared | (as_declared.sum() >= as_file.sum())))
+    turned, scaled = found
+    # Sizes do not tell of a square, or of a half turn or a mirror image; the other images of the set do.
+    if turned.any() and not (known & sideways & ~alike(stored)).any():
+        turned = turned | (known & (orientations > 1) & alike(stored))
+    misfit = differs & ~turned & ~alike(sizes) & fits_declared & ~fits_file
+
+    code = np.where(turned, orientations, 1)[:, None]
+    size, swap = declared[:, ::-1].astype(np.float64), code[:, 0] >= 5  # width and height
+    flip = np.column_stack([np.isin(code, (2, 3, 7, 8)), np.isin(code, (3, 4, 6, 7))])  # of x, of y
+    affine = np.zeros((len(declared), 2, 3))
+    affine[:, [0, 1], [0, 1]] = np.where(flip, -1, 1)
+    affine[:, :, 2] = np.where(flip, size, 0)
+    affine[swap], size[swap] = affine[swap, ::-1], size[swap, ::-1]
+    moved = turned | scaled
+    affine[moved] *= (sizes[moved, ::-1] / size[moved])[:, :, None]
+    wrong = known & (declared != sizes).any(axis=1) & ~moved & ~misfit
+    unsure = sizes.all(axis=1) & (orientations > 1) & ~turned & ~(known & sideways & ~alike(stored))
+    return Placement(affine, turned, scaled & ~turned, misfit, wrong, unsure)
