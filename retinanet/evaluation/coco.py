@@ -41,9 +41,8 @@ class Scores(NamedTuple):
 
     metrics: dict[str, float]  # the twelve METRICS, from 0 to 1; -1 where no ground truth has that size
     classes: list[ClassScore]  # in the order of the category ids
-    precision: (
-        np.ndarray
-    )  # [10, 101, K] at the IoUs 0.5, 0.55, ... 0.95 and the recalls 0, 0.01, ... 1; -1 without boxes
+    # [10, 101, K] at the IoUs 0.5, 0.55, ... 0.95 and the recalls 0, 0.01, ... 1; -1 without boxes
+    precision: np.ndarray
 
     def curves(self, iou_row: int) -> dict[str, np.ndarray]:
         """Precision-recall curve of each class, [2, 101] or empty, at IoU 0.5 (row 0), ... 0.75 (row 5), ..."""

@@ -34,10 +34,7 @@ def summary(fit: AnchorFit) -> str:
 def log_summary(
     dataset: DetectionDataset, anchors: Anchors, min_side: int, max_side: int, best_match_iou: float | None = None
 ) -> None:
-    """Log how the anchors fit the data, with a warning if too many boxes can never be learned.
-
-    The arguments are those of `measure`.
-    """
+    """Log how the anchors fit the data, with a warning if too many boxes can never be learned; see `measure`."""
     fit = measure(dataset, anchors, min_side, max_side, best_match_iou)
     log.info("%s", summary(fit))
     if fit.unreachable_share > WARNING_SHARE:
@@ -63,52 +60,31 @@ def flags(anchors: Anchors) -> str:
 def report(fit: AnchorFit, better: AnchorFit, dataset: DetectionDataset, limit: int = 20) -> str:
     """The result as text: coverage by class and size, the boxes out of reach, and the advice.
 
-    Args:
-        fit: of the present anchors.
-        better: from `search`.
-        dataset: gives the paths of the images.
-        limit: of the boxes out of reach, and of the classes, that are listed.
+    Of the classes and of the boxes out of reach, `limit` are listed; `better` is from `search`.
     """
-    lines = [summary(fit)]
-    for title, groups in fit.groups().items():
-        lines += ["", *_coverage_table(fit, better, title, groups, limit)]
-    lines += ["", f"{fit.unreachable.sum()} boxes can never be learned (best IoU below {fit.needed_iou:g})"]
-    worst = np.flatnonzero(fit.unreachable)
-    worst = worst[np.argsort(fit.iou[worst], kind="stable")]
-    lines += [f"  {_describe(fit, row, dataset)}" for row in worst[:limit]]
+    content, lines = as_dict(fit, better, dataset), [summary(fit)]
+    for title, groups in list(content["coverage"].items())[1:]:
+        names = list(groups)
+        if len(names) > limit:
+            names = sorted(names, key=lambda name: -groups[name]["unreachable"])[:limit]
+        width = max(len(title), *(len(escaped(name)) for name in names))
+        heading = f"{title:{width}}   boxes  IoU >= 0.5  IoU >= 0.4  mean IoU  "
+        lines += ["", heading + "advised anchors" * (better is not fit)]
+        for name in names:
+            row = groups[name]
+            shares = [_percent(row[key]) for key in ("iou_0.5", "iou_0.4", "iou_0.5_advised")]
+            cells = f"{escaped(name):{width}} {row['boxes']:7d} {shares[0]:>11} {shares[1]:>11} {row['mean_iou']:9.2f}"
+            lines.append(cells + f"{shares[2]:>17}" * (better is not fit))
+        lines += ["... and the rest in anchor_fit.json"] * (len(names) < len(groups))
+    worst = sorted(content["unreachable"], key=lambda entry: entry["best_iou"])
+    lines += ["", f"{len(worst)} boxes can never be learned (best IoU below {fit.needed_iou:g})"]
+    for entry in worst[:limit]:
+        box, (width, height) = ", ".join(f"{number:.0f}" for number in entry["box"]), entry["resized"]
+        what = f"IoU {entry['best_iou']:.2f}: {escaped(entry['class'])} ({box})"
+        lines.append(f"  {what}, {width:.0f} x {height:.0f} px after resizing, in {entry['file']}")
     if len(worst) > limit:
         lines.append(f"  ... and {len(worst) - limit} more, in anchor_fit.json")
     return "\n".join([*lines, "", *_advice(fit, better)])
-
-
-def _coverage_table(
-    fit: AnchorFit, better: AnchorFit, title: str, groups: dict[str, np.ndarray], limit: int
-) -> list[str]:
-    """One line for each group that has boxes; of too many, those with the most boxes out of reach."""
-    present = [name for name, chosen in groups.items() if chosen.any()]
-    names = present
-    if len(present) > limit:
-        names = sorted(present, key=lambda name: -fit.unreachable[groups[name]].sum())[:limit]
-    shown, advised = {name: escaped(name) for name in names}, better is not fit
-    width = max(len(title), *map(len, shown.values()))
-    lines = [f"{title:{width}}   boxes  IoU >= 0.5  IoU >= 0.4  mean IoU  " + "advised anchors" * advised]
-    for name in names:
-        chosen = groups[name]
-        cells = f"{shown[name]:{width}} {chosen.sum():7d} {_percent(fit.coverage(0.5, chosen)):>11} "
-        cells += f"{_percent(fit.coverage(0.4, chosen)):>11} {fit.iou[chosen].mean():9.2f}"
-        lines.append(cells + f"{_percent(better.coverage(0.5, chosen)):>17}" * advised)
-    return lines if names is present else [*lines, "... and the rest in anchor_fit.json"]
-
-
-def _describe(fit: AnchorFit, row: int, dataset: DetectionDataset) -> str:
-    box = fit.boxes.boxes[row]
-    width, height = box[2:] - box[:2]
-    name = escaped(fit.class_names[fit.boxes.labels[row]])
-    original = ", ".join(f"{value:.0f}" for value in box / fit.boxes.scales[row])
-    return (
-        f"IoU {fit.iou[row]:.2f}: {name} ({original}), {width:.0f} x {height:.0f} px after resizing, "
-        f"in {dataset.image_path(fit.boxes.image_index[row])}"
-    )
 
 
 def _advice(fit: AnchorFit, better: AnchorFit) -> list[str]:
@@ -138,6 +114,8 @@ def as_dict(fit: AnchorFit, better: AnchorFit, dataset: DetectionDataset) -> dic
                 "iou_0.5": fit.coverage(0.5, chosen),
                 "iou_0.4": fit.coverage(0.4, chosen),
                 "iou_0.5_advised": better.coverage(0.5, chosen),
+                "mean_iou": float(fit.iou[chosen].mean()),
+                "unreachable": int(fit.unreachable[chosen].sum()),
             }
             for name, chosen in groups.items()
             if chosen.any()
@@ -149,6 +127,7 @@ def as_dict(fit: AnchorFit, better: AnchorFit, dataset: DetectionDataset) -> dic
             "file": dataset.image_path(fit.boxes.image_index[row]),
             "class": fit.class_names[fit.boxes.labels[row]],
             "box": (fit.boxes.boxes[row] / fit.boxes.scales[row]).round(2).tolist(),
+            "resized": (fit.boxes.boxes[row, 2:] - fit.boxes.boxes[row, :2]).round(2).tolist(),
             "best_iou": round(float(fit.iou[row]), 4),
         }
         for row in np.flatnonzero(fit.unreachable)
@@ -164,16 +143,7 @@ def as_dict(fit: AnchorFit, better: AnchorFit, dataset: DetectionDataset) -> dic
 
 
 def draw(fit: AnchorFit, better: AnchorFit, path: str | Path) -> None:
-    """Draw the result: best IoUs, coverage by class and by size, and the shapes of boxes and anchors.
-
-    Args:
-        fit: of the present anchors.
-        better: from `search`.
-        path: of the PNG file.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Draw the result: best IoUs, coverage by class and by size, and the shapes of boxes and anchors."""
     figure = new_figure(13, 9)
     histogram, by_class, by_size, shapes = figure.subplots(2, 2).flat
     bins = np.linspace(0, 1, 51)
