@@ -51,7 +51,7 @@ def run_model(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Det
     device = process.choose_device(args.device)
     process.init_distributed(device)
     net, info = load_model(args.model)
-    dataset = flags.make_dataset(args, "val", Resizer(info["min_side"], info["max_side"]))
+    dataset = flags.make_dataset(args, "val", Resizer(info["min_side"], info["max_side"]), info["class_names"])
     check_classes(args.model, info["class_names"], dataset)
     indices = None if args.limit is None else range(len(dataset))[: args.limit]
     loader = make_loader(dataset, args.batch_size, args.workers, indices=indices, device=device)

@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     anchors = net.anchors.cpu() if net and args.show in ("anchors", "matches", "anchor_fit") else None
     anchors = anchors or flags.anchors_from_arguments(args)
     transform = flags.training_transform(args) if args.augment else Resizer(args.min_side, args.max_side)
-    dataset = flags.make_dataset(args, args.split, transform)
+    dataset = flags.make_dataset(args, args.split, transform, info.get("class_names"))
     if net:
         check_classes(args.model, info["class_names"], dataset)
     if args.show == "anchor_fit":

@@ -174,17 +174,17 @@ def test_a_model_of_other_classes_is_refused(trained, tmp_path):
     ("script", "flags", "reported"),
     [
         (train, [], ["--dataset"]),
-        (train, ["--dataset", "csv"], ["--csv_train", "--csv_classes"]),
+        (train, ["--dataset", "csv"], ["--csv_train"]),
         (
             train,
             ["--dataset", "csv", "--min_side", "600", "--max_side", "300"],
-            ["--csv_train", "--csv_classes", "--max_side 300 is below --min_side 600"],
+            ["--csv_train", "--max_side 300 is below --min_side 600"],
         ),
         (train, ["--dataset", "coco", "--max_side", "100"], ["--coco_path", "--max_side 100", "--min_side 608"]),
         (train, ["--dataset", "shapes", "--epochs", "0"], ["--epochs", "at least 1"]),
         (train, ["--dataset", "shapes", "--depth", "42"], ["--depth", "18", "152"]),
-        (validate, ["--dataset", "csv", "--model", "x"], ["--csv_val", "--csv_classes"]),
-        (visualize, ["--dataset", "csv", "--model", "x"], ["--csv_val", "--csv_classes"]),
+        (validate, ["--dataset", "csv", "--model", "x"], ["--csv_val"]),
+        (visualize, ["--dataset", "csv", "--model", "x"], ["--csv_val"]),
         (validate, ["--dataset", "shapes"], ["--model"]),
     ],
 )
@@ -241,7 +241,6 @@ GOOD = "a.png,4,8,24,40,rectangle"
     [
         ("b.png,4,8,24,40,hexagon", ["data.csv:2", "hexagon", "circle"]),  # unknown class
         ("b.png,24,8,4,40,circle", ["data.csv:2", "x1 < x2", "24,8,4,40"]),
-        ("b.png,24,8,24,40,circle", ["data.csv:2", "x1 < x2"]),
         ("b.png,4,8,24,circle", ["data.csv:2", "5 columns"]),  # missing column
         ("b.png,4,8,nan,40,circle", ["data.csv:2"]),
         ("gone.png,4,8,24,40,circle", ["data.csv:2", "gone.png"]),  # missing image

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.skip_bad:
         write_skipped(Path(), found)
     if errors or broken:
-        log.info("\nerrors:\n%s", "\n".join([*broken, *([report.text(errors)] if errors else [])]))
+        log.info("\nerrors:\n%s", "\n".join([*dict.fromkeys(broken), *([report.text(errors)] if errors else [])]))
         log.info("\ntraining would not start")
         return 1
     log.info("\n%s", "training can start" if warnings else "no errors found")

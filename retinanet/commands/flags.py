@@ -1,7 +1,6 @@
 """Flags that several commands share, their checks, and what they stand for: data sets, transforms, anchors."""
 
 import argparse
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,20 +13,13 @@ from retinanet.anchors import Anchors
 from retinanet.data.checks import leave_out_bad_images
 from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset, read_boxes
-from retinanet.data.dataset import DetectionDataset
+from retinanet.data.dataset import DetectionDataset, placeholder_names
 from retinanet.data.report import Report
 from retinanet.data.transforms import Augmenter, ColourJitter, RandomCrop, Resizer, ScaleJitter
 from retinanet.data.voc import VOCDataset
 from retinanet.data.yolo import YoloDataset
 from retinanet.errors import UserError
 
-NEEDED_FLAGS = {
-    "coco": ["coco_path"],
-    "csv": [],
-    "shapes": [],
-    "voc": ["voc_path"],
-    "yolo": ["yolo_path"],
-}
 FOLDERS = {"coco": CocoDataset, "voc": VOCDataset, "yolo": YoloDataset}  # kinds of data named by a folder and a set
 DEFAULT = "(default: %(default)s)"  # argparse fills in the value
 
@@ -92,7 +84,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def add_data_arguments(parser: argparse.ArgumentParser, training: bool, required: bool = True) -> None:
     """Add the flags that name the data, with or without those of the training set."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=sorted(NEEDED_FLAGS), required=required, help="kind of data")
+    group.add_argument("--dataset", choices=sorted([*FOLDERS, "csv", "shapes"]), required=required, help="kind of data")
     text = "folder with annotations/instances_SET.json and images/SET/, or SET/_annotations.coco.json; or of the images"
     group.add_argument("--coco_path", help=f"{text}, where the set is a path, x.json")
     text = "folder with Annotations, JPEGImages and ImageSets/Main; or with XML files beside the images, in SET/ or not"
@@ -117,12 +109,11 @@ def add_data_arguments(parser: argparse.ArgumentParser, training: bool, required
     group.add_argument("--csv_classes", help=text)
     text = "share of the images of a voc or yolo folder without sets that are for validation, such as 0.2"
     group.add_argument("--val_share", type=fraction, help=text)
-    text = "take COCO's crowds as objects: CVAT, for one, marks masks so"
+    text = "read COCO's crowds as objects: some tools, such as CVAT, mark every mask as a crowd"
     group.add_argument("--crowds_are_objects", action="store_true", help=text)
     if training:
-        group.add_argument(
-            "--shapes_train", type=positive_int, default=400, help=f"number of training images {DEFAULT}"
-        )
+        text = f"number of training images {DEFAULT}"
+        group.add_argument("--shapes_train", type=positive_int, default=400, help=text)
     group.add_argument("--shapes_val", type=positive_int, default=100, help=f"number of validation images {DEFAULT}")
     text = "leave out images that cannot be read and annotations that are corrupt; decodes all images first"
     group.add_argument("--skip_bad", action="store_true", help=text)
@@ -173,11 +164,8 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say on what hardware, and how, to compute."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help=f"auto (a GPU if there is one), cpu, cuda, cuda:1 {DEFAULT}")
-    precisions, text = (
-        ["auto", "fp32", "bf16"],
-        "the network's arithmetic; auto: bf16 where the device computes it natively",
-    )
-    group.add_argument("--precision", choices=precisions, default="auto", help=f"{text} {DEFAULT}")
+    text = f"the network's arithmetic; auto: bf16 where the device computes it natively {DEFAULT}"
+    group.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=text)
     group.add_argument("--workers", type=non_negative_int, default=2, help=f"processes that read images {DEFAULT}")
 
 
@@ -191,20 +179,13 @@ def add_detection_arguments(parser: argparse.ArgumentParser, score_threshold: fl
 
 
 def check_data_arguments(args: argparse.Namespace, needed: list[str]) -> list[str]:
-    """Find missing data flags.
-
-    Args:
-        args: the parsed flags.
-        needed: flags of CSV data that the command needs beside `--csv_classes`.
-
-    Returns:
-        A message for each.
-    """
-    flags = NEEDED_FLAGS[args.dataset] + (needed if args.dataset == "csv" else [])
-    errors = [f"--dataset {args.dataset} needs --{flag}" for flag in flags if getattr(args, flag) is None]
+    """A message for each data flag that is missing; `needed` are the flags of CSV data that the command needs."""
+    kind = args.dataset
+    needs = [f"{kind}_path"] if kind in FOLDERS else needed if kind == "csv" else []
+    errors = [f"--dataset {kind} needs --{flag}" for flag in needs if getattr(args, flag) is None]
     for split in ("train", "val"):
-        if f"csv_{split}" in needed and getattr(args, f"{args.dataset}_{split}_set", None) == "none":
-            errors.append(f"--{args.dataset}_{split}_set none leaves no data")
+        if f"csv_{split}" in needed and getattr(args, f"{kind}_{split}_set", None) == "none":
+            errors.append(f"--{kind}_{split}_set none leaves no data")
     return errors
 
 
@@ -224,37 +205,27 @@ def make_dataset(
         class_names: of a model; CSV data without a class list has these.
         report: gets what is wrong.
     """
-    report = Report(skip_bad=args.skip_bad) if report is None else report
-    dataset = _read_dataset(args, split, transform, class_names, report)
+    report, kind = Report(skip_bad=args.skip_bad) if report is None else report, args.dataset
+    if kind in FOLDERS:
+        path, set_name = getattr(args, f"{kind}_path"), getattr(args, f"{kind}_{split}_set")
+        options = {"crowds_are_objects": args.crowds_are_objects} if kind == "coco" else {"val_share": args.val_share}
+        dataset = None if set_name == "none" else FOLDERS[kind](path, set_name, transform, report=report, **options)
+    elif kind == "csv":
+        path, train_path = getattr(args, f"csv_{split}"), getattr(args, "csv_train", None)
+        if class_names == placeholder_names(len(class_names or ())):
+            class_names = None
+        if path and split == "val" and train_path and not (args.csv_classes or class_names):
+            class_names = read_boxes(Path(train_path), None, Report()).class_names
+        dataset = CSVDataset(path, args.csv_classes, transform, class_names, report) if path else None
+    else:
+        from retinanet.data.shapes import ShapesDataset  # scikit-image takes long to import
+
+        # Training images come from odd seeds only: those of seed 0, for validation, are never trained on.
+        seed = 2 * args.seed + 1 if split == "train" else 0
+        dataset = ShapesDataset(getattr(args, f"shapes_{split}"), seed, transform=transform)
     if dataset is not None and args.skip_bad:
         leave_out_bad_images(dataset, args.workers)
     return dataset
-
-
-def _read_dataset(
-    args: argparse.Namespace,
-    split: str,
-    transform: Callable[[dict], dict] | None,
-    class_names: Sequence[str] | None,
-    report: Report,
-) -> DetectionDataset | None:
-    kind = args.dataset
-    if kind in FOLDERS:
-        set_name = getattr(args, f"{kind}_{split}_set")
-        crowds = {"crowds_are_objects": args.crowds_are_objects}
-        options = crowds if kind == "coco" else {"val_share": args.val_share}
-        make = functools.partial(FOLDERS[kind], getattr(args, f"{kind}_path"), set_name, transform)
-        return None if set_name == "none" else make(report=report, **options)
-    if kind == "csv":
-        path, train_path = getattr(args, f"csv_{split}"), getattr(args, "csv_train", None)
-        if path and not (args.csv_classes or class_names) and split == "val" and train_path:
-            class_names = read_boxes(Path(train_path), None, Report())[-1]
-        return CSVDataset(path, args.csv_classes, transform, class_names, report) if path else None
-    from retinanet.data.shapes import ShapesDataset  # scikit-image takes long to import
-
-    # Training images come from odd seeds only: those of seed 0, for validation, are never trained on.
-    seed = 2 * args.seed + 1 if split == "train" else 0
-    return ShapesDataset(getattr(args, f"shapes_{split}"), seed, transform=transform)
 
 
 def make_out_dir(path: str) -> Path:

@@ -112,8 +112,7 @@ def test_validation_has_no_training_flags():
         (["--dataset", "shapes"], []),
         (["--dataset", "coco"], ["--coco_path"]),
         (["--dataset", "coco", "--coco_path", "x"], []),
-        (["--dataset", "csv"], ["--csv_classes", "--csv_train"]),
-        (["--dataset", "csv", "--csv_classes", "x"], ["--csv_train"]),
+        (["--dataset", "csv"], ["--csv_train"]),
         (["--dataset", "csv", "--csv_classes", "x", "--csv_train", "y"], []),
     ],
 )
