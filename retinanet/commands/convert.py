@@ -205,7 +205,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--from", dest="kind", choices=sorted(WRITERS), required=True, help="layout of the source")
     parser.add_argument("--source", required=True, help="the data set's folder; of CSV data, the annotation file")
     parser.add_argument("--set", help="name of the set, such as train or val2017 (default: the CSV file's name)")
-    parser.add_argument("--csv_classes", help="of CSV data: the file class_name,id")
+    parser.add_argument("--csv_classes", help="of CSV data: the file class_name,id (default: all classes, sorted)")
+    parser.add_argument("--crowds_are_objects", action="store_true", help="of COCO data: read crowds as objects")
     parser.add_argument("--to", choices=sorted(WRITERS), required=True, help="layout to write")
     parser.add_argument("--out", required=True, help="folder to write to")
     parser.add_argument("--out_set", help="name of the set there, such as train (default: as in the source)")
@@ -213,23 +214,23 @@ def main(argv: list[str] | None = None) -> None:
     text = "leave out images that cannot be read and annotations that are corrupt; decodes all images first"
     parser.add_argument("--skip_bad", action="store_true", help=text)
     args = parser.parse_args(argv)
-    needed = "csv_classes" if args.kind == "csv" else "set"
-    if getattr(args, needed) is None:
-        parser.error(f"--from {args.kind} needs --{needed}")
-    set_name = args.out_set or args.set or Path(args.source).stem
+    if args.kind != "csv" and args.set is None:
+        parser.error(f"--from {args.kind} needs --set")
+    if args.crowds_are_objects and args.kind != "coco":
+        parser.error("--crowds_are_objects needs --from coco")
+    set_name = args.out_set or (Path(args.set).name.removesuffix(".json") if args.set else Path(args.source).stem)
     if not is_plain(set_name) or set_name[0] == "." or set(set_name) & set("/\\:#\"'"):
         parser.error(
-            f"the set's name there, {shown(set_name)}, must be a plain word, such as train: choose an --out_set"
+            f"the name of the set, {shown(set_name)}, must be a plain word: choose an --out_set, such as train"
         )
     setup_logging()
 
-    is_csv = args.kind == "csv"
     found = Report(skip_bad=args.skip_bad)
-    dataset = (
-        CSVDataset(args.source, args.csv_classes, report=found)
-        if is_csv
-        else FOLDERS[args.kind](args.source, args.set, report=found)
-    )
+    if args.kind == "csv":
+        dataset = CSVDataset(args.source, args.csv_classes, report=found)
+    else:
+        options = {"crowds_are_objects": True} if args.crowds_are_objects else {}
+        dataset = FOLDERS[args.kind](args.source, args.set, report=found, **options)
     dataset.match_headers(*dataset.read_headers(range(len(dataset))))
     if args.skip_bad:
         leave_out_bad_images(dataset, workers=2)

@@ -177,10 +177,19 @@ def test_missing_images_are_an_error(source, tmp_path, capsys):
 
 
 def test_usage_errors(tmp_path, capsys):
-    for kind, message in (("csv", "--from csv needs --csv_classes"), ("voc", "--from voc needs --set")):
+    for flags, message in (
+        ([], "--from voc needs --set"),
+        (["--set", "val", "--crowds_are_objects"], "--crowds_are_objects needs --from coco"),
+    ):
         with pytest.raises(SystemExit) as error:
-            convert.main(["--from", kind, "--source", "x", "--to", "coco", "--out", str(tmp_path)])
+            convert.main(["--from", "voc", "--source", "x", "--to", "coco", "--out", str(tmp_path), *flags])
         assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_crowds_that_are_objects(tmp_path):
+    write_coco_data(tmp_path / "coco", set_name="val")
+    assert run("coco", tmp_path / "coco", "yolo", tmp_path / "yolo", "--crowds_are_objects") == 0
+    assert len(read("yolo", tmp_path / "yolo").annotations) == 4
 
 
 def one_image(folder, name, *annotations, size=(48, 64), classes="cat,0\n"):
