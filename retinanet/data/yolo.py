@@ -196,6 +196,7 @@ def _find_files(
             report.add("other source", str(other[0]), message)
     images = dict.fromkeys(path for source in sources for path in _list_source(root, source, report))
     if not images:
+        report.raise_errors()
         missing = "" if sets else f"has neither images/{set_name} nor {set_name}/images, and "
         raise UserError(f"{sources[0]}: {missing}holds no images")
     folders = {folder: _label_folder(folder) for folder in dict.fromkeys([path.parent for path in images] + sources)}

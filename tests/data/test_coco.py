@@ -134,6 +134,57 @@ def test_the_content_for_a_file_holds_what_training_uses_rounded_to_thousandths(
     json.dumps(content)
 
 
+# Crowds
+
+
+def test_many_crowds_are_reported_once_and_may_be_objects(tmp_path):
+    def change(content):
+        for entry in content["annotations"]:
+            entry |= {"iscrowd": 1, "segmentation": {"counts": [3072], "size": [48, 64]}}
+
+    data = write(tmp_path, change)
+    assert len(data.annotations) == 0 and len(data.difficult_annotations) == 4
+    (problem,) = data.report.examples["crowds"]
+    assert "4 of 4 annotations are crowds" in problem.message and "--crowds_are_objects" in problem.message
+    assert len(data.report.examples["crowd-only image"]) == 1
+    data = CocoDataset(data.root_dir, "val2017", crowds_are_objects=True)
+    assert len(data.annotations) == 4 and not data.report.counts
+    assert all(entry["iscrowd"] == 0 for entry in data.coco.dataset["annotations"])
+
+
+def test_a_few_crowds_are_usual(tmp_path):
+    def change(content):
+        template = content["annotations"][0]
+        content["annotations"] += [{**template, "id": 10 + n, "bbox": [n / 9, 6, 20, 30]} for n in range(60)]
+
+    assert "crowds" not in write(tmp_path, change).report.counts
+
+
+# Layouts
+
+
+def test_a_root_category_of_roboflow_is_left_out_only_without_boxes(tmp_path):
+    root = {"id": 0, "name": "things", "supercategory": "none"}
+
+    def change(content):
+        content["categories"] = [root, *({**entry, "supercategory": "things"} for entry in content["categories"])]
+
+    assert list(write(tmp_path, change).labels.values()) == ["car", "cat"]
+
+    def change_and_use(content):
+        change(content)
+        content["annotations"][0]["category_id"] = 0
+
+    assert list(write(tmp_path, change_and_use).labels.values()) == ["things", "car", "cat"]
+
+
+def test_a_second_file_of_a_set_is_named(tmp_path):
+    root = Path(write_coco_data(tmp_path))
+    (root / "val2017.json").write_text("{}")
+    report = CocoDataset(root, "val").report
+    assert "val2017.json: is not read as the set 'val', but" in report.text(["other source"])
+
+
 # Problems
 
 
@@ -166,6 +217,7 @@ def test_the_content_for_a_file_holds_what_training_uses_rounded_to_thousandths(
         (lambda c: c["categories"].append({"id": 3, "name": "dog"}), "class list", ": category id 3"),
         (lambda c: c["categories"].append({"id": 4, "name": "cat"}), "class list", ": category name 'cat'"),
         (lambda c: c["categories"].append({"id": 0, "name": "things"}), "unused class", ""),
+        (lambda c: [a.update(iscrowd=[1]) for a in c["annotations"]], "bad entry", ": annotation 1"),
     ],
 )
 def test_a_problem_is_reported_with_its_id(tmp_path, change, kind, where):
@@ -256,3 +308,17 @@ def test_ids_may_be_written_as_floats(tmp_path):
     data, expected = write(tmp_path / "a", change), write(tmp_path / "b")
     assert data.image_ids == expected.image_ids == [7, 42, 99] and all(type(id) is int for id in data.image_ids)
     assert data.coco.dataset == expected.coco.dataset
+
+
+def test_one_cause_is_one_line_and_repeated_names_come_with_their_ids(tmp_path):
+    def change(content):
+        template = content["annotations"][0]
+        content["annotations"] += [
+            {**template, "id": 10 + number, "category_id": 4 + number % 2, "bbox": [number, 1, 9, 9]}
+            for number in range(9)
+        ]
+        content["categories"].append({"id": 18, "name": "cat"})
+
+    report = coco_report(tmp_path, change)
+    assert [(problem.cause, problem.count) for problem in report.examples["unknown class"]] == [(4, 5), (5, 4)]
+    assert report.examples["class list"][0].message == "is repeated, with the ids 17, 18"

@@ -181,6 +181,93 @@ def test_normalised_boxes_are_recognised(tmp_path, lines):
     assert csv_report(tmp_path, lines).counts == {"looks normalised": 1}
 
 
+# Columns by name
+
+
+@pytest.mark.parametrize(
+    ("header", "line"),
+    [
+        ("image_path,xmin,xmax,ymin,ymax,label", "a.png,4,24,8,40,rectangle"),
+        ("path,y1,x1,y2,x2,class", "a.png,8,4,40,24,rectangle"),
+        ("Class Name,Right,Bottom,Top,Left,File Name,score", "rectangle,24,40,8,4,a.png,0.5"),
+        ("filename,width,height,class,xmin,ymin,xmax,ymax", "a.png,64,48,rectangle,4,8,24,40"),
+        ("label,class_name,image,x1,y1,x2,y2", "1,rectangle,a.png,4,8,24,40"),
+    ],
+)
+def test_a_header_names_the_columns_in_any_order(tmp_path, header, line):
+    data = CSVDataset(*write_csv_data(tmp_path, [header, line, header, line.replace("24", "25")]))
+    assert data.annotations.tolist() == [[4, 8, 24, 40, 1], [4, 8, 25, 40, 1]]
+    assert data.annotation_ids.tolist() == [2, 4] and data.report.counts == {"header row": 1}
+
+
+def test_columns_that_are_not_read_are_named_and_declared_sizes_are(tmp_path):
+    header = "filename,width,height,class,xmin,ymin,xmax,ymax,label,score"
+    lines = [header, "a.png,64,48,circle,1,1,9,9,7,0.5", "b.png,48,64,circle,1,1,9,9,7,0.5"]
+    data = CSVDataset(*write_csv_data(tmp_path, lines))
+    assert data.report.examples["header row"][0].message.endswith("not read: 'label, score'")
+    assert data.declared_sizes.tolist() == [[48, 64], [64, 48]]
+
+
+@pytest.mark.parametrize(
+    ("header", "lacking"),
+    [
+        ("filename,xmin,ymin,xmax,class", "has no column for y2 (such as ymax"),
+        ("xmin,ymin,xmax,ymax,class", "has no column for path (such as image_path"),
+        ("filename,xmin,ymin,xmax,ymax,score", "has no column for class_name"),
+    ],
+)
+def test_a_header_that_lacks_columns_says_which(tmp_path, header, lacking):
+    with pytest.raises(UserError) as error:
+        CSVDataset(*write_csv_data(tmp_path, [header, *LINES]))
+    assert lacking in str(error.value) and str(error.value).count("\n") == 0
+
+
+def test_without_a_class_list_the_classes_are_those_of_the_file_sorted(tmp_path):
+    data_file, _ = write_csv_data(
+        tmp_path, ["a.png,1,1,9,9,b", "a.png,0,0,0,0,Z", "b.png,1,1,9,9,a", "b.png,2,2,8,8,b"]
+    )
+    data = CSVDataset(data_file)
+    assert data.labels == {0: "a", 1: "b"} and data.annotations[:, 4].tolist() == [1, 0, 1]
+    assert CSVDataset(data_file, class_names=["b", "c", "a"]).annotations[:, 4].tolist() == [0, 2, 0]
+
+
+def test_one_cause_is_one_line(tmp_path):
+    lines = [*["a.png,1,1,9,9,star"] * 30, "a.png,1,1,9,9,moon", *["a.png,1,1,9,9"] * 30]
+    report = csv_report(tmp_path, lines)
+    assert report.counts["unknown class"] == 31 and report.counts["wrong column count"] == 30
+    assert [(problem.cause, problem.count) for problem in report.examples["unknown class"]] == [
+        ("star", 30),
+        ("moon", 1),
+    ]
+    assert len(report.examples["wrong column count"]) == 1
+
+
+# Images without objects, and images that are listed twice
+
+
+@pytest.mark.parametrize(
+    "line", ["b.png,0,0,0,0,circle", "b.png,nan,nan,nan,nan,nan", "b.png,,,,,circle", "b.png,NaN,,None,null,no class"]
+)
+def test_other_forms_of_no_objects_are_read_and_counted(tmp_path, line):
+    data = CSVDataset(*write_csv_data(tmp_path, [GOOD, line, line.replace("b.png", "a.png")]))
+    assert [len(data.load_annotations(index)) for index in (0, 1)] == [1, 0]
+    assert data.report.counts == {"no objects": 2, "negative with boxes": 1}
+    assert "path,,,,," in data.report.text(["no objects"])
+
+
+def test_an_empty_line_beside_boxes_of_its_image_is_reported(tmp_path):
+    report = CSVDataset(*write_csv_data(tmp_path, [GOOD, "b.png,,,,,", "a.png,,,,,"])).report
+    assert report.counts == {"negative with boxes": 1}
+    assert str(report.examples["negative with boxes"][0]).endswith("data.csv:1: 'a.png' has a line without a box, and "
+                                                                   "others with boxes, which count")  # fmt: skip
+
+
+def test_paths_of_one_file_are_one_image(tmp_path):
+    lines = [GOOD, "./a.png,2,2,8,8,circle", f"{tmp_path}/a.png,3,3,8,8,circle", "b.png,,,,,"]
+    data = CSVDataset(*write_csv_data(tmp_path, lines))
+    assert len(data) == 2 and data.offsets.tolist() == [0, 3, 3] and data.report.counts == {"repeated image": 2}
+
+
 # The class list
 
 

@@ -161,3 +161,56 @@ def test_a_row_is_named_by_its_file_and_object(tmp_path):
     box = describe("dog", 1, 1, 9, 9)
     data = VOCDataset(write_voc(tmp_path, {"a": [box], "b": [describe("dog", 2, 2, 9, 9, "true"), box]}))
     assert data.annotation_name(1).endswith("b.xml: object 2") and len(data.difficult_annotations) == 1
+
+
+def test_the_size_that_a_file_declares_is_known(tmp_path):
+    root = write_voc(tmp_path, {"a": [], "b": []})
+    xml = "<annotation><size><height>40</height><width>60</width></size></annotation>"
+    (root / "Annotations" / "b.xml").write_text(xml)
+    assert VOCDataset(root).image_sizes.tolist() == [[40, 60], [40, 60]]
+    (root / "Annotations" / "b.xml").write_text(xml.replace("40", "0"))
+    assert VOCDataset(root).image_sizes.tolist() == [[40, 60], [40, 60]]
+
+
+def test_the_file_name_finds_an_image_of_another_name(tmp_path):
+    root = write_voc(tmp_path, {"a": [describe("dog", 1, 1, 9, 9)]})
+    (root / "JPEGImages" / "a.png").rename(root / "JPEGImages" / "wrong.png")
+    assert VOCDataset(root).image_path(0).endswith("wrong.png")
+
+
+def test_an_image_of_a_list_without_xml_has_no_objects_unless_most_have_none(tmp_path):
+    root = write_voc(tmp_path, {"a": [describe("dog", 1, 1, 9, 9)], "b": [], "c": [], "d": []})
+    for name in "bc":
+        (root / "Annotations" / f"{name}.xml").unlink()
+    report = VOCDataset(root).report
+    assert report.counts == {"no annotations": 2} and len(report.examples["no annotations"]) == 1
+    (root / "Annotations" / "d.xml").unlink()
+    with pytest.raises(UserError, match=r"b\.xml: does not exist.* 3 of the 4 images .* without <object>"):
+        VOCDataset(root)
+
+
+def test_without_a_list_images_without_xml_are_left_out_and_counted(tmp_path):
+    root = write_voc(tmp_path, {"a": [describe("dog", 1, 1, 9, 9)], "b": [], "c": []})
+    (root / "ImageSets" / "Main" / "train.txt").unlink()
+    for name in "bc":
+        (root / "Annotations" / f"{name}.xml").unlink()
+    data = VOCDataset(root)
+    assert len(data) == 1 and data.report.counts == {"stray file": 2} and len(data.report.examples["stray file"]) == 1
+
+
+def test_an_image_that_a_list_repeats_is_read_once(tmp_path):
+    data = VOCDataset(write_voc(tmp_path, {"a": [], "b": []}, lines="a\nb\na 1\na.png\n"))
+    assert len(data) == 2 and data.report.counts == {"repeated image": 2}
+
+
+def test_one_cause_is_one_line(tmp_path):
+    objects = [describe("wolf", number, 1, number + 5, 9) for number in range(1, 9)]
+    root = write_voc(tmp_path, {"a": objects, "b": [*objects, describe("fox", 1, 1, 9, 9)]}, lines="a\nb\nc\nd\n")
+    with pytest.raises(DataError) as error:
+        VOCDataset(root, class_names=["dog"])
+    counts = {problem.cause: problem.count for problem in error.value.report.examples["unknown class"]}
+    assert counts == {"wolf": 16, "fox": 1}
+    for name in "ab":
+        (root / f"JPEGImages/{name}.png").unlink()
+    with pytest.raises(UserError, match=r"does not exist in .* \(4 times"):
+        VOCDataset(root, class_names=["wolf", "fox"])

@@ -194,3 +194,84 @@ def test_yaml_names_are_texts_and_differ(tmp_path):
     (root / "data.yaml").write_text("names: [cat, cat]\n")
     with pytest.raises(UserError, match=r"data\.yaml: the `names` must differ"):
         YoloDataset(root)
+
+
+BOX = "1 0.5 0.5 0.5 0.5\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("data.yaml", "names: [helmet, vest]\n"),
+        ("labels/train/classes.txt", "cat\ndog\nbird\n"),
+        ("obj.names", "dog\ncat\n"),
+    ],
+)
+def test_sources_that_name_other_classes_are_an_error_that_names_both(tmp_path, file, text):
+    pytest.importorskip("yaml")
+    root = write_yolo(tmp_path, {"a": BOX})
+    (root / file).write_text(text)
+    with pytest.raises(UserError, match=rf"classes\.txt and .*{file} name different classes: class \d is '?\w+'? and"):
+        YoloDataset(root)
+
+
+def test_paths_of_yaml_are_followed_and_what_they_leave_out_is_named(tmp_path):
+    pytest.importorskip("yaml")
+    root = write_yolo(tmp_path, {"a": BOX})
+    write_yolo(tmp_path / "more", {"b": BOX, "c": BOX}, "images/site", names=None)
+    (root / "data.yaml").write_text("train: more/images/site\nnames: [cat, dog]\n")
+    data = YoloDataset(root)
+    assert len(data) == 2 and data.report.counts == {"other source": 1}
+    assert "images/train: is not read as the set 'train', but" in data.report.text(["other source"])
+    (root / "data.yaml").write_text("train: [images/train, more/images/site]\nval: [../images/train]\n")
+    assert len(YoloDataset(root)) == 3 and len(YoloDataset(root, "val")) == 1
+    (tmp_path / "more/data.yaml").write_text("train: ../images/train\nnames: [cat, dog]\n")
+    write_yolo(tmp_path / "more", {"d": BOX}, names=None)
+    with pytest.raises(UserError, match=r"'../images/train' may be .*/images/train or .*/more/images/train; write"):
+        YoloDataset(tmp_path / "more")
+
+
+def test_links_to_folders_are_followed_and_loops_end(tmp_path):
+    root = write_yolo(tmp_path / "data", {"a": BOX})
+    write_yolo(tmp_path / "store", {"b": BOX})
+    for kind in ("images", "labels"):
+        (root / kind / "train/site").symlink_to(tmp_path / "store" / kind / "train")
+        (root / kind / "train/loop").symlink_to(root / kind / "train")
+    data = YoloDataset(root)
+    assert len(data) == len(data.annotations) == 2 and data.report.counts == {}
+
+
+def test_a_list_names_each_image_once_and_missing_ones_together(tmp_path):
+    root = write_yolo(tmp_path, {"a": BOX, "b": BOX})
+    (root / "val.txt").write_text("images/train/a.png\n./images/train/a.png\nimages/train/b.png\n")
+    data = YoloDataset(root, "val")
+    assert len(data) == 2 and data.report.counts == {"repeated image": 1}
+    (root / "val.txt").write_text("".join(f"images/gone/{number}.png\n" for number in range(30)))
+    with pytest.raises(UserError, match=r"val\.txt: image 'images/gone/0.png' does not exist in .* \(30 times"):
+        YoloDataset(root, "val")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kpt_shape: [" + "9" * 5000 + ", 3]\nnames: [cat, dog]\n", "kpt_shape must be two whole numbers"),
+        ("kpt_shape: 7\nnames: [cat, dog]\n", "kpt_shape must be two whole numbers, not '7'"),
+        ("names: " + "[" * 5000 + "]" * 5000, "is not valid YAML, or too deep"),
+        ("a: &a [x]\nb: &b [*a, *a]\nnames: *b\n", "needs `names`"),
+    ],
+    ids=["digits", "number", "deep", "aliases"],
+)
+def test_hostile_yaml_is_one_message(tmp_path, text, message):
+    pytest.importorskip("yaml")
+    root = write_yolo(tmp_path, {"a": BOX})
+    (root / "data.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        YoloDataset(root)
+    assert len(str(error.value)) < 1000
+
+
+def test_unknown_classes_are_counted_by_class(tmp_path):
+    texts = {name: "".join(f"{label} 0.{label} 0.5 0.1 0.1\n" for label in (5, 6, 7)) for name in "abcdefgh"}
+    with pytest.raises(DataError) as error:
+        YoloDataset(write_yolo(tmp_path, texts))
+    assert [problem.count for problem in error.value.report.examples["unknown class"]] == [8, 8, 8]
