@@ -62,8 +62,10 @@ def check_dataset(dataset: DetectionDataset, depth: str = "quick", training: boo
     _check_borders(dataset, report)
     counts = np.bincount(dataset.annotations[:, 4].astype(np.int64), minlength=dataset.num_classes())
     if not counts.any():
-        kind, why = ("no boxes", "to learn from") if training else ("no validation boxes", "so AP cannot be measured")
-        report.add(kind, dataset.source, f"has no boxes {why}")
+        kind, why = (
+            ("no boxes", " to learn from") if training else ("no validation boxes", ", so AP cannot be measured")
+        )
+        report.add(kind, dataset.source, f"has no boxes{why}")
     elif training:
         unused = [shown(dataset.label_to_name(label)) for label in np.flatnonzero(counts == 0)]
         report.add_rows("unused class", unused, lambda _: dataset.source, lambda name: f"no box has class {name}")

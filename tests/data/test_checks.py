@@ -1,10 +1,13 @@
+import csv
 import logging
 
 import pytest
-from helpers import gradient, save, truncate, write_csv_data
+from helpers import gradient, save, truncate, write_coco_data, write_csv_data
 
 import train
+from retinanet.commands import check, convert
 from retinanet.data import checks
+from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset
 from retinanet.data.report import DataError, Report
 from retinanet.data.shapes import ShapesDataset
@@ -84,7 +87,9 @@ def test_images_in_both_sets_are_found_by_path_and_by_content(tmp_path):
 
 
 def test_an_image_with_two_names_is_reported(tmp_path):
-    files = write_csv_data(tmp_path, ["a.png,4,8,24,40,rectangle", "c.png,30,10,60,40,circle", "b.png,1,1,9,9,triangle"])
+    files = write_csv_data(
+        tmp_path, ["a.png,4,8,24,40,rectangle", "c.png,30,10,60,40,circle", "b.png,1,1,9,9,triangle"]
+    )
     (tmp_path / "c.png").symlink_to("a.png")
     report = checks.check_dataset(CSVDataset(*files))
     assert report.counts == {"repeated image": 1}
@@ -115,3 +120,150 @@ def test_warnings_are_logged_once_before_training(tmp_path, caplog, monkeypatch)
     assert messages == ["repeats a box of the same image and class: 1,1,9,9"]
     with pytest.raises(DataError):
         checks.check_before_training(data, None, strict=True)
+
+
+# Guesses
+
+
+def coco_boxes(folder, boxes, size=(128, 96)):
+    """The report of a COCO set with one box (x, y, width, height) in each image."""
+    content = {
+        "images": [
+            {"id": n, "file_name": "a.png", "width": size[0], "height": size[1]} for n in range(1, len(boxes) + 1)
+        ],
+        "categories": [{"id": 1, "name": "card"}],
+        "annotations": [
+            {"id": n, "image_id": n, "category_id": 1, "bbox": list(box), "iscrowd": 0}
+            for n, box in enumerate(boxes, start=1)
+        ],
+    }
+    root = write_coco_data(folder, content)
+    for image in content["images"]:
+        image["file_name"] = f"{image['id']}.png"
+        save(gradient(size[1], size[0]), folder / "images" / "val2017" / image["file_name"])
+    write_coco_data(folder, content)
+    return checks.check_dataset(CocoDataset(root, "val2017"))
+
+
+@pytest.mark.parametrize(("over", "policy"), [(3, None), (4, None), (12, "warned"), (35, "fatal")])
+def test_how_far_boxes_overhang_decides_whether_a_guess_is_made(tmp_path, over, policy):
+    # Cards 40 wide and 60 high; four of twenty exceed the right border. With x and y swapped, all would fit.
+    boxes = [(30, 20, 40, 60)] * 16 + [(100 - 40 + over, 5, 40, 60)] * 4
+    save(gradient(140, 100), tmp_path / "tall.png")
+    lines = [f"tall.png,{x},{y + n},{x + w},{y + h + n},circle" for n, (x, y, w, h) in enumerate(boxes)]
+    report = checks.check_dataset(CSVDataset(*write_csv_data(tmp_path, lines)), training=False)
+    kinds = {"warned": "guess", "fatal": "looks swapped"}
+    assert [kind for kind in report.counts if "box" not in kind] == ([kinds[policy]] if policy else [])
+    if policy:
+        assert ("a guess: " in report.text([kinds[policy]])) == (policy == "warned")
+
+
+def test_large_objects_that_overhang_are_not_taken_for_corners(tmp_path):
+    report = coco_boxes(tmp_path, [(20, 8, 90, 70)] * 16 + [(41, 8, 90, 70)] * 4)  # 3 px too far right
+    assert report.counts == {"box partly outside": 4} and report.errors() == []
+    far = coco_boxes(tmp_path / "far", [(20, 8, 90, 70)] * 16 + [(50, 8, 90, 70)] * 4)  # 12 px
+    assert far.counts == {"guess": 1, "box partly outside": 4} and far.errors() == []
+    corners = coco_boxes(tmp_path / "corners", [(60, 50, 120, 90)] * 10 + [(5, 5, 20, 20)] * 10)
+    assert corners.errors() == ["looks like x1, y1, x2, y2"]
+
+
+# Both sets
+
+
+def test_a_leak_comes_first_with_its_share(tmp_path):
+    names = [f"{index}.png" for index in range(30)]
+    for name in names:
+        save(gradient(20, 20), tmp_path / name)
+    lines = [f"{name},1,1,9,9,circle" for name in names]
+    train_set = CSVDataset(*write_csv_data(tmp_path, [*lines, *(f"./{line}" for line in lines)]))
+    val_set = CSVDataset(*write_csv_data(tmp_path, [*lines, "a.png,,,,,"]))
+    report = checks.check_dataset(train_set)
+    checks.compare_sets(train_set, val_set, False, report)
+    assert report.counts["leak"] == report.counts["repeated image"] == 30
+    first, second, *_ = report.text(report.warnings(), 3).split("\n")
+    assert first == "leak (warned): 30"
+    assert second.endswith("data.csv: 30 of 31 images of the validation set are also trained on")
+
+
+def test_links_to_one_file_are_one_image(tmp_path):
+    train_set = CSVDataset(*write_csv_data(tmp_path / "train", LINES))
+    files = write_csv_data(tmp_path / "val", ["link.png,1,1,9,9,circle", "b.png,1,1,9,9,circle"])
+    (tmp_path / "val" / "link.png").symlink_to("../train/a.png")
+    report = Report()
+    checks.compare_sets(train_set, CSVDataset(*files), False, report)
+    assert report.counts == {"leak": 1} and "1 of 2 images of the validation set is also" in report.text(["leak"])
+
+
+def test_other_classes_are_fatal_for_check_and_training_alike(tmp_path, capsys):
+    for name, classes in (("train", 4), ("val", 3)):
+        write_csv_data(tmp_path / name, [f"a.png,1,1,{9 + n},9,class {n}" for n in range(classes)])
+        (tmp_path / name / "classes.csv").write_text("".join(f"class {n},{n}\n" for n in range(classes)))
+    train_set, val_set = (
+        CSVDataset(tmp_path / name / "data.csv", tmp_path / name / "classes.csv") for name in ("train", "val")
+    )
+    with pytest.raises(DataError, match=r"different classes: the validation set lacks 'class 3'$"):
+        checks.check_before_training(train_set, val_set, strict=False)
+    assert checks.check_dataset(val_set, training=False).counts == {}
+
+
+# What is bad
+
+
+def test_all_problems_are_found_at_once(tmp_path, capsys):
+    lines = [GOOD, "a.png,9,1,3,9,circle", "gone.png,1,1,9,9,circle", "a.png,40,1,90,9,circle", "a.png,1,1,9,8,cirle"]
+    files = write_csv_data(tmp_path, lines)
+    assert (
+        check.main(["--dataset", "csv", "--csv_train", files[0], "--csv_classes", files[1], "--csv_val", files[0]]) == 1
+    )
+    text = capsys.readouterr().out
+    for kind in ("inverted box", "unknown class", "missing image", "box partly outside", "leak"):
+        assert f"{kind} (" in text
+    assert "did you mean 'circle'?" in text and text.endswith("training would not start\n")
+
+
+def test_what_is_bad_is_left_out_and_listed_on_request(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bad = ["a.png,9,1,3,9,circle", "gone.png,1,1,9,9,circle", "a.png,1,x,9,9,circle", "b.png,1,1,9,9,cat"]
+    files = write_csv_data(tmp_path, [*LINES, *bad, *(f"none/{n}.png,1,1,9,9,circle" for n in range(25)), "t.png,,,,,"])
+    save(gradient(48, 64), tmp_path / "t.png")
+    truncate(tmp_path / "t.png")
+    flags = ["--dataset", "csv", "--csv_train", files[0], "--csv_classes", files[1]]
+    common = ["--depth", "18", "--weights", "none", "--device", "cpu", "--out_dir", str(tmp_path / "run")]
+    assert check.main(flags) == train.main([*flags, *common]) == 1
+    assert not (tmp_path / "run").exists()
+    capsys.readouterr()
+    assert check.main([*flags, "--skip_bad", "--strict"]) == 0
+    text = capsys.readouterr().out
+    assert "data.csv: 2 images, 0 of them without boxes; 3 boxes" in text and "missing image (skipped): 26" in text
+    source = ["--from", "csv", "--source", files[0], "--csv_classes", files[1], "--skip_bad"]
+    assert convert.main([*source, "--to", "coco", "--out", str(tmp_path / "coco")]) == 0
+    assert "30 bad images and annotations were left out" in capsys.readouterr().out
+    with (tmp_path / "coco" / "skipped.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 30 and {row["file"] for row in rows} == {files[0]}
+    lines = [int(row["where"].removeprefix(f"{files[0]}:")) for row in rows]
+    assert sorted(lines) == [*range(4, 34)]
+    assert "cannot be read as an image" in rows[-1]["reason"]
+    assert len(CocoDataset(tmp_path / "coco", "data")) == 2
+
+
+def test_a_validation_set_without_boxes_is_reported_before_training(tmp_path):
+    train_set = CSVDataset(*write_csv_data(tmp_path / "train", LINES))
+    val_set = CSVDataset(*write_csv_data(tmp_path / "val", ["a.png,,,,,"]))
+    checks.check_before_training(train_set, val_set, strict=False)
+    with pytest.raises(DataError, match=r"val/data\.csv: has no boxes, so AP cannot be measured"):
+        checks.check_before_training(train_set, val_set, strict=True)
+
+
+def test_images_of_a_missing_folder_are_one_line(tmp_path):
+    lines = [f"{folder}/{n}.png,1,1,9,9,circle" for folder in ("x", "y") for n in range(40)]
+    report = checks.check_dataset(CSVDataset(*write_csv_data(tmp_path, [*lines, "gone.png,,,,,"])))
+    text = report.text(["missing image"]).split("\n")
+    assert text[0] == "missing image (fatal): 81" and len(text) == 4
+    assert "'x/0.png' does not exist; nor does its folder" in text[1] and "(40 times; this is the first)" in text[1]
+
+
+def test_one_thing_is_no_plural(tmp_path):
+    text = checks.summary(CSVDataset(*write_csv_data(tmp_path, [GOOD])))
+    assert "1 image, 0 of them without boxes; 1 box, at most 1 in an image; 3 classes" in text
+    assert "1 box in        1 image" in text and "0 boxes in       0 images" in text
