@@ -3,12 +3,8 @@
 Rows are converted some hundreds at a time, column by column; they are looked at one by one only where that fails.
 """
 
-import csv
-import io
-import itertools
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,35 +12,24 @@ import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import explain_missing
-from retinanet.data.reading import MAX_COORDINATE, MAX_NAME, check_boxes, read_text, unknown_class
-from retinanet.data.report import DataError, Report
+from retinanet.data.reading import MAX_NAME, check_boxes, unknown_class
+from retinanet.data.report import Report
+from retinanet.data.tables import NO_CLASS, look_closer, read_header, read_rows, to_columns
 from retinanet.errors import UserError, shown
 
-CHUNK_ROWS = 500  # few enough that the texts of a chunk stay in the processor's cache
 UNKNOWN, NEGATIVE = -1, -2  # in place of a label: a class that is not in the list; a line without a box
-NO_CLASS = "\0"  # in place of the class of a negative; no text that is read holds it
-EMPTY = {"", "nan", "none", "null", "na", "n/a", "<na>"}  # what tools write in place of the numbers of no box
-# The names of the columns in the headers of all tools, the most telling first; those that a row must have, in order.
-COLUMNS = {
-    "path": (
-        *("path", "image_path", "img_path", "file_path", "filepath", "filename", "file_name", "file", "image_name"),
-        *("image", "img", "image_id"),
-    ),
-    "x1": ("x1", "xmin", "x_min", "left", "bbox_x1", "xtl"),
-    "y1": ("y1", "ymin", "y_min", "top", "bbox_y1", "ytl"),
-    "x2": ("x2", "xmax", "x_max", "right", "bbox_x2", "xbr"),
-    "y2": ("y2", "ymax", "y_max", "bottom", "bbox_y2", "ybr"),
-    "class_name": ("class_name", "classname", "class", "category_name", "category", "label_name", "label", "name"),
-}
-SIZES = (("height", "image_height", "img_height"), ("width", "image_width", "img_width"))
 
 
-class _Layout(NamedTuple):
-    """Where the columns of COLUMNS are in a row, those of SIZES or None, and how many columns there are."""
+class Boxes(NamedTuple):
+    """What a CSV file says."""
 
-    places: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
-    sizes: tuple[int, int] | None = None
-    number: int = 6
+    image_files: list[str]  # path of each image, in the order of their first lines
+    image_lines: np.ndarray  # [I] int: these lines, from 1
+    sizes: np.ndarray  # [I, 2] int: height and width; 0 where the file does not say
+    annotations: np.ndarray  # [N, 5] float64 (x1, y1, x2, y2, label)
+    image_index: np.ndarray  # [N] int: the image of each annotation
+    lines: np.ndarray  # [N] int: the line of each annotation
+    class_names: list[str]
 
 
 class CSVDataset(DetectionDataset):
@@ -126,28 +111,6 @@ class CSVDataset(DetectionDataset):
         return path
 
 
-class Boxes(NamedTuple):
-    """What a CSV file says.
-
-    Attributes:
-        image_files: path of each image, in the order of their first lines.
-        image_lines: [I] int: these lines, from 1.
-        sizes: [I, 2] int: height and width; 0 where the file does not say.
-        annotations: [N, 5] float64 (x1, y1, x2, y2, label).
-        image_index: [N] int: the image of each annotation.
-        lines: [N] int: the line of each annotation.
-        class_names: of each label.
-    """
-
-    image_files: list[str]
-    image_lines: np.ndarray
-    sizes: np.ndarray
-    annotations: np.ndarray
-    image_index: np.ndarray
-    lines: np.ndarray
-    class_names: list[str]
-
-
 def read_boxes(path: Path, class_names: Sequence[str] | None, report: Report) -> Boxes:
     """Read a CSV file of boxes.
 
@@ -178,18 +141,17 @@ def read_boxes(path: Path, class_names: Sequence[str] | None, report: Report) ->
     def new_class(name: str, _: Callable[[], str]) -> int:
         return labels.setdefault(name, len(labels)) if class_names is None and name else labels.get(name, UNKNOWN)
 
-    layout, header = _Layout(), None
-    parts = [(np.zeros((0, 4)), *[np.zeros(0, dtype=np.int64)] * 3, np.zeros((0, 2)))]
-    for numbers, rows in _chunks(path, 6, report):
-        if not parts[1:] and header is None:
-            layout, header = _read_header(path, numbers, rows, report)
+    layout = None
+    parts = [(np.zeros((0, 4)), *[np.zeros(0, dtype=np.int64)] * 3, np.zeros((0, 2), dtype=np.int64))]
+    for numbers, rows in read_rows(path, 6, report):
+        layout = layout or read_header(path, numbers, rows, report)
         try:
-            names, boxes, classes, sizes = _columns(rows, layout)
+            names, boxes, classes, sizes = to_columns(rows, layout)
         except ValueError:
-            numbers, rows = _look_closer(path, numbers, rows, layout, header, report)
+            numbers, rows = look_closer(path, numbers, rows, layout, report)
             if not rows:
                 continue
-            names, boxes, classes, sizes = _columns(rows, layout)
+            names, boxes, classes, sizes = to_columns(rows, layout)
 
         def where(row: int, numbers: Sequence[int] = numbers) -> str:
             return f"{path}:{numbers[row]}"
@@ -228,19 +190,11 @@ def read_boxes(path: Path, class_names: Sequence[str] | None, report: Report) ->
         lambda index: f"{shown(image_files[index])} has a line without a box, and others with boxes, which count",
     )
     boxes, label, image_index, lines = (column[has_box] for column in (boxes, label, image_index, lines))
-    kept = check_boxes(report, boxes, label, image_index, lambda row: f"{path}:{lines[row]}")
-    if header is None:
+    kept = check_boxes(report, boxes, label, image_index, lambda row: f"{path}:{lines[row]}") & (label != UNKNOWN)
+    if layout and not layout.header:
         _check_corners(path, boxes, report)
     annotations = np.column_stack([boxes, label])[kept]
-    return Boxes(
-        image_files,
-        image_lines,
-        sizes[first].astype(np.int64),
-        annotations,
-        image_index[kept],
-        lines[kept],
-        [*class_names],
-    )
+    return Boxes(image_files, image_lines, sizes[first], annotations, image_index[kept], lines[kept], [*class_names])
 
 
 def _encode(
@@ -266,109 +220,6 @@ def _encode(
     return np.fromiter(map(codes.__getitem__, texts), np.int64, len(texts))
 
 
-def _columns(
-    rows: Sequence[Sequence[str]], layout: _Layout
-) -> tuple[Sequence[str], np.ndarray, Sequence[str], np.ndarray]:
-    """Names, boxes [n, 4], classes and sizes [n, 2] of rows.
-
-    Raises:
-        ValueError: one of the rows is malformed.
-    """
-    columns = list(zip(*rows, strict=True))
-    if len(columns) != layout.number:
-        raise ValueError
-    names, *numbers, classes = (columns[place] for place in layout.places)
-    if any("_" in "".join(column) for column in numbers):  # float() takes 1_0 for 10
-        raise ValueError
-    boxes = np.stack([np.fromiter(map(float, column), np.float64, len(rows)) for column in numbers], axis=1)
-    sizes = np.zeros((len(rows), 2))
-    if layout.sizes:
-        sides = [
-            [int(side) if side.isascii() and side.isdecimal() else 0 for side in columns[place]]
-            for place in layout.sizes
-        ]
-        sizes = np.array(sides, dtype=np.float64).T
-        sizes[(sizes >= MAX_COORDINATE).any(axis=1)] = 0
-    return names, boxes, classes, sizes
-
-
-def _look_closer(
-    path: Path,
-    numbers: Sequence[int],
-    rows: Sequence[list[str]],
-    layout: _Layout,
-    header: list[str] | None,
-    report: Report,
-) -> tuple[list[int], list[list[str]]]:
-    """The line numbers of good rows, and these; rows without a box have `nan` in place of its numbers."""
-    good: dict[int, list[str]] = {}
-    for number, row in zip(numbers, rows, strict=True):
-        where = f"{path}:{number}"
-        if not row or (len(row) == 1 and not row[0].strip()) or row == header:
-            continue
-        if len(row) != layout.number:
-            columns = "`path,x1,y1,x2,y2,class_name`" if header is None else f"{layout.number} columns"
-            report.add("wrong column count", where, f"expected {columns}, found {len(row)} columns", len(row))
-            continue
-        box, class_name = [row[place] for place in layout.places[1:5]], row[layout.places[5]]
-        if all(field.strip().lower() in EMPTY for field in box):
-            good[number] = row = list(row)
-            for place in layout.places[1:5]:
-                row[place] = "nan"
-            row[layout.places[5]] = class_name if class_name.strip() else NO_CLASS
-        elif not (bad := [field for field in box if not _is_number(field)]):
-            good[number] = row
-        else:
-            hint = "; the decimal sign is a point" if any(_is_number(field.replace(",", ".")) for field in bad) else ""
-            report.add("not a number", where, f"x1, y1, x2, y2 must be numbers, not {shown(bad[0])}{hint}")
-    return list(good), list(good.values())
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return "_" not in text
-
-
-def _read_header(
-    path: Path, numbers: Sequence[int], rows: Sequence[list[str]], report: Report
-) -> tuple[_Layout, list[str] | None]:
-    """The columns that the first row names, and this row, if it is one of names.
-
-    Raises:
-        UserError: it lacks columns.
-    """
-    number, row = next(((n, row) for n, row in zip(numbers, rows, strict=True) if any(map(str.strip, row))), (1, []))
-    names = [re.sub(r"[\s-]+", "_", field.strip().lower()) for field in row]
-    where, found = f"{path}:{number}", shown(",".join(row))
-
-    def find(choices: Sequence[str]) -> int | None:
-        return next((names.index(name) for name in choices if name in names), None)
-
-    places = {role: place for role, choices in COLUMNS.items() if (place := find(choices)) is not None}
-    lacking = [role for role in COLUMNS if role not in places]
-    if any(map(_is_number, row)) or sum(map(bool, names)) < 2:
-        return _Layout(), None
-    sizes = [find(choices) for choices in SIZES]
-    if not lacking:
-        ignored = [field for place, field in enumerate(row) if place not in places.values() and place not in sizes]
-        text = f"; not read: {shown(', '.join(ignored))}" if any(ignored) else ""
-        report.add("header row", where, f"{found} are column names{text}")
-        return _Layout(tuple(places.values()), tuple(sizes) if None not in sizes else None, len(row)), row
-    if any(re.search(r"(^|_)w(idth)?$", name) for name in names):
-        report.add("looks like x, y, width, height", where, f"the columns are {found}, but must be x1,y1,x2,y2")
-        raise DataError(report)
-    if len(row) == 6 and len(lacking) >= 4 and all(name[:1].isalpha() for name in names[1:5]):
-        report.add("header row", where, f"{found} are column names: line skipped")
-        return _Layout(), row
-    if len(places) >= 2:
-        choices = "; ".join(f"{role} (such as {', '.join(COLUMNS[role][1:4])})" for role in lacking)
-        raise UserError(f"{where}: the header {found} has no column for {choices}")
-    return _Layout(), None
-
-
 def _check_corners(path: Path, boxes: np.ndarray, report: Report) -> None:
     """Report so many inverted boxes that they must be x, y, width, height."""
     inverted = (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
@@ -387,56 +238,28 @@ def read_classes(path: Path, report: Report) -> list[str]:
     """
     names: dict[int, str] = {}
     taken: set[str] = set()
-    for numbers, rows in _chunks(path, 2, report):
+    for numbers, rows in read_rows(path, 2, report):
         for number, fields in zip(numbers, rows, strict=True):
             row, where = [field.strip() for field in fields], f"{path}:{number}"
             if not any(row):
                 continue
             if len(row) != 2:
-                report.add("class list", where, f"expected `class_name,id`, found {len(row)} columns")
+                message = f"expected `class_name,id`, found {len(row)} columns"
             elif not (row[1].isascii() and row[1].isdecimal() and len(row[1]) < 10):
                 if not names and not report.errors() and row[1].lower() in ("id", "class_id", "label", "index"):
                     report.add("header row", where, f"{shown(','.join(row))} are column names: line skipped")
                     continue
                 hint = " (are the two columns swapped?)" if row[0].isdecimal() else ""
-                report.add("class list", where, f"the class id must be a whole number, not {shown(row[1])}{hint}")
+                message = f"the class id must be a whole number, not {shown(row[1])}{hint}"
             elif row[0] in taken or int(row[1]) in names or not row[0]:
                 message = f"class {shown(row[0])} or its id {row[1]} is repeated, or the class has no name"
-                report.add("class list", where, message)
             else:
                 names[int(row[1])] = row[0]
                 taken.add(row[0])
+                continue
+            report.add("class list", where, message)
     ids = sorted(names)
     if not report.errors() and (not ids or ids != list(range(len(ids)))):
         report.add("class list", str(path), f"class ids must run from 0 without gaps, found {shown(ids)}")
     report.raise_errors()
     return [names[label] for label in ids]
-
-
-def _chunks(path: Path, num_columns: int, report: Report) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
-    """The rows of a file, some hundreds at a time, with their line numbers from 1.
-
-    Columns are separated by the sign that gives the first line the right number of columns, or else most of them.
-    """
-    text = read_text(path)
-    first = next((line for line in io.StringIO(text, newline="") if line.strip()), None)
-    if first is None:
-        raise UserError(f"{path}: is empty")
-    exact = (sign for sign in ",;\t" if first.count(sign) == num_columns - 1)
-    separator = next(exact, max(",;\t", key=first.count))
-    if separator != ",":
-        report.add("separator", f"{path}:1", f"columns are separated by {shown(separator)}, not a comma")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    done = 0
-    try:
-        while rows := list(itertools.islice(reader, CHUNK_ROWS)):
-            if reader.line_num - done != len(rows):
-                reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-                line = next(number for number, _ in enumerate(reader, start=1) if reader.line_num != number)
-                message = f"a quoted field continues on line {reader.line_num}: is its quote not closed?"
-                raise UserError(f"{path}:{line}: {message}")
-            yield range(done + 1, reader.line_num + 1), rows
-            done = reader.line_num
-    except csv.Error as error:
-        message = f"the quotes do not match, or a field is too long ({error}), somewhere from line {done + 1} to here"
-        raise UserError(f"{path}:{reader.line_num}: is not a CSV file: {message}") from error

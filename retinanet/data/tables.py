@@ -1,0 +1,158 @@
+"""CSV text -> columns, whatever the tool that wrote it calls them."""
+
+import csv
+import io
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from retinanet.data.reading import read_text
+from retinanet.data.report import DataError, Report
+from retinanet.errors import UserError, shown
+
+CHUNK_ROWS = 500  # few enough that the texts of a chunk stay in the processor's cache
+NO_CLASS = "\0"  # in place of the class of a negative; no text that is read holds it
+EMPTY = {"", "nan", "none", "null", "na", "n/a", "<na>"}  # what tools write in place of the numbers of no box
+# The names of the columns in the headers of all tools, the most telling first; those that a row must have, in order.
+COLUMNS = {
+    "path": (
+        *("path", "image_path", "img_path", "file_path", "filepath", "filename", "file_name", "file", "image_name"),
+        *("image", "img", "image_id"),
+    ),
+    "x1": ("x1", "xmin", "x_min", "left", "bbox_x1", "xtl"),
+    "y1": ("y1", "ymin", "y_min", "top", "bbox_y1", "ytl"),
+    "x2": ("x2", "xmax", "x_max", "right", "bbox_x2", "xbr"),
+    "y2": ("y2", "ymax", "y_max", "bottom", "bbox_y2", "ybr"),
+    "class_name": ("class_name", "classname", "class", "category_name", "category", "label_name", "label", "name"),
+}
+SIZES = {"height": ("height", "image_height", "img_height"), "width": ("width", "image_width", "img_width")}
+SIDE = re.compile("[0-9]{1,6}")
+
+
+class Layout(NamedTuple):
+    """Where the columns of COLUMNS and those of SIZES are in a row, how many there are, and the row that names them."""
+
+    places: Sequence[int] = range(6)
+    sizes: Sequence[int] = ()
+    number: int = 6
+    header: list[str] | None = None
+
+
+def read_rows(path: Path, num_columns: int, report: Report) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
+    """The rows of a file, some hundreds at a time, with their line numbers from 1.
+
+    Columns are separated by the sign that gives the first line the right number of columns, or else most of them.
+    """
+    text = read_text(path)
+    first = next((line for line in io.StringIO(text, newline="") if line.strip()), None)
+    if first is None:
+        raise UserError(f"{path}: is empty")
+    exact = (sign for sign in ",;\t" if first.count(sign) == num_columns - 1)
+    separator = next(exact, max(",;\t", key=first.count))
+    if separator != ",":
+        report.add("separator", f"{path}:1", f"columns are separated by {shown(separator)}, not a comma")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    done = 0
+    try:
+        while rows := list(itertools.islice(reader, CHUNK_ROWS)):
+            if reader.line_num - done != len(rows):
+                reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+                line = next(number for number, _ in enumerate(reader, start=1) if reader.line_num != number)
+                message = f"a quoted field continues on line {reader.line_num}: is its quote not closed?"
+                raise UserError(f"{path}:{line}: {message}")
+            yield range(done + 1, reader.line_num + 1), rows
+            done = reader.line_num
+    except csv.Error as error:
+        message = f"the quotes do not match, or a field is too long ({error}), somewhere from line {done + 1} to here"
+        raise UserError(f"{path}:{reader.line_num}: is not a CSV file: {message}") from error
+
+
+def to_columns(
+    rows: Sequence[Sequence[str]], layout: Layout
+) -> tuple[Sequence[str], np.ndarray, Sequence[str], np.ndarray]:
+    """Names, boxes [n, 4], classes and sizes [n, 2] of rows.
+
+    Raises:
+        ValueError: one of the rows is malformed.
+    """
+    columns = list(zip(*rows, strict=True))
+    if len(columns) != layout.number:
+        raise ValueError
+    names, *numbers, classes = (columns[place] for place in layout.places)
+    if any("_" in "".join(column) for column in numbers):  # float() takes 1_0 for 10
+        raise ValueError
+    boxes = np.stack([np.fromiter(map(float, column), np.float64, len(rows)) for column in numbers], axis=1)
+    sides = [[int(side) if SIDE.fullmatch(side) else 0 for side in columns[place]] for place in layout.sizes]
+    return names, boxes, classes, np.array(sides or np.zeros((2, len(rows)))).T.astype(np.int64)
+
+
+def look_closer(
+    path: Path, numbers: Sequence[int], rows: Sequence[list[str]], layout: Layout, report: Report
+) -> tuple[list[int], list[list[str]]]:
+    """The line numbers of good rows, and these; rows without a box have `nan` in place of its numbers."""
+    good: dict[int, list[str]] = {}
+    *places, class_place = layout.places[1:]
+    for number, row in zip(numbers, rows, strict=True):
+        where = f"{path}:{number}"
+        if not row or (len(row) == 1 and not row[0].strip()) or row == layout.header:
+            continue
+        if len(row) != layout.number:
+            columns = f"{layout.number} columns" if layout.header else "`path,x1,y1,x2,y2,class_name`"
+            report.add("wrong column count", where, f"expected {columns}, found {len(row)} columns", len(row))
+        elif all(row[place].strip().lower() in EMPTY for place in places):
+            good[number] = ["nan" if place in places else field for place, field in enumerate(row)]
+            good[number][class_place] = row[class_place].strip() or NO_CLASS
+        elif not (bad := [row[place] for place in places if not _is_number(row[place])]):
+            good[number] = row
+        else:
+            hint = "; the decimal sign is a point" if any(_is_number(field.replace(",", ".")) for field in bad) else ""
+            report.add("not a number", where, f"x1, y1, x2, y2 must be numbers, not {shown(bad[0])}{hint}")
+    return list(good), list(good.values())
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return "_" not in text
+
+
+def read_header(path: Path, numbers: Sequence[int], rows: Sequence[list[str]], report: Report) -> Layout:
+    """The columns that the first row names, if it is one of names, or else the usual ones.
+
+    Raises:
+        UserError: it lacks columns.
+    """
+    row = next((row for row in rows if any(map(str.strip, row))), [])
+    names = [re.sub(r"[\s-]+", "_", field.strip().lower()) for field in row]
+    if any(map(_is_number, row)) or sum(map(bool, names)) < 2:
+        return Layout()
+    where, found = f"{path}:{numbers[rows.index(row)]}", shown(",".join(row))
+    # Of several columns that may be the same, the one whose name comes first in the table.
+    places = {
+        role: min(map(names.index, known), key=lambda place: choices.index(names[place]))
+        for role, choices in {**COLUMNS, **SIZES}.items()
+        if (known := set(names) & set(choices))
+    }
+    lacking = [role for role in COLUMNS if role not in places]
+    if lacking and any(re.search(r"(^|_)w(idth)?$", name) for name in names):
+        report.add("looks like x, y, width, height", where, f"the columns are {found}, but must be x1,y1,x2,y2")
+        raise DataError(report)
+    unnamed = len(row) == 6 and len(lacking) >= 4 and all(name[:1].isalpha() for name in names[1:5])
+    if lacking and not unnamed:
+        if len(lacking) > 4:
+            return Layout()
+        choices = "; ".join(f"{role} (such as {', '.join(COLUMNS[role][1:4])})" for role in lacking)
+        raise UserError(f"{where}: the header {found} has no column for {choices}")
+    ignored = ", ".join(field for place, field in enumerate(row) if place not in places.values() and field)
+    text = ": line skipped" if unnamed else f"; not read: {shown(ignored)}" if ignored else ""
+    report.add("header row", where, f"{found} are column names{text}")
+    if unnamed:
+        return Layout(header=row)
+    sizes = [places[side] for side in SIZES] if SIZES.keys() <= places.keys() else []
+    return Layout([places[role] for role in COLUMNS], sizes, len(row), row)
