@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 
 from retinanet import __version__, inference, process
 from retinanet.commands import flags
-from retinanet.data.checks import check_before_training
-from retinanet.data.dataset import DetectionDataset, check_classes
-from retinanet.data.loader import WorkerDiedError, make_loader
+from retinanet.data.checks import check_before_training, write_skipped
+from retinanet.data.dataset import DetectionDataset
+from retinanet.data.loader import WorkerDiedError, explained, make_loader
 from retinanet.data.sampler import AspectRatioBasedSampler
 from retinanet.data.transforms import Resizer
 from retinanet.errors import UserError
@@ -28,7 +28,8 @@ from retinanet.training.engine import train_one_epoch
 from retinanet.training.finite import NotFiniteError
 from retinanet.training.log import RunLog, read_log
 from retinanet.training.recipes import RECIPES
-from retinanet.training.run import Run, check_resume, find_checkpoint
+from retinanet.training.resume import check_resume, find_checkpoint
+from retinanet.training.run import Run
 from retinanet.training.settings import Settings
 from retinanet.visual import anchor_report, charts, data_views, views
 
@@ -117,7 +118,7 @@ def make_run(args: argparse.Namespace, settings: Settings, device: torch.device,
         net, content = checkpoint.load_model(path)
         check_resume(path, settings, content, train_set)
         run, log_size = Run(settings, net, device, train_set), content["training"]["log_size"]
-        run.restore(content)
+        run.restore(path, content)
         log.info("resuming %s in epoch %d, after step %d", path, *run.position)
     if process.is_main_process():
         run.log = RunLog(settings.out_dir, path, log_size, settings.tensorboard, run.steps_per_epoch)
@@ -221,8 +222,6 @@ def main(argv: list[str] | None = None) -> int:
 
     train_set = flags.make_dataset(args, "train", flags.training_transform(args))
     val_set = flags.make_dataset(args, "val", Resizer(args.min_side, args.max_side))
-    if val_set:
-        check_classes(train_set.source, list(train_set.labels.values()), val_set)
     check_before_training(train_set, val_set, args.strict)
     ranks = process.get_rank(), process.get_world_size()
     sampler = AspectRatioBasedSampler(train_set, args.batch_size, False, args.seed, *ranks, args.accumulate)
@@ -233,13 +232,15 @@ def main(argv: list[str] | None = None) -> int:
     run = make_run(args, settings, device, train_set)
     log_header(args, run, device, len(train_set.annotations))
     if process.is_main_process():
+        write_skipped(out_dir, [train_set, val_set])
         (out_dir / "args.json").write_text(json.dumps(settings.as_dict(), indent=2))
         best_match_iou = RECIPES[settings.recipe].best_match_iou
         anchor_report.log_summary(train_set, run.net.anchors, args.min_side, args.max_side, best_match_iou)
         data_views.save_data_images(train_set, sampler, out_dir)
     with process.StopSignals() as stop:
         try:
-            train(run, train_loader, sampler, val_loader, val_set, device, stop)
+            with explained(train_loader, settings.dtype):  # a worker may die at any time
+                train(run, train_loader, sampler, val_loader, val_set, device, stop)
         except NotFiniteError as error:
             if not error.batches:
                 raise

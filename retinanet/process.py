@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import io
 import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -18,7 +20,7 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from retinanet.errors import UserError
+from retinanet.errors import UserError, printable
 
 log = logging.getLogger("retinanet")
 
@@ -31,6 +33,11 @@ def script(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed; a file that is opened later must not get its number, 1 or 2
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, open until the end
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
         try:
             status = main(argv) or 0
         except UserError as error:
@@ -46,6 +53,8 @@ def script(main: Callable[..., int | None]) -> Callable[..., int]:
                 raise
             _say_error("another process of this job ended; its own message says why")
             return 1
+        finally:
+            torch.set_default_dtype(dtype)
         if distributed.is_initialized():
             distributed.destroy_process_group()
         return status
@@ -55,14 +64,31 @@ def script(main: Callable[..., int | None]) -> Callable[..., int]:
 
 def _say_error(message: str) -> None:
     rank = f"rank {get_rank()}: " if get_world_size() > 1 else ""
-    sys.stderr.write(f"error: {rank}{message}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # nobody reads it
+        sys.stderr.write(printable(f"error: {rank}{message}\n"))
+        sys.stderr.flush()
+
+
+class _Handler(logging.StreamHandler):
+    """Writes `printable` messages; once nobody reads them, as after `| head`, they go nowhere: the program goes on."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
+        if isinstance(sys.exc_info()[1], OSError | ValueError):  # ValueError: it was closed
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        else:
+            super().handleError(record)
 
 
 def setup_logging() -> None:
     """Log plain messages to standard output, on rank 0 alone."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console may lack a letter of a name
+    handler = _Handler(sys.stdout)
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.INFO if is_main_process() else logging.ERROR)
@@ -103,6 +129,8 @@ def random_states() -> dict[str, Any]:
 def set_random_states(states: dict[str, Any]) -> None:
     """Restore the result of `random_states`."""
     name, keys, *rest = states["numpy"]
+    if not 0 <= rest[0] <= len(keys):  # NumPy would read beyond them
+        raise ValueError("a position of NumPy's generator is out of range")
     random.setstate(states["python"])
     np.random.set_state((name, keys.numpy(), *rest))
     torch.set_rng_state(states["torch"])
@@ -187,6 +215,7 @@ def init_distributed(device: torch.device) -> None:
         return
     # Objects are exchanged by gloo, gradients by the device's own backend.
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    _end_with_parent()
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -249,16 +278,59 @@ class StopSignals:
     def _handle(self, signum: int, _: FrameType | None) -> None:
         if not self.signum:
             self.signum, self.since = signum, time.monotonic()
-            # A handler must not touch buffered files.
-            os.write(2, f"{signal.Signals(signum).name}: stopping after this step; once more stops at once\n".encode())
+            text = f"{signal.Signals(signum).name}: stopping after this step; once more stops at once\n"
+            with contextlib.suppress(OSError):  # the terminal may be gone, or the pipe's reader have got the signal too
+                os.write(sys.stderr.fileno(), text.encode())  # a handler must not touch buffered files
         elif time.monotonic() - self.since > self.SAME_REQUEST_SECONDS:
             os._exit(128 + signum)
 
 
-def leave_process_group(_: int = 0) -> None:
-    """Keep Ctrl-C and torchrun's SIGTERM from a data-loading worker: the main process decides what to do about them."""
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Within the context, signals that stop the program wait; processes that it starts hold them back for ever."""
+    if not hasattr(signal, "sigtimedwait"):  # `guard_worker` could not take them
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopSignals.HANDLED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def guard_worker(_: int = 0) -> None:
+    """Let a data-loading worker, started within `signals_held`, end when its parent asks for it or is gone.
+
+    A signal to all processes of a job must not end it: the main process decides, and needs it for the step to finish.
+    """
     if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
+        os.setpgid(0, 0)  # the terminal's Ctrl-C
+    if not hasattr(signal, "sigtimedwait"):
+        return
+    parent, starter = os.getppid(), multiprocessing.parent_process().pid  # not the same where a server forks
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            received = signal.sigtimedwait(StopSignals.HANDLED, 1)
+            if received and received.si_pid == starter:
+                break
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Stop this rank, as SIGTERM does, when torchrun's own process is gone: nothing else would."""
+    parent = os.getppid()
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager

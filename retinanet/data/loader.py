@@ -1,8 +1,10 @@
 """Samples -> batches, read by worker processes."""
 
 import contextlib
+import multiprocessing
 import os
 import re
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +15,10 @@ from retinanet.data.dataset import DetectionDataset
 from retinanet.data.sampler import AspectRatioBasedSampler
 from retinanet.data.transforms import pad_images
 from retinanet.errors import UserError
-from retinanet.process import get_rank, get_world_size, leave_process_group, seeded
+from retinanet.process import get_rank, get_world_size, guard_worker, seeded, signals_held
+
+WAIT = 5  # seconds until workers that gave no batch are looked at
+MAX_WAITS = 36  # so often in a row, then the program ends
 
 
 def collater(data: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -29,7 +34,7 @@ def collater(data: Sequence[dict[str, Any]]) -> dict[str, Any]:
     images = [torch.as_tensor(sample["img"]).permute(2, 0, 1) for sample in data]  # [3, H, W] each
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     annotations = [torch.as_tensor(sample["annot"], dtype=torch.float32) for sample in data]
-    padded = torch.full((len(data), max([1, *map(len, annotations)]), 5), -1.0)
+    padded = torch.full((len(data), max([1, *map(len, annotations)]), 5), -1.0, dtype=torch.float32)
     for row, boxes in zip(padded, annotations, strict=True):
         row[: len(boxes)] = boxes
     others = {key: [sample[key] for sample in data] for key in data[0] if key not in ("img", "annot")}
@@ -70,7 +75,7 @@ class _Reader(Dataset):
     def __init__(self, dataset: DetectionDataset, seed: int, workers: int):
         self.dataset = dataset
         self.seed = seed
-        # What each worker reads: its process id and an index. The main process can see it after a worker's death.
+        # What each worker reads: its process id, and an index or -1. The main process sees it after a worker's death.
         self.reading = torch.full((max(1, workers), 2), -1).share_memory_()
 
     def __len__(self) -> int:
@@ -79,14 +84,16 @@ class _Reader(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any] | UserError:
         epoch, index = key if isinstance(key, tuple) else (None, key)
         worker = get_worker_info()
-        if worker is not None:
-            self.reading[worker.id] = torch.tensor([os.getpid(), index])
+        state = self.reading[worker.id if worker else 0]
+        state[:] = torch.tensor([os.getpid(), index])
         try:
             return self.dataset[index] if epoch is None else read_sample(self.dataset, self.seed, epoch, index)
         except UserError as error:
             if worker is None:
                 raise
             return error  # DataLoader would pass on only the text of its traceback
+        finally:
+            state[1] = -1
 
 
 def _collate(samples: Sequence[dict[str, Any] | UserError]) -> dict[str, Any] | UserError:
@@ -98,21 +105,39 @@ class _Loader(DataLoader):
     """A DataLoader that raises the errors of its workers as they were raised there."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in super().__iter__():
+        with signals_held():  # workers start here
+            batches = super().__iter__()
+        waited = 0
+        while True:
+            try:
+                batch = next(batches, None)
+            except RuntimeError as error:
+                waited += 1  # not a time: the whole program may have been stopped, and continued
+                if "timed out" not in str(error) or waited == MAX_WAITS:
+                    raise
+                for worker in multiprocessing.active_children():  # one that was stopped goes on, or can end
+                    os.kill(worker.pid, signal.SIGCONT)
+                continue
+            if batch is None:
+                return
             if isinstance(batch, UserError):
                 raise batch
+            waited = 0
             yield batch
 
     def explain_death(self, message: str) -> str | None:
         """What a dead worker was reading, from DataLoader's error message; None if it is about something else."""
+        reader = self.dataset
+        reading = {pid: reader.dataset.image_path(index) for pid, index in reader.reading.tolist() if index >= 0}
+        if "DataLoader timed out" in message:
+            names = ", ".join(reading.values()) or "nothing"
+            return f"no batch came in {MAX_WAITS * WAIT} s while data-loading workers read {names}"
         found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", message)
         if found is None:
             return None
-        dead = {int(pid) for pid in found[1].split(",")}
-        reader = self.dataset
-        paths = [reader.dataset.image_path(index) for pid, index in reader.reading.tolist() if pid in dead]
+        paths = [reading[pid] for pid in map(int, found[1].split(",")) if pid in reading]
         return (
-            f"a data-loading worker {found[2].strip().rstrip('.')} while it read {', '.join(paths) or 'nothing yet'}: "
+            f"a data-loading worker {found[2].strip().rstrip('.')} while it read {', '.join(paths) or 'nothing'}: "
             "look at that image; if memory ran out, lower --workers"
         )
 
@@ -158,7 +183,8 @@ def make_loader(
         collate_fn=_collate,
         pin_memory=device is not None and device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=leave_process_group,
+        timeout=WAIT if workers else 0,
+        worker_init_fn=guard_worker,
         generator=generator,
     )
 

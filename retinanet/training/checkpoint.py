@@ -1,7 +1,6 @@
 """Checkpoints: a model, and all that rebuilds it, as plain tensors and numbers that load without running code."""
 
 import logging
-import os
 import pickle
 import re
 import struct
@@ -14,47 +13,72 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retinanet.anchors import Anchors
 from retinanet.data.dataset import placeholder_names
-from retinanet.errors import UserError
+from retinanet.errors import UserError, shown
 from retinanet.model import ARCHITECTURES, RetinaNet, resnet
 from retinanet.process import log
 from retinanet.resnet import Bottleneck
 from retinanet.training import foreign_weights
-from retinanet.training.foreign_weights import STAND_INS, PyramidFromP5, make_anchors
+from retinanet.training.files import replaced
+from retinanet.training.foreign_weights import STAND_INS, PyramidFromP5, StandIn, make_anchors
 
 MODEL_KEYS = {"model", "class_names", "anchors", "min_side", "max_side"}  # what rebuilds a model of this library
-CLASS_OUTPUT = "classificationModel.output.bias"  # its length is anchors x classes
+CLASS_OUTPUT, BOX_OUTPUT = "classificationModel.output.bias", "regressionModel.output.bias"
+MAX_SIDE = 100_000  # pixels
 
 
 def save(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write tensors and plain types: to a temporary name, flushed, then renamed, so that `path` is never half a file.
+    """Write tensors and plain types, so that `path` is never half a file; see `replaced` for what it raises."""
+    with replaced(path) as file:
+        torch.save(dict(content), file)
+
+
+def _check_file(path: Path) -> None:
+    """Hold the declared sizes and the checksums of a zip file's parts against the file, which torch does not.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written to; `path` is as it was.
+        ValueError: it is damaged, or made to fill the memory.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        # torch reports its own trouble with a file that is cut short; the reason is in the error's context.
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise UserError(f"{path}: cannot be saved ({reason}); the file before it, if any, is intact") from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
-
-
-def _damaged_member(path: str | Path) -> str | None:
-    """The first part of a zip file whose checksum is wrong. torch does not check: one flipped bit is a wrong weight."""
+    if not path.is_file():
+        raise ValueError("not a file")
     if not zipfile.is_zipfile(path):  # torch's format before 1.6
-        return None
+        return
     with zipfile.ZipFile(path) as archive:
-        return archive.testzip()
+        parts = archive.infolist()
+        if sum(part.file_size for part in parts) > path.stat().st_size:
+            raise ValueError("its parts are larger than the file")
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} does not match its checksum")
+
+
+def _check_tensors(content: Any, size: int) -> None:
+    """Make sure that all tensors are ordinary ones whose numbers are in the file, of `size` bytes.
+
+    Raises:
+        ValueError: one is not: a sparse one, say, or one number that is expanded to many.
+    """
+    seen, waiting, storages = set(), [content], {}
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, list | tuple):
+            waiting += item
+        elif isinstance(item, StandIn):
+            waiting.append(item.state)
+        elif isinstance(item, Tensor):
+            if item.layout != torch.strided or item.device.type != "cpu" or item.is_quantized or item.is_nested:
+                raise ValueError(f"a tensor of shape {list(item.shape)} is not an ordinary one")
+            storage = item.untyped_storage()
+            if (item.storage_offset() + item.numel()) * item.element_size() > storage.nbytes():
+                raise ValueError(f"a tensor of shape {list(item.shape)} has more numbers than the file")
+            storages[storage.data_ptr()] = storage.nbytes()
+    if sum(storages.values()) > size:
+        raise ValueError("its tensors are larger than the file")
 
 
 def load(path: str | Path) -> Any:
@@ -65,10 +89,13 @@ def load(path: str | Path) -> Any:
     Raises:
         UserError: the file is missing, damaged, or holds more than tensors, plain types and known classes.
     """
+    path = Path(path)
     try:
-        damaged = _damaged_member(path)
+        size = path.stat().st_size
+        _check_file(path)
         with torch.serialization.safe_globals(STAND_INS):
-            content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_tensors(content, size)
     except FileNotFoundError as error:
         raise UserError(f"{path}: the checkpoint does not exist") from error
     except pickle.UnpicklingError as error:  # torch's own text advises to load the file without this protection
@@ -81,10 +108,8 @@ def load(path: str | Path) -> Any:
         OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
         ArithmeticError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile,
     ) as error:  # fmt: skip
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0][:300]
         raise UserError(f"{path}: is no checkpoint, or a damaged one ({reason})") from error
-    if damaged:
-        raise UserError(f"{path}: is damaged: {damaged} does not match its checksum")
     return content
 
 
@@ -112,20 +137,50 @@ def infer_depth(state: Mapping[str, Tensor]) -> int | None:
     return None
 
 
-def _read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights of any kind of checkpoint under this library's names, and what else is known of the model.
+def _read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], Anchors]:
+    """The weights of any kind of checkpoint under this library's names, what else is known of the model, its anchors.
 
-    That is at least `found` (the kind of file), `class_names` (None without any), `anchors`, `min_side`, `max_side`.
+    What is known is at least `found` (the kind of file), `class_names` (None for a backbone alone), `min_side` and
+    `max_side`. All of it is checked before anything is made from it.
     """
     content = load(path)
     info = {"class_names": None, "anchors": {}, "min_side": 608, "max_side": 1024}
-    if isinstance(content, dict) and content.keys() & (MODEL_KEYS - {"model"}):
-        if missing := MODEL_KEYS - content.keys():
-            raise UserError(f"{path}: is not a checkpoint of this library, it lacks {', '.join(sorted(missing))}")
-        state, _ = foreign_weights.read(path, content.pop("model"))
-        return state, info | {"found": "a checkpoint of this library"} | content
-    state, known = foreign_weights.read(path, content)
-    return state, info | known
+    try:
+        if isinstance(content, dict) and content.keys() & (MODEL_KEYS - {"model"}):
+            if missing := MODEL_KEYS - content.keys():
+                raise UserError(f"{path}: is not a checkpoint of this library, it lacks {', '.join(sorted(missing))}")
+            state, _ = foreign_weights.read(path, content.pop("model"))
+            info |= {"found": "a checkpoint of this library"} | content
+        else:
+            state, known = foreign_weights.read(path, content)
+            info |= known
+        anchors = make_anchors(info["anchors"])
+    except UserError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: holds a {type(content).__name__}, which is no whole RetinaNet ({shown(str(error))})"
+        ) from error
+    if info["class_names"] is None and CLASS_OUTPUT in state:
+        info["class_names"] = placeholder_names(state[CLASS_OUTPUT].numel() // anchors.num_anchors)
+    names = info["class_names"]
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names) and 0 < len(names) == len({*names})
+    right = {
+        "anchors": bool(anchors.cells.isfinite().all()) and anchors.strides == Anchors().strides,
+        "class_names": named or (names is None and CLASS_OUTPUT not in state),
+        **{side: type(info[side]) is int and 0 < info[side] <= MAX_SIDE for side in ("min_side", "max_side")},
+        "best_match_iou": isinstance(info.get("best_match_iou"), float | None),
+        "metrics": isinstance(info.get("metrics", {}), dict),
+        **{
+            key: key not in state or (named and state[key].shape == (anchors.num_anchors * numbers,))
+            for key, numbers in ((CLASS_OUTPUT, len(names or ())), (BOX_OUTPUT, 4))
+        },
+        "fpn.P6.weight": "fpn.P6.weight" not in state or state["fpn.P6.weight"].dim() == 4,
+    }
+    if not all(right.values()):
+        wrong = [name for name, fits in right.items() if not fits]
+        raise UserError(f"{path}: is no RetinaNet's: {', '.join(wrong)} cannot be as they are there")
+    return state, info, anchors
 
 
 def _load_state(net: RetinaNet, state: Mapping[str, Tensor], path: str | Path) -> None:
@@ -151,7 +206,7 @@ def load_model(path: str | Path) -> tuple[RetinaNet, dict[str, Any]]:
     Raises:
         UserError: it is no checkpoint of a RetinaNet, or of one that cannot be represented here.
     """
-    state, info = _read_weights(path)
+    state, info, anchors = _read_weights(path)
     depth = infer_depth(state)
     if depth is None:
         raise UserError(f"{path}: holds no RetinaNet of depth {', '.join(map(str, ARCHITECTURES))}")
@@ -159,10 +214,7 @@ def load_model(path: str | Path) -> tuple[RetinaNet, dict[str, Any]]:
         raise UserError(
             f"{path}: holds the backbone of a ResNet-{depth}, not a RetinaNet; `train.py --weights` takes it"
         )
-    anchors = make_anchors(info["anchors"])
     found = info.pop("found")
-    if info["class_names"] is None:
-        info["class_names"] = placeholder_names(len(state[CLASS_OUTPUT]) // anchors.num_anchors)
     net = resnet(depth, len(info["class_names"]), anchors=anchors)
     net.focalLoss.best_match_iou = info.get("best_match_iou")
     _load_state(net, state, path)
@@ -183,7 +235,7 @@ def load_weights(net: RetinaNet, path: str | Path) -> str:
     Raises:
         UserError: the checkpoint does not fit the model.
     """
-    state, info = _read_weights(path)
+    state, info, anchors = _read_weights(path)
     own_state = net.state_dict()
     depth, own_depth = infer_depth(state), infer_depth(own_state)
     if depth != own_depth:
@@ -195,8 +247,7 @@ def load_weights(net: RetinaNet, path: str | Path) -> str:
         state = own_state | backbone
         message += ", a backbone alone: the pyramid and the heads start anew"
     else:
-        anchors = make_anchors(info["anchors"])
-        num_classes = len(state[CLASS_OUTPUT]) // anchors.num_anchors
+        num_classes = len(info["class_names"])
         message += f", {num_classes} classes"
         if num_classes != net.num_classes:
             state |= {key: value for key, value in own_state.items() if key.startswith("classificationModel.output.")}

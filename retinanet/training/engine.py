@@ -15,6 +15,8 @@ from retinanet.training.accounting import Meter, Progress
 from retinanet.training.finite import check_losses, clip_gradient, send_losses
 from retinanet.training.recipes import Schedule
 
+C5_STRIDE = 32  # pixels
+
 
 def train_one_epoch(
     model: nn.Module,
@@ -27,7 +29,7 @@ def train_one_epoch(
     clip_norm: float | None = None,
     accumulate: int = 1,
     stop_signal: Callable[[], int] = lambda: 0,
-    after_step: Callable[[int], None] = lambda signum: None,
+    after_step: Callable[[int, Callable[[], float]], None] = lambda signum, check_norm: None,
     log_step: Callable[[dict[str, float]], None] = lambda entry: None,
     log_every: int = 20,
 ) -> dict[str, float]:
@@ -44,7 +46,8 @@ def train_one_epoch(
         clip_norm: limit of the gradient's norm.
         accumulate: batches whose gradients are averaged for one step.
         stop_signal: asked before every step for the number of the signal that came, or 0; all ranks learn the largest.
-        after_step: called with that number after every optimizer step: to update an EMA, save a checkpoint, stop.
+        after_step: called with that number after every optimizer step: to update an EMA, save a checkpoint, stop; and
+            with a function that makes sure, before anything is saved, that the step's gradient was finite.
         log_step: called every `log_every` steps with their mean losses, the rate, the gradient's norm and images/s.
         log_every: optimizer steps.
 
@@ -57,6 +60,7 @@ def train_one_epoch(
     """
     model.train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
     meter = Meter(progress, -(-len(loader) // accumulate), log_every, log_step)
     check_norm = None
     with explained(loader, precision) as seen:
@@ -66,6 +70,8 @@ def train_one_epoch(
                 is_last = batch is group[-1]
                 images = normalize(batch["img"].to(device, non_blocking=True))
                 annotations = batch["annot"].to(device, non_blocking=True)
+                for norm in norms:  # one value a channel on C5 has no variance: such a batch takes the running one
+                    norm.train(images[:, 0].numel() > C5_STRIDE**2)
                 # Ranks average their gradients once a step, in the backward pass of its last batch.
                 with nullcontext() if is_last or get_world_size() == 1 else model.no_sync():
                     with autocast(device, precision):
@@ -86,7 +92,7 @@ def train_one_epoch(
                 optimizer.zero_grad()
                 schedule.step()
                 meter.count(losses, group, lr, check_norm)
-                after_step(signum)
+                after_step(signum, check_norm)
     return meter.statistics()
 
 

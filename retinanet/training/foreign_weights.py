@@ -16,6 +16,8 @@ from retinanet.model import PyramidFeatures
 
 BN_EPS = 1e-5  # of nn.BatchNorm2d, here as there
 TINY_EPS = 0.0  # torchvision runs its first COCO weights, and only those, with this one
+MAX_PARTS = 10_000  # modules and tensors of a pickled model
+MAX_PREFIXES = 4  # such as DataParallel's `module.`
 NO_CLASS = ("__background__", "N/A")  # outputs that torchvision's COCO weights have but never use
 
 # The classes that a whole pickled model of the original, or of this library, consists of. No other is admitted.
@@ -46,6 +48,8 @@ class StandIn:
 
     def __init__(self, *args: Any):
         pass
+
+    state: Any = None
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -78,6 +82,8 @@ class CellAnchors(Anchors):
 
 def make_anchors(settings: Mapping[str, list]) -> Anchors:
     """The anchors of a checkpoint's `settings()`; the default ones for no settings."""
+    if sum(map(len, settings.values())) > 1000:
+        raise ValueError("too many anchors")
     return CellAnchors(settings["cells"]) if "cells" in settings else Anchors(**settings)
 
 
@@ -108,10 +114,7 @@ def read(path: str | Path, content: Any) -> tuple[dict[str, Tensor], dict[str, A
     info: dict[str, Any] = {"found": "a state dict"}
     if isinstance(content, StandIn):
         info["found"] = "a whole pickled model, of which only the weights were read"
-        try:
-            state, info["anchors"] = _module_state(content), _module_anchors(content)
-        except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: holds a pickled {type(content).__name__}, which is no whole RetinaNet") from error
+        state, info["anchors"] = _module_state(content), _module_anchors(content)
     elif isinstance(content, dict):
         inside = {name: value for name, value in content.items() if _is_state_dict(value)}
         usual = [inside[name] for name in ("state_dict", "model") if name in inside]
@@ -120,10 +123,10 @@ def read(path: str | Path, content: Any) -> tuple[dict[str, Tensor], dict[str, A
     else:
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     if not _is_state_dict(state):
-        names = shown(", ".join(map(str, state)))
-        raise UserError(f"{path}: holds other things than the weights of a model: {names}")
-    while all("." in key for key in state) and len({key.split(".")[0] for key in state}) == 1:
-        state = {key.partition(".")[2]: value for key, value in state.items()}  # DataParallel's `module`, or the like
+        raise UserError(f"{path}: holds other things than the weights of a model: {shown(list(state))}")
+    for _ in range(MAX_PREFIXES):
+        if all("." in key for key in state) and len({key.partition(".")[0] for key in state}) == 1:
+            state = {key.partition(".")[2]: value for key, value in state.items()}
     if "backbone.body.conv1.weight" in state:
         return convert_torchvision(path, state)
     return state, info
@@ -135,16 +138,25 @@ def _is_state_dict(value: Any) -> bool:
     return all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items())
 
 
-def _module_state(module: StandIn, prefix: str = "") -> dict[str, Tensor]:
-    """The state dict of a pickled model."""
-    parts = module.state
-    transient = parts.get("_non_persistent_buffers_set", ())
-    tensors = dict(parts["_parameters"]) | {k: v for k, v in parts["_buffers"].items() if k not in transient}
-    state = {prefix + key: value.detach() for key, value in tensors.items() if value is not None}
-    for name, child in parts["_modules"].items():
-        if child is not None:
-            state |= _module_state(child, f"{prefix}{name}.")
-    return state
+def _module_state(module: StandIn) -> dict[str, Tensor]:
+    """The state dict of a pickled model.
+
+    Raises:
+        ValueError: it has more parts than any model, perhaps because some are shared again and again.
+    """
+    state, waiting = {}, [("", module)]
+    for _ in range(MAX_PARTS):
+        prefix, module = waiting.pop()
+        parts = module.state
+        transient = set(parts.get("_non_persistent_buffers_set", ()))
+        tensors = {**parts["_parameters"], **{k: v for k, v in parts["_buffers"].items() if k not in transient}}
+        state |= {prefix + key: value.detach() for key, value in tensors.items() if value is not None}
+        waiting += [(prefix + name + ".", child) for name, child in parts["_modules"].items() if child is not None]
+        if not waiting:
+            return state
+        if len(state) + len(waiting) + len(prefix) > MAX_PARTS:
+            break
+    raise ValueError(f"more than {MAX_PARTS} parts")
 
 
 def _module_anchors(module: StandIn) -> dict[str, list]:

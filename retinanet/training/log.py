@@ -8,15 +8,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retinanet.errors import UserError
+from retinanet.data.reading import read_bytes
+from retinanet.errors import UserError, output_file
 from retinanet.process import log
+from retinanet.training.files import lock_folder, replaced
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 BOARD_FILES = "events.out.tfevents.*"
 RUN_FILES = (
-    *("last.pt", "best.pt", "log.jsonl", "args.json", "curves.png", "labels.png", "batch.png", "detections.png"),
+    *(
+        "last.pt",
+        "best.pt",
+        "log.jsonl",
+        "log_damaged.jsonl",
+        "args.json",
+        "curves.png",
+        "labels.png",
+        "batch.png",
+        "detections.png",
+    ),
     *("not_finite_rank*.pt", BOARD_FILES),
 )
 
@@ -24,7 +36,7 @@ RUN_FILES = (
 class RunLog:
     """The numbers of a run, one JSON object a line: of some steps, and of each epoch.
 
-    If the folder holds an earlier run, that run's files are moved to `old_1`, `old_2`, ...
+    It locks the folder. If that holds an earlier run, its files are moved to `old_1`, `old_2`, ...
 
     Args:
         out_dir: folder of the run.
@@ -34,7 +46,7 @@ class RunLog:
         steps_per_epoch: optimizer steps.
 
     Raises:
-        UserError: TensorBoard is asked for, but not installed.
+        UserError: another program writes to the folder, or TensorBoard is asked for, but not installed.
     """
 
     def __init__(self, out_dir: str | Path, resumed: Path | None, size: int, tensorboard: bool, steps_per_epoch: int):
@@ -42,11 +54,12 @@ class RunLog:
         self.path = self.folder / "log.jsonl"
         self.steps_per_epoch = steps_per_epoch
         make_board = _summary_writer() if tensorboard else None  # before any file is moved
+        self.lock = lock_folder(self.folder)
         if resumed is None:
             _put_aside(self.folder)
         else:
             self._continue_from(resumed.parent, size)
-        self.file = open(self.path, "w" if resumed is None else "a", buffering=1)  # noqa: SIM115, open until the end
+        self.file = open(output_file(self.path), "w" if resumed is None else "a", buffering=1)  # noqa: SIM115, likewise
         self.board = None
         if make_board:
             for old in self.folder.glob(BOARD_FILES):
@@ -59,11 +72,18 @@ class RunLog:
         best, before = folder / "best.pt", folder / "log.jsonl"
         if not self.folder.samefile(folder):
             _put_aside(self.folder)
-            if best.exists():
-                shutil.copyfile(best, self.folder / "best.pt")
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_bytes(before.read_bytes()[:size] if before.exists() else b"")
-        temporary.replace(self.path)
+            if best.is_file():
+                with open(best, "rb") as source, replaced(self.folder / "best.pt") as file:
+                    shutil.copyfileobj(source, file)
+        content = read_bytes(before)[:size] if before.is_file() else b""
+        entries = b"".join(line for line in content.splitlines(keepends=True) if _entry(line))
+        if len(entries) < size:
+            aside = self.folder / "log_damaged.jsonl"
+            log.warning("warning: %s is damaged: it is in %s, and what can be read of it goes on", before, aside)
+            with replaced(aside) as file:
+                file.write(content)
+        with replaced(self.path) as file:
+            file.write(entries)
 
     def _add_to_board(self, entry: Mapping[str, float]) -> None:
         kind = "step" if "step" in entry else "epoch"
@@ -89,9 +109,18 @@ class RunLog:
 
 
 def read_log(path: str | Path) -> list[dict[str, float]]:
-    """The entries of a log.jsonl, without a last line that a running program has not finished yet."""
-    lines = Path(path).read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The entries of a log.jsonl, without lines that are damaged, or that a running program has not finished yet."""
+    return [entry for line in read_bytes(path).splitlines(keepends=True) if (entry := _entry(line))]
+
+
+def _entry(line: bytes) -> dict[str, float] | None:
+    """The entry that a line holds; None if it holds none."""
+    try:
+        entry = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    fits = isinstance(entry, dict) and all(isinstance(value, int | float) for value in entry.values())
+    return entry if fits and isinstance(entry.get("epoch"), int) else None
 
 
 def _put_aside(folder: Path) -> None:

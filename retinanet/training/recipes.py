@@ -64,6 +64,10 @@ RECIPES = {
 # fmt: on
 
 
+# What an optimizer keeps of each weight, shaped like it.
+MOMENTS = {"sgd": ["momentum_buffer"], "adam": ["exp_avg", "exp_avg_sq"], "adamw": ["exp_avg", "exp_avg_sq"]}
+
+
 def make_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
     """The recipe's optimizer over all weights of `model`, at its peak learning rate `lr`."""
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]

@@ -1,13 +1,14 @@
 """A training run: what changes while it trains, how it is saved, and how it is resumed."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from retinanet.data.dataset import DetectionDataset, check_classes
+from retinanet.data.dataset import DetectionDataset
 from retinanet.errors import UserError
 from retinanet.model import RetinaNet
 from retinanet.process import from_main_process, is_main_process, log, random_states, set_random_states, undisturbed
@@ -15,14 +16,8 @@ from retinanet.training import checkpoint
 from retinanet.training.accounting import Progress
 from retinanet.training.log import RunLog
 from retinanet.training.recipes import EMA, RECIPES, Schedule, make_optimizer
+from retinanet.training.resume import CHANGING, check_state, checked
 from retinanet.training.settings import Settings
-
-# Flags that may change when a run is resumed. The batch may be divided in another way; `global_batch` may not change.
-FREE_FLAGS = {
-    *("resume", "out_dir", "device", "workers", "strict", "batch_size", "accumulate", "val_every", "log_every"),
-    *("checkpoint_every", "early_stop", "tensorboard"),
-    *("coco_path", "voc_path", "yolo_path", "csv_train", "csv_val", "csv_classes"),
-}
 
 
 class Run:
@@ -76,14 +71,20 @@ class Run:
         if self.log:
             self.log.write(entry)
 
-    def after_step(self, signum: int) -> None:
-        """Call after every optimizer step: update the average, save if it is time, and stop if a signal came."""
+    def after_step(self, signum: int, check_norm: Callable[[], float]) -> None:
+        """Call after every optimizer step: update the average, save if it is time, and stop if a signal came.
+
+        `check_norm` raises the error of a gradient that was not finite, which says more than that of `save`.
+        """
         if self.ema:
             self.ema.update(self.net)
+        number, unit = self.settings.checkpoint_every
+        due = self.progress.step % number == 0 if unit == "steps" else time.monotonic() - self.saved_at > 60 * number
+        if signum or due:
+            check_norm()
         if signum:
             self.stop(signum)
-        number, unit = self.settings.checkpoint_every
-        if self.progress.step % number == 0 if unit == "steps" else time.monotonic() - self.saved_at > 60 * number:
+        if due:
             self.save_last()
 
     def end_epoch(self, statistics: dict[str, float]) -> None:
@@ -95,8 +96,9 @@ class Run:
             self.write({"epoch": epoch, **statistics, **self.metrics})
             if self.metrics:
                 self.stale += 1
-                if self.metrics["AP"] > self.best:
-                    self.best, self.stale = self.metrics["AP"], 0
+                ap = self.metrics["AP"]
+                if ap > self.best or ap < 0:  # without boxes there is no AP, and the last model is as good as any
+                    self.best, self.stale = ap, 0
                     self.save("best.pt")
             self.save_last()
 
@@ -120,8 +122,8 @@ class Run:
         entries |= {"epoch": self.progress.epoch, "metrics": self.metrics}
         checkpoint.save(Path(settings.out_dir) / name, entries | extra)
 
-    def save_last(self) -> None:
-        """Write last.pt, with all that `restore` needs to continue exactly from here."""
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs to continue exactly from here, beside the model."""
         state = {
             "args": self.settings.as_dict(),
             "num_images": self.num_images,
@@ -135,19 +137,36 @@ class Run:
         }
         if self.ema:
             state |= {"weights": self.net.state_dict(), "ema_steps": self.ema.steps}
-        self.save("last.pt", training=state)
+        return state
 
-    def restore(self, content: dict[str, Any]) -> None:
-        """Continue from what `save_last` wrote; `net` was loaded from the same file."""
-        self.metrics, state = content["metrics"], content["training"]
-        self.progress = Progress(**state["progress"])
-        self.best, self.stale = state["best"], state["stale"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.scheduler.load_state_dict(state["schedule"])
-        if self.ema:
-            self.net.load_state_dict(state["weights"])
-            self.ema.steps = state["ema_steps"]
-        set_random_states(state["random"])
+    def save_last(self) -> None:
+        """Write last.pt, from which `restore` continues."""
+        self.save("last.pt", training=self.state())
+
+    def restore(self, path: Path, content: dict[str, Any]) -> None:
+        """Continue from what `save_last` wrote to `path`; `net` was loaded from the same file.
+
+        Raises:
+            UserError: this run cannot have written it.
+        """
+        with checked(path):
+            state, own = content["training"], self.state()
+            weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+            check_state(state, own, weights, self.settings, self.steps_per_epoch)
+            self.metrics = content["metrics"]
+            self.progress = Progress(**state["progress"])
+            self.best, self.stale = state["best"], state["stale"]
+            # All but the rates and the counters follows from the settings, and is not taken from the file.
+            saved = state["optimizer"]
+            groups = zip(own["optimizer"]["param_groups"], saved["param_groups"], strict=True)
+            groups = [group | {"lr": found["lr"]} for group, found in groups]
+            self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+            changed = {key: state["schedule"][key] for key in CHANGING if key in own["schedule"]}
+            self.schedule.scheduler.load_state_dict(own["schedule"] | changed)
+            if self.ema:
+                self.net.load_state_dict(state["weights"])
+                self.ema.steps = state["ema_steps"]
+            set_random_states(state["random"])
 
     def stop(self, signum: int) -> NoReturn:
         """Save, and end the program with a signal's exit status, on all ranks together."""
@@ -155,40 +174,3 @@ class Run:
         from_main_process(None)  # torchrun ends all ranks as soon as one has exited: wait until the file is written
         log.info("stopped and saved in epoch %d, after step %d; --resume auto continues", *self.position)
         raise SystemExit(128 + signum)
-
-
-def find_checkpoint(settings: Settings) -> Path | None:
-    """The checkpoint to resume, if any; the same on all ranks."""
-    if settings.resume != "auto":
-        return Path(settings.resume) if settings.resume else None
-    path = Path(settings.out_dir) / "last.pt"
-    if not path.exists() and (old := list(path.parent.glob("old_*/last.pt"))):
-        newest = max(old, key=lambda path: path.stat().st_mtime)
-        log.warning("warning: --resume auto finds no %s, so a new run starts; did you mean %s?", path, newest)
-    return from_main_process(path if path.exists() else None)
-
-
-def check_resume(path: Path, settings: Settings, content: dict[str, Any], train_set: DetectionDataset) -> None:
-    """Make sure that `settings` and `train_set` are those of the run whose checkpoint `load_model` read from `path`.
-
-    Raises:
-        UserError: they are not; the message lists all differences.
-    """
-    if "training" not in content:
-        raise UserError(f"{path}: holds a model, but no state of a training; start from it with --weights {path}")
-    check_classes(str(path), content["class_names"], train_set)
-    recipe = RECIPES[settings.recipe]
-    before, now = content["training"]["args"], settings.as_dict()
-    before = {**before, "clip_norm": before.get("clip_norm") or recipe.clip_norm}  # earlier versions saved the flag
-    free = FREE_FLAGS | ({"epochs"} if recipe.schedule == "plateau" else set())
-    names = {"global_batch": "batch_size x --accumulate x processes"}
-    errors = [
-        f"--{names.get(flag, flag)} is {now[flag]}, was {before[flag]}"
-        for flag in sorted(now.keys() & before.keys() - free)
-        if now[flag] != before[flag]
-    ]
-    if len(train_set) != content["training"]["num_images"]:
-        errors.append(f"the training set has {len(train_set)} images, had {content['training']['num_images']}")
-    if errors:
-        advice = "Repeat the flags of that run, or start a new one with --weights"
-        raise UserError(f"--resume {path}: {'; '.join(errors)}. {advice}")

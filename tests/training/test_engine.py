@@ -110,7 +110,7 @@ def test_an_epoch_continues_from_its_middle():
     class StopError(Exception):
         pass
 
-    def stop_after_step_3(_):
+    def stop_after_step_3(*_):
         if progress.step == 3:
             raise StopError
 
@@ -131,7 +131,13 @@ def test_an_epoch_continues_from_its_middle():
 
 def test_a_signal_is_asked_for_before_a_step_and_handed_on_after_it():
     answers, received = iter([0, 0, 15]), []
-    train(Line(), [batch(1)] * 5, accumulate=2, stop_signal=lambda: next(answers), after_step=received.append)
+    train(
+        Line(),
+        [batch(1)] * 5,
+        accumulate=2,
+        stop_signal=lambda: next(answers),
+        after_step=lambda signum, _: received.append(signum),
+    )
     assert received == [0, 0, 15]
 
 

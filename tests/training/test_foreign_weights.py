@@ -283,7 +283,7 @@ def test_a_whole_pickled_model_of_this_library_keeps_its_anchors(tmp_path, ancho
 
 def test_another_pickled_module_is_no_retinanet(tmp_path):
     torch.save(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), tmp_path / "a.pt")
-    with pytest.raises(UserError, match=r"a\.pt: holds a pickled Sequential, which is no whole RetinaNet"):
+    with pytest.raises(UserError, match=r"a\.pt: holds a Sequential, which is no whole RetinaNet"):
         checkpoint.load_model(tmp_path / "a.pt")
 
 
@@ -315,5 +315,5 @@ def test_weights_of_other_training_programs_are_found(filled_net, tmp_path, wrap
 
 def test_two_sets_of_weights_are_an_error_that_names_them(filled_net, tmp_path):
     torch.save({"net": filled_net.state_dict(), "ema": filled_net.state_dict()}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=r"a\.pt: holds other things than the weights of a model: 'net, ema'"):
+    with pytest.raises(UserError, match=r"a\.pt: holds other things than the weights of a model: \['net', 'ema'\]"):
         checkpoint.load_model(tmp_path / "a.pt")

@@ -17,7 +17,9 @@ def test_a_new_run_moves_an_earlier_one_to_a_folder_of_its_own(tmp_path):
         for name in ("data.csv", "cat.png"):
             (tmp_path / name).write_text("the user's")
         RunLog(tmp_path, None, 0, False, 1)
-        assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"log.jsonl", "data.csv", "cat.png"}
+        assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {
+            "log.jsonl", "data.csv", "cat.png", "run.lock",
+        }  # fmt: skip
         assert (tmp_path / "log.jsonl").read_text() == ""
     for number in (1, 2):
         assert {(tmp_path / f"old_{number}" / name).read_text() for name in RUN_FILES} == {f"run {number}"}
@@ -36,13 +38,14 @@ def test_a_run_that_cannot_start_leaves_the_earlier_one_where_it_is(tmp_path, mo
 def test_a_run_that_is_resumed_in_the_folder_of_another_moves_that_one(tmp_path):
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
-        for name in ("last.pt", "log.jsonl"):
+        for name in ("last.pt", "best.pt"):
             (folder / name).write_text(folder.name)
-    (tmp_path / "a/best.pt").write_text("a")
-    (tmp_path / "b/best.pt").write_text("b")
-    RunLog(tmp_path / "b", tmp_path / "a/last.pt", 1, False, 1)
-    assert (tmp_path / "b/log.jsonl").read_text() == (tmp_path / "b/best.pt").read_text() == "a"
-    assert (tmp_path / "b/old_1/best.pt").read_text() == (tmp_path / "b/old_1/log.jsonl").read_text() == "b"
+        (folder / "log.jsonl").write_text(json.dumps({"epoch": 0, folder.name: 1}) + "\n")
+    size = (tmp_path / "a/log.jsonl").stat().st_size
+    RunLog(tmp_path / "b", tmp_path / "a/last.pt", size, False, 1)
+    assert read_log(tmp_path / "b/log.jsonl") == [{"epoch": 0, "a": 1}] and (tmp_path / "b/best.pt").read_text() == "a"
+    assert read_log(tmp_path / "b/old_1/log.jsonl") == [{"epoch": 0, "b": 1}]
+    assert (tmp_path / "b/old_1/best.pt").read_text() == "b"
 
 
 def test_a_resumed_log_drops_what_came_after_the_checkpoint(tmp_path):

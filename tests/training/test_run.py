@@ -8,7 +8,8 @@ from retinanet.data.shapes import ShapesDataset
 from retinanet.errors import UserError
 from retinanet.model import resnet18
 from retinanet.training import checkpoint
-from retinanet.training.run import Run, check_resume, find_checkpoint
+from retinanet.training.resume import check_resume, find_checkpoint
+from retinanet.training.run import Run
 from retinanet.training.settings import Settings
 
 CPU = torch.device("cpu")
@@ -42,17 +43,17 @@ def test_a_checkpoint_is_written_every_so_many_steps(net, settings, tmp_path):
     run = Run(settings("--checkpoint_every", 2), net, CPU, ShapesDataset(5))
     for saved in (False, True, False):
         run.progress.add(1.0, 1.0)
-        run.after_step(0)
+        run.after_step(0, float)
         assert (tmp_path / "last.pt").exists() == saved
         (tmp_path / "last.pt").unlink(missing_ok=True)
 
 
 def test_a_checkpoint_is_written_every_so_many_minutes(net, settings, tmp_path):
     run = Run(settings("--checkpoint_every", "1m"), net, CPU, ShapesDataset(5))
-    run.after_step(0)
+    run.after_step(0, float)
     assert not (tmp_path / "last.pt").exists()
     run.saved_at -= 61
-    run.after_step(0)
+    run.after_step(0, float)
     assert (tmp_path / "last.pt").exists()
 
 

@@ -1,0 +1,138 @@
+"""Continuing a run: which checkpoint, whether its flags are those of now, and whether what it holds fits the run."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retinanet.data.dataset import DetectionDataset, check_classes
+from retinanet.errors import UserError, shown
+from retinanet.process import from_main_process, log
+from retinanet.training.recipes import MOMENTS, RECIPES
+from retinanet.training.settings import Settings
+
+# Flags that may change when a run is resumed. The batch may be divided in another way; `global_batch` may not change.
+FREE_FLAGS = {
+    *("resume", "out_dir", "device", "workers", "strict", "batch_size", "accumulate", "val_every", "log_every"),
+    *("checkpoint_every", "early_stop", "tensorboard"),
+    *("coco_path", "voc_path", "yolo_path", "csv_train", "csv_val", "csv_classes"),
+}
+# What a scheduler changes while it runs; the rest of its state follows from the settings.
+CHANGING = ("last_epoch", "_step_count", "_last_lr", "best", "num_bad_epochs", "cooldown_counter")
+
+
+def find_checkpoint(settings: Settings) -> Path | None:
+    """The checkpoint to resume, if any; the same on all ranks."""
+    if settings.resume != "auto":
+        return Path(settings.resume) if settings.resume else None
+    path = Path(settings.out_dir) / "last.pt"
+    if not path.exists() and (old := list(path.parent.glob("old_*/last.pt"))):
+        newest = max(old, key=lambda path: path.stat().st_mtime)
+        log.warning("warning: --resume auto finds no %s, so a new run starts; did you mean %s?", path, newest)
+    return from_main_process(path if path.exists() else None)
+
+
+@contextlib.contextmanager
+def checked(path: Path) -> Iterator[None]:
+    """Within the context, every error of a value from the checkpoint `path` means that it is not what a run wrote."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = shown(str(error) or type(error).__name__)
+        message = f"{path}: its training cannot be continued, {reason}; start from its weights: --weights {path}"
+        raise UserError(message) from error
+
+
+def check_resume(path: Path, settings: Settings, content: dict[str, Any], train_set: DetectionDataset) -> None:
+    """Make sure that `settings` and `train_set` are those of the run whose checkpoint `load_model` read from `path`.
+
+    Raises:
+        UserError: they are not; the message lists all differences.
+    """
+    if "training" not in content:
+        raise UserError(f"{path}: holds a model, but no state of a training; start from it with --weights {path}")
+    check_classes(str(path), content["class_names"], train_set)
+    recipe = RECIPES[settings.recipe]
+    free = FREE_FLAGS | ({"epochs"} if recipe.schedule == "plateau" else set())
+    names = {"global_batch": "batch_size x --accumulate x processes"}
+    with checked(path):
+        before, now = content["training"]["args"], settings.as_dict()
+        before = {**before, "clip_norm": before.get("clip_norm") or recipe.clip_norm}  # earlier versions saved the flag
+        errors = [
+            f"--{names.get(flag, flag)} is {now[flag]}, was {shown(before[flag])}"
+            for flag in sorted(now.keys() & before.keys() - free)
+            if now[flag] != before[flag]
+        ]
+        num_images = content["training"]["num_images"]
+        if len(train_set) != num_images:
+            errors.append(f"the training set has {len(train_set)} images, had {shown(num_images)}")
+    if errors:
+        advice = "Repeat the flags of that run, or start a new one with --weights"
+        raise UserError(f"--resume {path}: {'; '.join(errors)}. {advice}")
+
+
+def check_state(
+    found: Any, own: dict[str, Any], weights: list[Tensor], settings: Settings, steps_per_epoch: int
+) -> None:
+    """Hold the `training` of a checkpoint against a run's `own`: its keys, types, shapes and ranges.
+
+    Args:
+        found: what the file holds.
+        own: what the new run itself would write.
+        weights: of the optimizer, in its order.
+        settings: of the run.
+        steps_per_epoch: optimizer steps.
+
+    Raises:
+        ValueError: they are not alike; LookupError or TypeError, likewise.
+    """
+    moments = found["optimizer"]["state"]
+    if not moments.keys() <= {*range(len(weights))}:
+        raise ValueError("its optimizer has other weights")
+    recipe = RECIPES[settings.recipe]
+    count = {} if recipe.optimizer == "sgd" else {"step": torch.zeros(())}
+    optimizer = {
+        "state": {index: count | dict.fromkeys(MOMENTS[recipe.optimizer], weights[index]) for index in moments},
+        "param_groups": [{"lr": 0.0} for _ in own["optimizer"]["param_groups"]],
+    }
+    schedule = {key: own["schedule"][key] for key in CHANGING if key in own["schedule"]}
+    same = {key: own[key] for key in own.keys() - {"args", "num_images", "random"}}
+    _check_like(found, same | {"optimizer": optimizer, "schedule": schedule}, "training")
+    progress = found["progress"]
+    epoch, step = progress["epoch"], progress["step"]
+    steps = epoch * steps_per_epoch + step
+    rates = [group["lr"] for group in found["optimizer"]["param_groups"]]
+    in_range = {
+        "progress": epoch >= 0 and 0 <= step <= steps_per_epoch,
+        "sums": all(map(math.isfinite, [*progress["sums"], *progress["recent"]])),
+        "best": -1 <= found["best"] <= 1,
+        "counts": min(found["stale"], found["log_size"], found.get("ema_steps", 0)) >= 0,
+        "schedule": found["schedule"]["last_epoch"] == (epoch if recipe.schedule == "plateau" else steps),
+        "lr": all(0 <= rate <= 2.001 * settings.lr for rate in rates),  # twice for biases, and rounded
+        "step": all(0 <= moment["step"] <= steps for moment in moments.values() if "step" in moment),
+    }
+    if wrong := [name for name, fits in in_range.items() if not fits]:
+        raise ValueError(f"{', '.join(wrong)} out of range")
+
+
+def _check_like(found: Any, own: Any, name: str) -> None:
+    """Raise ValueError where `found` lacks a part of `own`, or one is of another type, shape or length."""
+    if isinstance(own, Tensor):
+        if not isinstance(found, Tensor) or (found.shape, found.dtype) != (own.shape, own.dtype):
+            raise ValueError(f"{name} is not a tensor of shape {list(own.shape)}")
+    elif type(found) is not type(own) and not (isinstance(own, dict) and isinstance(found, dict)):
+        raise ValueError(f"{name} is not of type {type(own).__name__}")
+    elif isinstance(own, dict):
+        for key in own:
+            _check_like(found[key], own[key], f"{name}.{key}")
+    elif isinstance(own, list | tuple):
+        if len(found) != len(own):
+            raise ValueError(f"{name} has not {len(own)} entries")
+        for index, (one, other) in enumerate(zip(found, own, strict=True)):
+            _check_like(one, other, f"{name}.{index}")
