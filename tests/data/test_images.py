@@ -1,13 +1,17 @@
+import importlib.util
 import io
 import struct
+import unicodedata
+import warnings
 import zlib
 
 import numpy as np
 import pytest
-from helpers import exif, gradient, save, truncate, write_csv_data
+from helpers import coco_content, exif, gradient, save, truncate, write_coco_data, write_csv_data
 from PIL import Image, ImageOps
 
 from retinanet.data import checks, images
+from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset
 from retinanet.data.images import list_images, read_header, read_image
 from retinanet.errors import UserError, escaped
@@ -234,3 +238,71 @@ def test_images_of_a_folder_are_listed_by_path_without_suffix(tmp_path):
         list_images(tmp_path)
     with pytest.raises(UserError, match="none: cannot be read as a folder of images"):
         list_images(tmp_path / "none")
+
+
+# Messages
+
+
+@pytest.mark.parametrize("read", [read_image, read_header])
+def test_what_an_image_is_instead_is_said_without_objects_of_python(tmp_path, read):
+    (tmp_path / "page.jpg").write_text("<html>404</html>")
+    with pytest.raises(UserError) as error:
+        read(tmp_path / "page.jpg")
+    start = "page.jpg: cannot be read as an image (it starts with b'<html>404</h', and is none of "
+    assert str(error.value).endswith(f"{start}BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP)")
+    (tmp_path / "empty.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"it starts with b'', and is none of"):
+        read(tmp_path / "empty.png")
+
+
+@pytest.mark.parametrize("read", [read_image, read_header])
+def test_the_limits_are_ours(tmp_path, read, monkeypatch):
+    path = png(tmp_path / "large.png", 14_000, 13_500, 8, b"")  # more than Pillow allows, too
+    with pytest.raises(UserError, match=r"has more pixels than the limit of 178,956,970 \(retinanet\.data\.images"):
+        read(path)
+    monkeypatch.setattr(images, "MAX_BYTES", 50)
+    with pytest.raises(UserError, match=r"large\.png: cannot be read as an image \(it has more than 50 bytes\)"):
+        read(path)
+
+
+def test_pillow_does_not_warn_of_images_that_are_read(tmp_path):
+    png(tmp_path / "map.png", 10_000, 9_500, 8, b"")
+    Image.fromarray(GRADIENT).quantize(16).save(tmp_path / "palette.png", transparency=bytes(range(16)))
+    spec = importlib.util.spec_from_file_location("fresh", images.__file__)  # pytest undoes the filters of imports
+    fresh = importlib.util.module_from_spec(spec)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for read, name in ((read_header, "map.png"), (read_image, "palette.png")):
+            read(tmp_path / name)
+        assert len(caught) == 2
+        spec.loader.exec_module(fresh)
+        fresh.read_header(tmp_path / "map.png")
+        fresh.read_image(tmp_path / "palette.png")
+    assert len(caught) == 2
+
+
+@pytest.mark.parametrize(
+    ("there", "listed", "hint"),
+    [
+        ("IMG_0.JPG", "img_0.jpg", "does not exist, but '{}' does"),
+        ("Images/A/b.png", "images/a/B.png", "does not exist, but '{}' does"),
+        (unicodedata.normalize("NFD", "bäume.png"), "bäume.png", "but '{}' does, in another Unicode form (NFC or NFD)"),
+        ("images/4/p1.png", "images\\4\\p1.png", "does not exist, but '{}' does"),
+        ("images/4/p1.png", "images\\4\\p2.png", "does not exist; is it a Windows path?"),
+        ("images/p1.png", "image/p1.png", "does not exist; nor does its folder, "),
+        ("images/p1.png", "images/p2.png", "images/p2.png' does not exist"),
+    ],
+)
+def test_a_missing_image_is_answered_with_the_one_of_nearly_the_same_name(tmp_path, there, listed, hint):
+    path = tmp_path / there
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(GRADIENT, path)
+    assert hint.format(path) in images.explain_missing(listed, str(tmp_path))
+    content = coco_content()
+    content["images"][1]["file_name"] = listed
+    root = write_coco_data(tmp_path / "coco", content)
+    path = tmp_path / "coco" / "images" / "val2017" / there
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(GRADIENT, path)
+    problem = checks.check_dataset(CocoDataset(root, "val2017")).examples["missing image"][0]
+    assert problem.where.endswith("image 7") and hint.format(path) in problem.message

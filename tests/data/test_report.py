@@ -49,3 +49,53 @@ def test_messages_from_files_are_short_and_printable():
         text = shown(value)
         assert len(text) < 1000 and text.isprintable()
         text.encode()
+
+
+def test_problems_of_one_cause_are_one_line_with_their_count():
+    report = Report()
+    names = ["first"] * 30 + ["second"] + ["first"] * 5
+    report.add_rows("unknown class", range(36), str, lambda row: f"class {names[row]}", lambda row: names[row])
+    other = Report()
+    other.add("unknown class", "x", "class second", cause="second", count=2)
+    other.add("unknown class", "y", "no cause")
+    other.add("unknown class", "z", "no cause")
+    report.merge(other)
+    assert report.counts == {"unknown class": 40}
+    assert report.text(["unknown class"]).split("\n") == [
+        "unknown class (fatal): 40",
+        "  0: class first (35 times; this is the first)",
+        "  30: class second (3 times; this is the first)",
+        "  y: no cause",
+        "  z: no cause",
+    ]
+
+
+def test_more_causes_than_examples_are_counted_and_messages_are_written_once_a_cause():
+    asked = []
+    report = Report()
+    rows = range(3000)
+    report.add_rows("unknown class", rows, str, lambda row: asked.append(row) or "m", lambda row: row % 30)
+    assert asked == list(range(20)) and report.counts == {"unknown class": 3000}
+    assert report.text(["unknown class"]).split("\n")[-1] == "  ... and 1,000 more"
+    report = Report()
+    report.add_rows("missing image", range(30), str, lambda row: "m", lambda row: "folder" if row % 2 else None)
+    assert [problem.count for problem in report.examples["missing image"]] == [1, 15, *[1] * 14]
+
+
+def test_what_may_be_skipped_is_listed_completely_and_not_fatal():
+    report = Report(skip_bad=True)
+    report.add_rows("inverted box", range(30), lambda row: f"line {row}", lambda row: f"bad {row}")
+    report.add_rows("missing image", range(30, 60), lambda row: f"line {row}", lambda _: "gone", lambda _: "folder")
+    report.add("not a number", "line 60", "bad 60")
+    report.add("class list", "classes", "no names")
+    assert report.errors() == report.errors(strict=True) == ["class list"]
+    assert report.skipped == [
+        *((f"line {row}", f"bad {row}") for row in range(30)),
+        *((f"line {row}", "gone") for row in range(30, 60)),
+        ("line 60", "bad 60"),
+    ]
+    assert report.warnings() == ["not a number", "inverted box", "missing image"]
+    assert "missing image (skipped): 30\n  line 30: gone (30 times" in report.text(report.warnings())
+    total = Report(skip_bad=True)
+    total.merge(report)
+    assert total.skipped == report.skipped and total.counts == report.counts
