@@ -4,7 +4,7 @@ Parsing the JSON takes nearly all the time. Its annotations are then read as col
 only where a column does not hold what it should.
 """
 
-import math
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,18 +13,16 @@ from typing import Any
 import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.ground_truth import GroundTruth
+from retinanet.data.ground_truth import MAX_ID, GroundTruth, check_areas, from_coco
 from retinanet.data.layouts import find_set
 from retinanet.data.reading import MAX_NAME, check_boxes, load_json, no_garbage_collection
-from retinanet.data.report import DataError, Report
+from retinanet.data.report import Report
 from retinanet.errors import UserError, shown
 from retinanet.process import log
 
-MAX_ID = 2**53
-
-
 # Where the annotation file of a set may lie, and its images: the first of the folders that has one of them.
-FILES = ("annotations/instances_{}.json", "annotations/{}.json", "{}/_annotations.coco.json", "{}.json")
+ROBOFLOW = "_annotations.coco.json"
+FILES = ("annotations/instances_{}.json", "annotations/{}.json", f"{{}}/{ROBOFLOW}", "{}.json")
 IMAGE_FOLDERS = ("images/{}", "{}", "images", ".")
 MANY_CROWDS = 0.02  # of all annotations; COCO has half as many
 
@@ -98,10 +96,10 @@ class CocoDataset(DetectionDataset):
 
     def ground_truth(self) -> GroundTruth:
         """The annotations as the file has them, with those that training drops."""
-        renumber = "annotation ids" in self.report.counts
-        return self.placed(
-            self._truth._replace(ids=np.arange(1, len(self._truth.ids) + 1)) if renumber else self._truth
-        )
+        truth = self._truth
+        if "annotation ids" in self.report.counts:
+            truth = truth._replace(ids=np.arange(1, len(truth.ids) + 1))
+        return self.placed(truth)
 
     def select_images(self, keep: np.ndarray) -> None:
         """Leave all other images out, with their annotations; `keep` is [I] bool."""
@@ -139,17 +137,15 @@ def _find_file(root: Path, set_name: str, report: Report) -> tuple[Path, str]:
 def _find_images(root: Path, name: str, images: list[dict]) -> str:
     """The folder that the images' names start at."""
     folders = [root / place.format(name) for place in IMAGE_FOLDERS]
-    first = (folder for folder in folders if any((folder / image["file_name"]).is_file() for image in images[:20]))
-    return str(next(first, None) or next((folder for folder in folders if folder.is_dir()), folders[0]))
+    for folder in folders:
+        if any(os.path.isfile(f"{folder}/{image['file_name']}") for image in images[:20]):  # noqa: PTH113
+            return str(folder)
+    return str(next((folder for folder in folders if folder.is_dir()), folders[0]))
 
 
 @no_garbage_collection()
 def read_coco(path: Path, report: Report) -> tuple[list[dict], list[dict], GroundTruth]:
-    """Read the images and categories of a file, sorted by their ids, and its annotations.
-
-    Args:
-        path: the file.
-        report: gets what is wrong.
+    """The images and categories of a file, sorted by their ids, and its annotations.
 
     Raises:
         UserError: the file is missing, or is not a COCO annotation file.
@@ -160,44 +156,33 @@ def read_coco(path: Path, report: Report) -> tuple[list[dict], list[dict], Groun
             raise UserError(f"{path}: has no list named `{name}`, so it is not a COCO annotation file")
         if name != "annotations" and not content[name]:
             raise UserError(f"{path}: its list `{name}` is empty")
-    images, categories = (
-        sorted(
-            ({**entry, "id": int(entry["id"])} for entry in _good_entries(path, content[name], name, report)),
-            key=lambda entry: entry["id"],
-        )
-        for name in ("images", "categories")
-    )
+    good = {name: _good_entries(path, content[name], name, report) for name in ("images", "categories")}
+    for entry in itertools.chain(*good.values()):
+        entry["id"] = int(entry["id"])
+    images, categories = (sorted(entries, key=lambda entry: entry["id"]) for entries in good.values())
     for kind, what, entries, key in (
         ("duplicate image id", "image id", images, "id"),
         ("class list", "category id", categories, "id"),
         ("class list", "category name", categories, "name"),
     ):
-        ids: dict[Any, list[int]] = {}
+        ids: dict[Any, list[str]] = {}
         for entry in entries:
-            ids.setdefault(entry[key], []).append(entry["id"])
-        for value, of_value in ids.items():
-            if len(of_value) > 1:
-                text = (
-                    "is repeated" if key == "id" else f"is repeated, with the ids {', '.join(map(str, of_value[:20]))}"
-                )
-                report.add(kind, f"{path}: {what} {shown(value)}", text)
+            ids.setdefault(entry[key], []).append(str(entry["id"]))
+        for value, same in ids.items():
+            if len(same) > 1:
+                text = f", with the ids {', '.join(same[:20])}" if key == "name" else ""
+                report.add(kind, f"{path}: {what} {shown(value)}", f"is repeated{text}")
     if not (images and categories):
-        raise DataError(report)
-    truth = _columns(content["annotations"])
+        report.raise_errors()
+        raise UserError(f"{path}: has no image, or no category, that is as it must be")
+    truth = from_coco(content["annotations"])
     if truth is None:
-        truth = _columns(_good_entries(path, content["annotations"], "annotations", report))
-    if len(categories) > 1 and _is_root(path, categories) and not (truth.labels == categories[0]["id"]).any():
+        truth = from_coco(_good_entries(path, content["annotations"], "annotations", report))
+    # Roboflow's first category is the name of all of them together.
+    if path.name == ROBOFLOW and len(categories) > 1 and categories[0]["id"] == 0 and truth.labels.all():
         log.info("%s: category %s, which has no boxes, is left out", path, shown(categories.pop(0)["name"]))
     truth = _resolve_ids(path, truth, images, categories, report)
-    return images, categories, truth._replace(areas=_checked_areas(path, truth, report))
-
-
-def _is_root(path: Path, categories: list[dict]) -> bool:
-    """Whether the first category is the name that Roboflow gives to all of them together."""
-    root, *others = categories
-    if path.name == "_annotations.coco.json":
-        return root["id"] == 0
-    return root.get("supercategory") == "none" and {other.get("supercategory") for other in others} == {root["name"]}
+    return images, categories, check_areas(path, truth, report)
 
 
 def _is_id(value: Any) -> bool:
@@ -254,57 +239,6 @@ def _good_entries(path: Path, entries: list[Any], name: str, report: Report) -> 
     return good
 
 
-def _columns(entries: list[Any]) -> GroundTruth | None:
-    """Annotations as columns, with ids in place of positions and labels; None where one of them is malformed."""
-    try:
-        ids = [np.array([entry[key] for entry in entries]) for key in ("id", "image_id", "category_id")]
-        boxes = np.array([entry["bbox"] for entry in entries])
-        is_crowd = np.array([entry.get("iscrowd") or 0 for entry in entries])
-    except (LookupError, TypeError, ValueError, OverflowError, AttributeError):
-        return None
-    if not entries:
-        ids, boxes = [np.zeros(0, dtype=np.int64)] * 3, np.zeros((0, 4))
-    ids = [_whole(column) for column in ids]
-    good = all(column.dtype == np.int64 and column.ndim == 1 for column in ids)
-    good &= boxes.shape == (len(entries), 4) and boxes.dtype in (np.int64, np.float64)
-    good &= is_crowd.dtype.kind in "bif" and is_crowd.ndim == 1 and bool(np.isin(is_crowd, (0, 1)).all())
-    if not good:
-        return None
-    return GroundTruth(*ids, boxes.astype(np.float64), _areas(entries), is_crowd.astype(bool))
-
-
-def _whole(column: np.ndarray) -> np.ndarray:
-    """A column of floats as integers, if all of them are whole."""
-    is_whole = column.dtype == np.float64 and ((column % 1 == 0) & (np.abs(column) < MAX_ID)).all()
-    return column.astype(np.int64) if is_whole else column
-
-
-def _areas(entries: list[dict[str, Any]]) -> np.ndarray:
-    """[N] float64; NaN where an annotation has none, or none that can be."""
-    try:
-        return np.fromiter((entry.get("area", math.nan) for entry in entries), np.float64, len(entries))
-    except (TypeError, ValueError, OverflowError):
-        areas = (entry.get("area") for entry in entries)
-        return np.array([area if _is_real(area) else math.nan for area in areas], dtype=np.float64)
-
-
-def _checked_areas(path: Path, truth: GroundTruth, report: Report) -> np.ndarray:
-    """[N] the declared areas (of masks, say), but the box's where that is not above 0, or larger than the box."""
-    widths, heights = truth.boxes_xywh[:, 2:].T
-    with np.errstate(all="ignore"):
-        # Some tools count pixels: a box from 0 to 9 has 10.
-        good = (truth.areas > 0) & (truth.areas <= (widths + 1) * (heights + 1))
-        report.add_rows(
-            "declared area",
-            np.flatnonzero(~good & ~np.isnan(truth.areas)),
-            lambda row: f"{path}: annotation {truth.ids[row]}",
-            lambda row: (
-                f"area {truth.areas[row]:g} is not that of a box of {widths[row]:g} x {heights[row]:g}, which counts"
-            ),
-        )
-        return np.where(good, truth.areas, widths * heights)
-
-
 def _resolve_ids(
     path: Path, truth: GroundTruth, images: list[dict], categories: list[dict], report: Report
 ) -> GroundTruth:
@@ -332,8 +266,7 @@ def _resolve_ids(
     _, first, counts = np.unique(truth.ids, return_index=True, return_counts=True)
     unusable = first[(counts > 1) | (truth.ids[first] == 0)]  # pycocotools confuses them, and takes 0 for none
     report.add_rows("annotation ids", unusable, where, lambda _: "the id is 0 or repeated; evaluation renumbers all")
-    truth = truth._replace(image_index=found[0], labels=found[1]).select(known)
-    return truth
+    return truth._replace(image_index=found[0], labels=found[1]).select(known)
 
 
 def _report_crowds(path: Path, truth: GroundTruth, images: list[dict], report: Report) -> None:
@@ -370,15 +303,14 @@ def _training_boxes(path: Path, truth: GroundTruth, report: Report) -> tuple[np.
 
 
 def _declared_sizes(path: Path, images: list[dict], report: Report) -> np.ndarray | None:
-    """[I, 2] height and width; None unless all images declare sizes that can be."""
+    """[I, 2] height and width, 0 where an image declares none, or one that cannot be; None if none does."""
     sizes = [(image.get("height"), image.get("width")) for image in images]
-    good = [all(_is_real(side) and side % 1 == 0 and 0 < side < 2**31 for side in size) for size in sizes]
+    good = [all(_is_id(side) and 0 < side < 2**31 for side in size) for size in sizes]
     report.add_rows(
         "declared size",
         [index for index, is_good in enumerate(good) if not is_good and sizes[index] != (None, None)],
         lambda index: f"{path}: image {images[index]['id']}",
-        lambda index: (
-            f"height and width {shown(sizes[index])} are invalid; the sizes of the image files are used for all"
-        ),
+        lambda index: f"height and width {shown(sizes[index])} are invalid; the image file's count",
     )
-    return np.array(sizes).astype(np.int64).reshape(-1, 2) if all(good) else None
+    sizes = [size if is_good else (0, 0) for size, is_good in zip(sizes, good, strict=True)]
+    return np.array(sizes).astype(np.int64) if any(good) else None

@@ -2,15 +2,22 @@
 
 import contextlib
 import io
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from retinanet.data.report import Report
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
     from retinanet.data.dataset import DetectionDataset
+
+
+MAX_ID = 2**53  # whole numbers below it are floats, too
 
 
 class GroundTruth(NamedTuple):
@@ -67,6 +74,49 @@ def coco_content(dataset: "DetectionDataset", file_names: Sequence[str] | None =
         for annotation_id, index, label, box, area, is_crowd in zip(*(c.tolist() for c in columns), strict=True)
     ]
     return {"images": images, "categories": categories, "annotations": annotations}
+
+
+def from_coco(entries: list[Any]) -> GroundTruth | None:
+    """COCO's annotations as columns, with ids in place of positions and labels; None if one of them is malformed."""
+    try:
+        ids = [np.array([entry[key] for entry in entries]) for key in ("id", "image_id", "category_id")]
+        boxes = np.array([entry["bbox"] for entry in entries])
+        is_crowd = np.array([entry.get("iscrowd") or 0 for entry in entries])
+        areas = np.array([_area(entry.get("area")) for entry in entries], dtype=np.float64)
+    except (LookupError, TypeError, ValueError, OverflowError, AttributeError):
+        return None
+    if not entries:
+        ids, boxes = [np.zeros(0, dtype=np.int64)] * 3, np.zeros((0, 4))
+    for place, column in enumerate(ids):  # some tools write 1.0
+        if column.dtype == np.float64 and ((column % 1 == 0) & (np.abs(column) < MAX_ID)).all():
+            ids[place] = column.astype(np.int64)
+    good = all(column.dtype == np.int64 and column.ndim == 1 for column in ids)
+    good &= boxes.shape == (len(entries), 4) and boxes.dtype in (np.int64, np.float64)
+    good &= is_crowd.dtype.kind in "bif" and is_crowd.ndim == 1 and bool(np.isin(is_crowd, (0, 1)).all())
+    return GroundTruth(*ids, boxes.astype(np.float64), areas, is_crowd.astype(bool)) if good else None
+
+
+def _area(value: Any) -> float:
+    """NaN where an annotation has no area, or none that can be."""
+    is_number = isinstance(value, float) or (isinstance(value, int) and abs(value) < MAX_ID)
+    return float(value) if is_number else math.nan
+
+
+def check_areas(path: Path, truth: GroundTruth, report: Report) -> GroundTruth:
+    """The area of the box in place of a declared one that is not above 0, or larger than the box."""
+    widths, heights = truth.boxes_xywh[:, 2:].T
+    with np.errstate(all="ignore"):
+        good = (truth.areas > 0) & (truth.areas <= (widths + 1) * (heights + 1))  # some tools count pixels
+        areas = np.where(good, truth.areas, widths * heights)
+    report.add_rows(
+        "declared area",
+        np.flatnonzero(~good & ~np.isnan(truth.areas)),
+        lambda row: f"{path}: annotation {truth.ids[row]}",
+        lambda row: (
+            f"area {truth.areas[row]:g} is not that of a box of {widths[row]:g} x {heights[row]:g}, which counts"
+        ),
+    )
+    return truth._replace(areas=areas)
 
 
 def from_arrays(dataset: "DetectionDataset", rounded: bool = False) -> GroundTruth:

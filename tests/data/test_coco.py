@@ -164,18 +164,14 @@ def test_a_few_crowds_are_usual(tmp_path):
 
 
 def test_a_root_category_of_roboflow_is_left_out_only_without_boxes(tmp_path):
-    root = {"id": 0, "name": "things", "supercategory": "none"}
-
-    def change(content):
-        content["categories"] = [root, *({**entry, "supercategory": "things"} for entry in content["categories"])]
-
-    assert list(write(tmp_path, change).labels.values()) == ["car", "cat"]
-
-    def change_and_use(content):
-        change(content)
-        content["annotations"][0]["category_id"] = 0
-
-    assert list(write(tmp_path, change_and_use).labels.values()) == ["things", "car", "cat"]
+    content = coco_content()
+    content["categories"].append({"id": 0, "name": "things", "supercategory": "none"})
+    root = write_coco_data(tmp_path)
+    file = tmp_path / "images/val2017/_annotations.coco.json"
+    for category_id, names in ((17, ["car", "cat"]), (0, ["things", "car", "cat"])):
+        content["annotations"][0]["category_id"] = category_id
+        file.write_text(json.dumps(content))
+        assert list(CocoDataset(root, str(file)).labels.values()) == names
 
 
 def test_a_second_file_of_a_set_is_named(tmp_path):

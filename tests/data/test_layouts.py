@@ -82,7 +82,7 @@ def coco_of_cvat(root):
 
 def coco_of_label_studio(root):
     draw(root / "images")
-    write_coco(root / "result.json", "images/", root_category=True)
+    write_coco(root / "result.json", "images/")
     return CocoDataset(root, str(root / "result.json"))
 
 
