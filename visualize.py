@@ -17,6 +17,7 @@ from retinanet.commands import flags
 from retinanet.data.dataset import DetectionDataset, check_classes
 from retinanet.data.images import find_images, read_image
 from retinanet.data.loader import make_loader, read_sample
+from retinanet.data.report import counted
 from retinanet.data.transforms import Resizer, normalize
 from retinanet.errors import UserError, output_file
 from retinanet.evaluation.errors import judge
@@ -115,7 +116,7 @@ def choose_indices(args: argparse.Namespace, dataset: DetectionDataset) -> list[
     if args.indices is None:
         return list(range(min(args.limit, len(dataset))))
     if max(args.indices) >= len(dataset):
-        raise UserError(f"--indices {max(args.indices)}: the set has {len(dataset)} images, numbered from 0")
+        raise UserError(f"--indices {max(args.indices)}: the set has {counted(len(dataset), 'image')}, numbered from 0")
     return args.indices
 
 
@@ -131,7 +132,7 @@ def show_inputs(
         images = normalize(torch.from_numpy(image).permute(2, 0, 1)[None].to(device))
         path, boxes = folder / f"{args.show}_{index:05d}.png", annotations.numpy()
         if args.show == "truth":
-            title = f"{index}: {Path(dataset.image_path(index)).name}, {len(boxes)} boxes"
+            title = f"{index}: {Path(dataset.image_path(index)).name}, {counted(len(boxes), 'box')}"
             save_image(side_by_side([data_views.draw_annotations(image, boxes, names)], [title]), path)
         elif args.show == "anchors":
             save_image(anchor_views.draw_anchors(image, boxes, anchors), path)
@@ -241,9 +242,9 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
     content |= {"images": entries, "unreadable": failures}
     output_file(folder / "detections.json").write_text(json.dumps(content, indent=1))
     total = sum(len(entry["detections"]) for entry in entries)
-    log.info("%d images, %d detections: %s", len(entries), total, folder)
+    log.info("%s, %s: %s", counted(len(entries), "image"), counted(total, "detection"), folder)
     if failures:
-        raise UserError(f"{len(failures)} of {len(files)} images were skipped:\n" + "\n".join(failures))
+        raise UserError(f"{len(failures)} of {counted(len(files), 'image')} skipped:\n" + "\n".join(failures))
 
 
 @script
@@ -277,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         count = show_detections(args, dataset, net, device)
     else:
         count = show_inputs(args, dataset, net, anchors, device)
-    log.info("%s of %d images: %s", args.show, count, args.out_dir)
+    log.info("%s of %s: %s", args.show, counted(count, "image"), args.out_dir)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_detections_are_scored_without_images(tmp_path, capsys):
     results.write_text(json.dumps([{"image_id": 5, "category_id": 1, "bbox": [5, 5, 20, 20], "score": 0.5}]))
     data = ["--dataset", "coco", "--coco_path", str(tmp_path), "--coco_val_set", "val2014"]
     assert validate.main([*data, "--detections", str(results)]) == 0
-    assert "2 images, 1 detections\nAP 1.000" in capsys.readouterr().out
+    assert "2 images, 1 detection\nAP 1.000" in capsys.readouterr().out
 
 
 def test_mistakes_in_files_are_reported(tmp_path, capsys):

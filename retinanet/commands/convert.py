@@ -26,7 +26,7 @@ from retinanet.data.csv import CSVDataset
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.ground_truth import coco_content
 from retinanet.data.images import IMAGE_SUFFIXES, list_images
-from retinanet.data.report import Report
+from retinanet.data.report import Report, counted
 from retinanet.errors import UserError, output_file, shown
 from retinanet.process import log, progress, script, setup_logging
 
@@ -268,12 +268,12 @@ def report(dataset: DetectionDataset, written: DetectionDataset, names: list[str
             raise UserError(f"{root}: the {what} written are not those of the source: {message}")
     difficult = len(dataset.difficult_annotations) - len(written.difficult_annotations)
     if difficult and kind in ("csv", "yolo"):
-        log.warning("warning: %d difficult boxes (or crowds) are left out: %s cannot mark them", difficult, kind)
+        what = counted(difficult, "difficult box")
+        log.warning("warning: left out: %s (crowds, in COCO): %s cannot mark them", what, kind)
         difficult = 0
     lost = len(dataset.annotations) - len(written.annotations) + difficult
     if lost:
-        log.warning("warning: %d boxes are left out: outside their images, or equal after rounding", lost)
-    log.info(
-        "%s: %d images, %d boxes (and %d difficult), %d classes",
-        root, len(written), len(written.annotations), len(written.difficult_annotations), written.num_classes(),
-    )  # fmt: skip
+        log.warning("warning: left out: %s, outside their images, or equal after rounding", counted(lost, "box"))
+    images, boxes = counted(len(written), "image"), counted(len(written.annotations), "box")
+    difficult, classes = len(written.difficult_annotations), counted(written.num_classes(), "class")
+    log.info("%s: %s, %s (and %d difficult), %s", root, images, boxes, difficult, classes)

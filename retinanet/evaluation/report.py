@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from retinanet.data.dataset import DetectionDataset
+from retinanet.data.report import counted
 from retinanet.errors import output_file
 from retinanet.evaluation import coco, errors, voc
 from retinanet.postprocess import Detections
@@ -27,14 +30,25 @@ class Evaluation:
     def text(self) -> str:
         """All tables."""
         count = sum(len(one.scores) for one in self.detections.values())
+        total = f"{counted(len(self.detections), 'image')}, {counted(count, 'detection')}"
         tables = [
-            f"{len(self.detections)} images, {count} detections\n{coco.metrics_table(self.coco.metrics)}",
+            f"{total}\n{coco.metrics_table(self.coco.metrics)}{self._beyond_cocos_limit()}",
             coco.class_table(self.coco.classes),
             f"at IoU {self.iou_threshold:g}:\n{voc.class_table(self.voc, self.dataset)}",
         ]
         if self.errors:
             tables += [errors.error_table(self.errors), errors.confusion_table(self.errors, list(self.dataset.classes))]
         return "\n\n".join(tables)
+
+    def _beyond_cocos_limit(self) -> str:
+        """A line about the boxes that COCO's protocol cannot count as found, if there are any."""
+        boxes = [self.dataset.load_annotations(index)[:, 4] for index in self.detections]
+        limit = errors.MAX_DETECTIONS
+        lost = sum(int((np.unique(labels, return_counts=True)[1] - limit).clip(0).sum()) for labels in boxes)
+        text = (
+            f"COCO counts {limit} detections of a class in an image: {counted(lost, 'box')} more must count as missed"
+        )
+        return f"\n{text}" if lost else ""
 
     def metrics(self) -> dict:
         """All numbers, by name."""

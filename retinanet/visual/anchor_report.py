@@ -8,6 +8,7 @@ import numpy as np
 
 from retinanet.anchors import Anchors
 from retinanet.data.dataset import DetectionDataset
+from retinanet.data.report import counted
 from retinanet.errors import escaped
 from retinanet.matcher import BACKGROUND_IOU, FOREGROUND_IOU
 from retinanet.process import log
@@ -77,7 +78,7 @@ def report(fit: AnchorFit, better: AnchorFit, dataset: DetectionDataset, limit: 
             lines.append(cells + f"{shares[2]:>17}" * (better is not fit))
         lines += ["... and the rest in anchor_fit.json"] * (len(names) < len(groups))
     worst = sorted(content["unreachable"], key=lambda entry: entry["best_iou"])
-    lines += ["", f"{len(worst)} boxes can never be learned (best IoU below {fit.needed_iou:g})"]
+    lines += ["", f"{counted(len(worst), 'box')} can never be learned (best IoU below {fit.needed_iou:g})"]
     for entry in worst[:limit]:
         box, (width, height) = ", ".join(f"{number:.0f}" for number in entry["box"]), entry["resized"]
         what = f"IoU {entry['best_iou']:.2f}: {escaped(entry['class'])} ({box})"
@@ -99,9 +100,8 @@ def _advice(fit: AnchorFit, better: AnchorFit) -> list[str]:
     ]
     if better.unreachable.any():
         side = np.median(fit.boxes.sides[better.unreachable])
-        lines.append(
-            f"  {better.unreachable.sum()} boxes stay out of reach, of a median side of {side:.0f} px after resizing"
-        )
+        out = counted(int(better.unreachable.sum()), "box")
+        lines.append(f"  out of reach even then: {out}, of a median side of {side:.0f} px after resizing")
     return lines
 
 
@@ -152,7 +152,9 @@ def draw(fit: AnchorFit, better: AnchorFit, path: str | Path) -> None:
         histogram.hist(better.iou, bins, histtype="step", color="black", linewidth=1.5, label="advised anchors")
     histogram.axvline(BACKGROUND_IOU, color="tab:red", linestyle="--", label="background below")
     histogram.axvline(FOREGROUND_IOU, color="tab:red", label="positive from here")
-    histogram.set(title=f"best IoU of {len(fit.iou)} boxes", xlabel="IoU of a box with its best anchor", ylabel="boxes")
+    histogram.set(
+        title=f"best IoU of {counted(len(fit.iou), 'box')}", xlabel="IoU of a box with its best anchor", ylabel="boxes"
+    )
     histogram.legend(loc="upper left")
     for axes, (title, groups) in zip((by_class, by_size), fit.groups().items(), strict=True):
         _draw_coverage(axes, title, groups, fit, better)

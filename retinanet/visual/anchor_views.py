@@ -9,6 +9,7 @@ from torch import Tensor
 
 from retinanet.anchors import Anchors
 from retinanet.boxes import box_area, box_iou
+from retinanet.data.report import counted
 from retinanet.matcher import IGNORE, match_anchors
 from retinanet.visual.drawing import (
     Colour,
@@ -60,11 +61,11 @@ def draw_matches(
         draw_boxes(positives, boxes * zoom, labels, captions, styles, colours, zoom=1),
         draw_boxes(others, boxes * zoom, labels, None, styles, colours, zoom=1),
     ]
-    reached = f"{np.count_nonzero(counts)} of {len(boxes)} boxes"
+    reached = f"{np.count_nonzero(counts)} of {counted(len(boxes), 'box')}"
     background = len(anchors) - len(positive) - len(ignored)
     titles = [
-        f"{len(positive)} positive anchors, for {reached}",
-        f"{len(ignored)} ignored anchors (blue); the other {background} are background",
+        f"{counted(len(positive), 'positive anchor')}, for {reached}",
+        f"{counted(len(ignored), 'ignored anchor')} (blue); the other {background} are background",
     ]
     return side_by_side(pictures, titles)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
+from retinanet.data.report import counted
 from retinanet.errors import UserError, output_file
 from retinanet.visual.drawing import class_colour
 from retinanet.visual.text import find_font, readable_names
@@ -150,7 +151,8 @@ def draw_label_chart(dataset: DetectionDataset, path: str | Path) -> None:
     classes.margins(x=0.15)
     rest = f"\nthe {len(shown)} most frequent of {len(names)} classes" if len(shown) < len(names) else ""
     empty = len(dataset) - len(np.unique(dataset.image_index))
-    classes.set(title=f"{len(annotations)} boxes in {len(dataset)} images ({empty} without any){rest}", xlabel="boxes")
+    total = f"{counted(len(annotations), 'box')} in {counted(len(dataset), 'image')} ({empty} without any)"
+    classes.set(title=f"{total}{rest}", xlabel="boxes")
     classes.xaxis.get_major_locator().set_params(integer=True)
     if len(annotations):
         relative = 100 * annotations[:, :4] / np.tile(np.asarray(dataset.image_sizes)[dataset.image_index, ::-1], 2)

@@ -106,7 +106,7 @@ def test_difficult_boxes_are_kept_where_the_format_can_mark_them(source, tmp_pat
     assert sorted(annotation["iscrowd"] for annotation in annotations) == [0, 0, 0, 0, 1]
     capsys.readouterr()
     assert run("voc", tmp_path / "voc", "yolo", tmp_path / "yolo") == 0
-    assert "warning: 1 difficult boxes (or crowds) are left out" in capsys.readouterr().out
+    assert "warning: left out: 1 difficult box" in capsys.readouterr().out
     assert len(read("yolo", tmp_path / "yolo").annotations) == 4
 
 
@@ -270,7 +270,7 @@ def test_lost_boxes_are_counted(tmp_path, capsys):
     flags = one_image(tmp_path / "x", "a.png", "1,2,30,40,cat", "10.1,10,20,20,cat", "10.3,10,20,20,cat")
     assert convert.main([*flags, "--to", "voc", "--out", str(tmp_path / "voc")]) == 0
     printed = capsys.readouterr().out
-    assert "1 boxes are left out" in printed and "1 images, 2 boxes (and 0 difficult), 1 classes" in printed
+    assert "left out: 1 box," in printed and "1 image, 2 boxes (and 0 difficult), 1 class" in printed
 
 
 @pytest.mark.parametrize("to", ["csv", "voc", "yolo"])

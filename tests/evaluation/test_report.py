@@ -11,7 +11,7 @@ FOUND = {0: detections([0.9, 0, *BOX], [0.8, 0, *FAR])}
 
 def test_an_evaluation_as_text():
     text = report.evaluate(DATA, FOUND, iou_threshold=0.4).text()
-    for part in ("1 images, 2 detections\nAP ", *(f"{name} " for name in coco.METRICS), "IoU 0.4", "mAP 0.5000"):
+    for part in ("1 image, 2 detections\nAP ", *(f"{name} " for name in coco.METRICS), "IoU 0.4", "mAP 0.5000"):
         assert part in text
     assert "missed" not in text and "1 x  b found as a" in report.evaluate(DATA, FOUND, analyse=True).text()
 
@@ -26,3 +26,12 @@ def test_an_evaluation_as_files(tmp_path):
     assert [list(row) for row in metrics["classes"]] == [names, names]
     assert metrics["errors"]["counts"]["class"] == 1 and metrics["confusion"] == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
     assert "errors" not in report.evaluate(DATA, FOUND).metrics()
+
+
+def test_boxes_beyond_cocos_limit_are_counted():
+    corners = np.arange(103)[:, None] * [10, 0, 10, 0] + [0, 0, 8, 8]
+    boxes = np.column_stack([corners, [0] * 102 + [1]])
+    for index, note in ((0, "100 detections of a class in an image: 2 boxes more must count as missed"), (1, "")):
+        dataset = in_memory(boxes, [index] * 103, num_images=2)
+        text = evaluate(dataset, {0: detections()}).text()
+        assert note in text and ("COCO counts" in text) == bool(note)
