@@ -45,10 +45,8 @@ class Evaluation:
         boxes = [self.dataset.load_annotations(index)[:, 4] for index in self.detections]
         limit = errors.MAX_DETECTIONS
         lost = sum(int((np.unique(labels, return_counts=True)[1] - limit).clip(0).sum()) for labels in boxes)
-        text = (
-            f"COCO counts {limit} detections of a class in an image: {counted(lost, 'box')} more must count as missed"
-        )
-        return f"\n{text}" if lost else ""
+        text = f"\nCOCO takes {limit} detections of a class in an image: {counted(lost, 'box')} must count as missed"
+        return text if lost else ""
 
     def metrics(self) -> dict:
         """All numbers, by name."""

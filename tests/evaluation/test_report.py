@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 from helpers import detections, in_memory
 
 from retinanet.evaluation import coco, report
@@ -31,7 +32,7 @@ def test_an_evaluation_as_files(tmp_path):
 def test_boxes_beyond_cocos_limit_are_counted():
     corners = np.arange(103)[:, None] * [10, 0, 10, 0] + [0, 0, 8, 8]
     boxes = np.column_stack([corners, [0] * 102 + [1]])
-    for index, note in ((0, "100 detections of a class in an image: 2 boxes more must count as missed"), (1, "")):
+    for index, note in ((0, "COCO takes 100 detections of a class in an image: 2 boxes must count as missed"), (1, "")):
         dataset = in_memory(boxes, [index] * 103, num_images=2)
-        text = evaluate(dataset, {0: detections()}).text()
-        assert note in text and ("COCO counts" in text) == bool(note)
+        text = report.evaluate(dataset, {0: detections()}).text()
+        assert note in text and ("COCO takes" in text) == bool(note)
