@@ -1,4 +1,7 @@
+import io
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -66,6 +69,76 @@ def test_detections_are_scored_without_images(tmp_path, capsys):
     data = ["--dataset", "coco", "--coco_path", str(tmp_path), "--coco_val_set", "val2014"]
     assert validate.main([*data, "--detections", str(results)]) == 0
     assert "2 images, 1 detection\nAP 1.000" in capsys.readouterr().out
+
+
+@pytest.fixture
+def odd_names(tmp_path):
+    """The flags that score a data set whose classes have names that a terminal would obey, or cannot show."""
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 50, "height": 50}],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(["red\x1b[31m\nline", "cut \ud83d", "汽车"])],
+        "annotations": [
+            {"id": i + 1, "image_id": 1, "category_id": i, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
+            for i in range(3)
+        ],
+    }
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    entry = {"image_id": 1, "category_id": 0, "bbox": [5, 5, 20, 20], "score": 0.9}
+    (tmp_path / "found.json").write_text(json.dumps([entry, {**entry, "category_id": 1}]))
+    data = ["--dataset", "coco", "--coco_path", str(tmp_path), "--coco_val_set", "val"]
+    return [*data, "--detections", str(tmp_path / "found.json"), "--analyse", "--out", str(tmp_path / "out")]
+
+
+def test_names_reach_the_terminal_escaped(odd_names, capsys):
+    assert validate.main(odd_names) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "\ud83d" not in printed
+    for text in (r"red\x1b[31m\nline  1.000", r"cut \ud83d ", "汽车 missed"):
+        assert text in printed
+    assert len({len(line) for line in printed.split("\n\n")[1].split("\n")}) == 1  # the columns are aligned
+
+
+def test_an_output_that_is_not_utf8_or_that_nobody_reads(odd_names, monkeypatch, capsys):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert validate.main(odd_names) == 0
+    output.flush()
+    assert rb"cut \ud83d " in output.buffer.getvalue() and b"mAP" in output.buffer.getvalue()
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert validate.main(odd_names) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_results_file_is_scored_as_it_is(tmp_path, capsys):
+    """Scores that are equal in float32, and boxes whose IoU is exactly 0.5."""
+    box = [0.1, 0.2, 30.3, 40.7]
+    content = {
+        "images": [{"id": id, "file_name": f"{id}.jpg", "width": 50, "height": 50} for id in (1, 2)],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": box, "area": 900, "iscrowd": 0}],
+    }
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    half = {"image_id": 1, "category_id": 1, "bbox": [*box[:2], box[2] / 2, box[3]], "score": 0.5 + 1e-12}
+    found = [{**half, "image_id": 2.0, "score": 0.5}, half]
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    data = ["--dataset", "coco", "--coco_path", str(tmp_path), "--coco_val_set", "val"]
+    flags = [*data, "--detections", str(tmp_path / "found.json"), "--out", str(tmp_path / "out")]
+    assert validate.main(flags) == 0
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["AP50"] == pytest.approx(1)
+    assert json.loads((tmp_path / "out/detections.json").read_text()) == found
+    assert validate.main([*flags, "--limit", "1"]) == 0
+    assert json.loads((tmp_path / "out/detections.json").read_text()) == [half]
+
+
+def test_outputs_are_regular_files(model_path, tmp_path, capsys):
+    os.mkfifo(tmp_path / "metrics.json")
+    assert run("--model", model_path, "--limit", "1", "--out", tmp_path) == 1
+    assert "metrics.json: exists and is not a regular file" in capsys.readouterr().err
 
 
 def test_mistakes_in_files_are_reported(tmp_path, capsys):

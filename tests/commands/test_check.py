@@ -1,4 +1,4 @@
-from helpers import write_csv_data
+from helpers import coco_content, write_coco_data, write_csv_data
 
 from retinanet.commands import check
 
@@ -43,3 +43,31 @@ def test_one_broken_file_does_not_hide_the_problems_of_the_other(tmp_path, capsy
     assert check.main(arguments) == 1
     text = capsys.readouterr().out
     assert "val/data.csv: is empty" in text and "repeats a box" in text
+
+
+def test_one_bad_annotation_does_not_hide_the_problems_of_images_and_sets(tmp_path, capsys):
+    lines = [*LINES, "a.png,1,1,9,9,dog", "gone.png,1,1,9,9,circle", "a.png,40,30,90,40,circle"]
+    arguments = flags(tmp_path, lines, LINES)
+    assert check.main(arguments) == 1
+    text = capsys.readouterr().out
+    for part in ("class 'dog' is not", "'gone.png' does not exist", "partly outside: 40,30,90,40", "leak"):
+        assert part in text
+
+
+def test_the_verdict_on_the_classes_is_that_of_training(tmp_path, capsys):
+    content = coco_content()
+    root = write_coco_data(tmp_path, content, "train2017")
+    content["categories"][0]["name"] = "dog"
+    write_coco_data(tmp_path, content, "val2017")
+    assert check.main(["--dataset", "coco", "--coco_path", root]) == 1
+    text = capsys.readouterr().out
+    assert "lacks 'cat'" in text and "lacks 'dog'" in text and text.endswith("training would not start\n")
+
+
+def test_bad_images_and_annotations_can_be_left_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [*LINES, "a.png,1,1,9,9,dog", "gone.png,1,1,9,9,circle"]
+    assert check.main([*flags(tmp_path, lines), "--skip_bad"]) == 0
+    assert capsys.readouterr().out.endswith("training can start\n")
+    skipped = (tmp_path / "skipped.csv").read_text()
+    assert "data.csv:4," in skipped and "class 'dog'" in skipped and "data.csv:5," in skipped and "gone.png" in skipped
