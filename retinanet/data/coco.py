@@ -14,7 +14,7 @@ import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.ground_truth import MAX_ID, GroundTruth, check_areas, from_coco
-from retinanet.data.layouts import find_set
+from retinanet.data.layouts import find_places, find_set, refused
 from retinanet.data.reading import MAX_NAME, check_boxes, load_json, no_garbage_collection
 from retinanet.data.report import Report
 from retinanet.errors import UserError, shown
@@ -28,14 +28,13 @@ MANY_CROWDS = 0.02  # of all annotations; COCO has half as many
 
 
 class CocoDataset(DetectionDataset):
-    """A data set in COCO's layout, or in Roboflow's or another one with a file in COCO's format.
+    """A data set in COCO's layout, in Roboflow's, or of any file in COCO's format and a folder of images.
 
     Crowd regions are difficult boxes; the categories, in the order of their ids, become the labels 0, 1, 2, ...
 
     Args:
-        root_dir: holds `annotations/instances_<set_name>.json` and `images/<set_name>/` (or `<set_name>/`), or
-            `<set_name>/_annotations.coco.json` beside the images, or the images of a file that `set_name` names.
-        set_name: such as `train2017`; or the path of an annotation file, which ends with `.json`.
+        root_dir: holds the annotation file in one of FILES, and the images in one of IMAGE_FOLDERS.
+        set_name: such as `train2017`; or the path of the annotation file, which ends with `.json`.
         transform: sample -> sample.
         crowds_are_objects: crowd regions are objects like all others.
         report: gets what is wrong.
@@ -60,12 +59,17 @@ class CocoDataset(DetectionDataset):
         report = Report() if report is None else report
         self.annotation_file, name = _find_file(self.root_dir, set_name, report)
         images, categories, self._truth = read_coco(self.annotation_file, report)
-        self.image_folder = _find_images(self.root_dir, name, images)
+        folders = [str(self.root_dir / place.format(name)) for place in IMAGE_FOLDERS]
+        places = (folder for folder in folders for image in images[:20] if _exists(folder, image["file_name"]))
+        self.image_folder = next(places, None) or next(filter(os.path.isdir, folders), folders[0])
         if crowds_are_objects:
-            self._truth = self._truth._replace(is_crowd=np.zeros_like(self._truth.is_crowd))
+            self._truth.is_crowd[:] = False
         _report_crowds(self.annotation_file, self._truth, images, report)
         annotations, kept = _training_boxes(self.annotation_file, self._truth, report)
         truth = self._truth.select(kept)
+        with np.errstate(invalid="ignore"):  # where these are not fatal, evaluation must not meet them either
+            sound = np.isfinite(annotations).all(axis=1) & (annotations[:, 2:4] >= annotations[:, :2]).all(axis=1)
+        self._truth = self._truth.select(sound)
         super().__init__(
             [image["file_name"] for image in images],
             annotations[kept],
@@ -97,9 +101,8 @@ class CocoDataset(DetectionDataset):
     def ground_truth(self) -> GroundTruth:
         """The annotations as the file has them, with those that training drops."""
         truth = self._truth
-        if "annotation ids" in self.report.counts:
-            truth = truth._replace(ids=np.arange(1, len(truth.ids) + 1))
-        return self.placed(truth)
+        renumber = "annotation ids" in self.report.counts
+        return self.placed(truth._replace(ids=np.arange(1, len(truth.ids) + 1)) if renumber else truth)
 
     def select_images(self, keep: np.ndarray) -> None:
         """Leave all other images out, with their annotations; `keep` is [I] bool."""
@@ -121,26 +124,19 @@ def _find_file(root: Path, set_name: str, report: Report) -> tuple[Path, str]:
     if set_name.endswith(".json"):
         paths = [Path(set_name), root / set_name]
         return next((path for path in paths if path.is_file()), paths[0]), Path(set_name).stem
-    names: dict[Path, str] = {}
-    for before, after in (place.split("{}") for place in FILES):
-        for path in sorted(root.glob(f"{before}*{after}")):
-            names.setdefault(path, path.relative_to(root).as_posix().removeprefix(before).removesuffix(after))
-    sets = {name: [path for path, its in names.items() if its == name] for name in names.values()}
+    names = {path: name for _, name, path in reversed([*find_places(root, FILES)])}
+    sets: dict[str, list[Path]] = {}
+    for path in reversed(names):
+        sets.setdefault(names[path], []).append(path)
     if not sets:
-        message = "to read another file, name the images' folder here, and the file's path in place of the set"
-        raise UserError(f"{root}: has no {' or '.join(FILES[::2]).replace('{}', set_name)}; {message}")
+        raise refused(root, " or ".join(FILES[::2]).format(*[set_name] * 2))
     path, *others = find_set(root, set_name, sets)
     report.add_rows("other source", others, str, lambda _: f"is not read as the set {shown(set_name)}, but {path} is")
     return path, names[path]
 
 
-def _find_images(root: Path, name: str, images: list[dict]) -> str:
-    """The folder that the images' names start at."""
-    folders = [root / place.format(name) for place in IMAGE_FOLDERS]
-    for folder in folders:
-        if any(os.path.isfile(f"{folder}/{image['file_name']}") for image in images[:20]):  # noqa: PTH113
-            return str(folder)
-    return str(next((folder for folder in folders if folder.is_dir()), folders[0]))
+def _exists(folder: str, name: str) -> bool:
+    return os.path.isfile(os.path.join(folder, name))  # noqa: PTH113, PTH118, pathlib raises for impossible names
 
 
 @no_garbage_collection()
@@ -168,10 +164,9 @@ def read_coco(path: Path, report: Report) -> tuple[list[dict], list[dict], Groun
         ids: dict[Any, list[str]] = {}
         for entry in entries:
             ids.setdefault(entry[key], []).append(str(entry["id"]))
-        for value, same in ids.items():
-            if len(same) > 1:
-                text = f", with the ids {', '.join(same[:20])}" if key == "name" else ""
-                report.add(kind, f"{path}: {what} {shown(value)}", f"is repeated{text}")
+        for value, same in ((value, same) for value, same in ids.items() if len(same) > 1):
+            text = f", with the ids {', '.join(same[:20])}" if key == "name" else ""
+            report.add(kind, f"{path}: {what} {shown(value)}", f"is repeated{text}")
     if not (images and categories):
         report.raise_errors()
         raise UserError(f"{path}: has no image, or no category, that is as it must be")
@@ -257,9 +252,7 @@ def _resolve_ids(
         unknown = ids[found[-1]] != wanted
         known &= ~unknown
         report.add_rows(
-            kind,
-            np.flatnonzero(unknown),
-            where,
+            *(kind, np.flatnonzero(unknown), where),
             lambda row, what=what, wanted=wanted: f"{what} {wanted[row]} does not exist",
             lambda row, wanted=wanted: int(wanted[row]),
         )
@@ -289,15 +282,13 @@ def _report_crowds(path: Path, truth: GroundTruth, images: list[dict], report: R
 
 def _training_boxes(path: Path, truth: GroundTruth, report: Report) -> tuple[np.ndarray, np.ndarray]:
     """[N, 5] x1, y1, x2, y2, label; and [N] bool: whether training keeps each."""
+    boxes = truth.boxes_xywh
     with np.errstate(all="ignore"):
-        corners = np.concatenate([truth.boxes_xywh[:, :2], truth.boxes_xywh[:, :2] + truth.boxes_xywh[:, 2:]], axis=1)
+        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    groups = 2 * truth.image_index + truth.is_crowd  # an object is no duplicate of a crowd
     kept = check_boxes(
-        report,
-        corners,
-        truth.labels,
-        2 * truth.image_index + truth.is_crowd,  # an object is no duplicate of a crowd
-        lambda row: f"{path}: annotation {truth.ids[row]}",
-        lambda row: "bbox [" + ", ".join(f"{number:.10g}" for number in truth.boxes_xywh[row]) + "]",
+        *(report, corners, truth.labels, groups, lambda row: f"{path}: annotation {truth.ids[row]}"),
+        lambda row: "bbox [" + ", ".join(f"{number:.10g}" for number in boxes[row]) + "]",
     )
     return np.column_stack([corners, truth.labels]), kept
 
@@ -306,10 +297,9 @@ def _declared_sizes(path: Path, images: list[dict], report: Report) -> np.ndarra
     """[I, 2] height and width, 0 where an image declares none, or one that cannot be; None if none does."""
     sizes = [(image.get("height"), image.get("width")) for image in images]
     good = [all(_is_id(side) and 0 < side < 2**31 for side in size) for size in sizes]
+    bad = [index for index, is_good in enumerate(good) if not is_good and sizes[index] != (None, None)]
     report.add_rows(
-        "declared size",
-        [index for index, is_good in enumerate(good) if not is_good and sizes[index] != (None, None)],
-        lambda index: f"{path}: image {images[index]['id']}",
+        *("declared size", bad, lambda index: f"{path}: image {images[index]['id']}"),
         lambda index: f"height and width {shown(sizes[index])} are invalid; the image file's count",
     )
     sizes = [size if is_good else (0, 0) for size, is_good in zip(sizes, good, strict=True)]

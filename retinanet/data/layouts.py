@@ -1,7 +1,9 @@
 """What the layouts of all formats have in common: names of sets, and the share of a folder that names none."""
 
 import hashlib
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,6 +12,13 @@ from retinanet.errors import UserError, shown
 
 # Names of one set; COCO's, of the year 2017, are the defaults of --coco_train_set and --coco_val_set.
 SAME_NAMES = (("train", "train2017", "training"), ("val", "val2017", "valid", "validation"))
+# What reads a folder with files of a suffix.
+READERS = {
+    ".json": "--dataset coco --coco_path IMAGES --coco_train_set FILE.json",
+    ".xml": "--dataset voc --voc_path FOLDER",
+    ".txt": "--dataset yolo --yolo_path FOLDER",
+    ".csv": "--dataset csv --csv_train FILE.csv",
+}
 ALL = "all"  # the set of all images of a folder that names no sets
 
 Source = TypeVar("Source")
@@ -17,6 +26,14 @@ Source = TypeVar("Source")
 
 def _same_names(set_name: str) -> Sequence[str]:
     return next((names for names in SAME_NAMES if set_name in names), (set_name,))
+
+
+def find_places(root: Path, patterns: Iterable[str]) -> Iterator[tuple[str, str, Path]]:
+    """The paths that match patterns such as `images/{}`: pattern, what stands for its `{}`, and path."""
+    for pattern in patterns:
+        before, after = pattern.split("{}")
+        for path in sorted(root.glob(f"{before}*{after}")):
+            yield pattern, path.relative_to(root).as_posix().removeprefix(before).removesuffix(after), path
 
 
 def find_set(root: Path, set_name: str, sets: Mapping[str, Source], val_share: float | None = None) -> Source:
@@ -38,6 +55,18 @@ def find_set(root: Path, set_name: str, sets: Mapping[str, Source], val_share: f
     if set_name not in sets and len(alike) != 1:
         raise UserError(f"{root}: has no set named {shown(set_name)}; the sets there are: {listed}")
     return sets[set_name if set_name in sets else alike[0]]
+
+
+def refused(root: Path, wanted: str) -> UserError:
+    """The error about a folder that has none of a format's layouts: what it holds, and what may read that."""
+    if not root.is_dir():
+        return UserError(f"{root}: is not a folder")
+    files = itertools.islice((path for path in root.rglob("*") if path.is_file()), 10_000)
+    counts = Counter(path.suffix.lower() for path in files)
+    found = ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common(5)) or "no files"
+    flags = [flags for suffix, flags in READERS.items() if suffix in counts]
+    hint = f"; such files are read with {' or '.join(flags)}" if flags else ""
+    return UserError(f"{root}: has no {wanted}, but {found}{hint}")
 
 
 def choose_share(root: Path, set_name: str, val_share: float | None, names: Iterable[str]) -> list[str]:

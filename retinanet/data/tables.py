@@ -45,14 +45,14 @@ class Layout(NamedTuple):
 def read_rows(path: Path, num_columns: int, report: Report) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
     """The rows of a file, some hundreds at a time, with their line numbers from 1.
 
-    Columns are separated by the sign that gives the first line the right number of columns, or else most of them.
+    Columns are separated by the sign that gives the first line the right number of columns, or else most lines.
     """
     text = read_text(path)
-    first = next((line for line in io.StringIO(text, newline="") if line.strip()), None)
-    if first is None:
+    some = list(itertools.islice(filter(str.strip, io.StringIO(text, newline="")), CHUNK_ROWS))
+    if not some:
         raise UserError(f"{path}: is empty")
-    exact = (sign for sign in ",;\t" if first.count(sign) == num_columns - 1)
-    separator = next(exact, max(",;\t", key=first.count))
+    fits = {sign: [line.count(sign) == num_columns - 1 for line in some] for sign in ",;\t"}
+    separator = max(fits, key=lambda sign: (fits[sign][0], sum(fits[sign]), some[0].count(sign)))
     if separator != ",":
         report.add("separator", f"{path}:1", f"columns are separated by {shown(separator)}, not a comma")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import IMAGE_SUFFIXES, list_images, walk
-from retinanet.data.layouts import choose_share, find_set, report_list
+from retinanet.data.layouts import choose_share, find_set, refused, report_list
 from retinanet.data.reading import check_boxes, read_class_list, read_text, unknown_class
 from retinanet.data.report import Report
 from retinanet.errors import UserError
@@ -132,13 +132,13 @@ class VOCDataset(DetectionDataset):
 
 def _find_set(root: Path, set_name: str, val_share: float | None) -> tuple[Path | None, Path]:
     """The list of a set, if there are lists, and the folder that holds its files."""
-    if not root.is_dir():
-        raise UserError(f"{root}: is not a folder")
     sets = {path.stem: (path, root) for place in LISTS for path in sorted(root.glob(f"{place}/*.txt"))}
+    if not root.is_dir():
+        raise refused(root, "")
     if not sets and _subfolder(root, XML_FOLDERS) == root and not any(root.glob("*.xml")):
         sets = {path.name: (None, path) for path in root.iterdir() if path.is_dir() and any(walk(path, XML))}
         if not sets:
-            raise UserError(f"{root}: has neither ImageSets/Main/{set_name}.txt nor XML files")
+            raise refused(root, f"ImageSets/Main/{set_name}.txt, and no XML files")
     return find_set(root, set_name, sets, val_share) if sets else (None, root)
 
 

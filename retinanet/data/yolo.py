@@ -12,7 +12,7 @@ import numpy as np
 
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import IMAGE_SUFFIXES, list_images, read_header, walk
-from retinanet.data.layouts import SAME_NAMES, choose_share, find_set, report_list
+from retinanet.data.layouts import SAME_NAMES, choose_share, find_places, find_set, refused, report_list
 from retinanet.data.reading import check_boxes, read_class_list, read_text
 from retinanet.data.report import FileError, Report
 from retinanet.errors import UserError, shown
@@ -32,10 +32,9 @@ class YoloDataset(DetectionDataset):
     points of poses, which `kpt_shape` in `data.yaml` announces, are ignored.
 
     Args:
-        root_dir: holds the images of a set in `images/<set_name>`, `<set_name>/images` or `<set_name>`, where
-            `data.yaml` or `obj.data` say, or as listed in `<set_name>.txt`; or those of all sets. The text files lie
-            in `labels` in place of `images`, or beside the images. `classes.txt`, `obj.names`, `_darknet.labels`
-            or `data.yaml` name the classes.
+        root_dir: holds a set's images where `data.yaml` or `obj.data` say, or in one of PLACES, or else the images of
+            all sets; their text files in `labels` in place of `images`, or beside them; and the classes' names in
+            `data.yaml` or one of CLASS_LISTS.
         set_name: such as `train`.
         transform: sample -> sample.
         val_share: of the images that are for validation, in a folder without sets.
@@ -140,11 +139,8 @@ def _places(text: str, root: Path, *bases: Path) -> list[Path]:
     """Where a path of a list or of `data.yaml` may lead, whatever folder its tool started in."""
     parts = PurePosixPath(text.replace("\\", "/")).parts
     own = itertools.dropwhile(lambda part: part in ("..", ".", "data"), parts)
-    return [path for path in (*(Path(base, *parts) for base in (*bases, root)), Path(root, *own)) if _exists(path)]
-
-
-def _exists(path: Path) -> bool:
-    return os.path.exists(path)  # noqa: PTH110, pathlib raises errors for impossible names
+    places = [*(Path(base, *parts) for base in (*bases, root)), Path(root, *own)]
+    return [path for path in places if os.path.exists(path)]  # noqa: PTH110, pathlib raises errors for impossible names
 
 
 def _resolve(text: str, root: Path, base: Path) -> list[Path]:
@@ -165,41 +161,32 @@ def _find_sets(root: Path, set_name: str, settings: Mapping[Path, dict]) -> dict
             if name not in NO_SETS and (paths := [path for text in texts for path in _resolve(text, root, base)]):
                 sets.setdefault(name, []).append(paths)
     known = {name for names in (*SAME_NAMES, ["test", set_name]) for name in names}
-    for before, after in (place.split("{}") for place in PLACES):
-        for path in sorted(root.glob(f"{before}*{after}")):
-            name = path.relative_to(root).as_posix().removeprefix(before).removesuffix(after)
-            if after == ".txt":
-                is_set = name in known and path.is_file()
-            elif before or after:
-                is_set = path.is_dir()
-            else:
-                is_set = name in known and path.is_dir() and any(map(_is_image, path.iterdir()))
-            if is_set:
-                sets.setdefault(name, []).append([path])
+    for place, name, path in find_places(root, PLACES):
+        if path.is_dir() if "images" in place else name in known and _holds_images(path):
+            sets.setdefault(name, []).append([path])
     return sets
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES
+def _holds_images(path: Path) -> bool:
+    """Whether a path is a list, or a folder with images of its own."""
+    return path.is_file() or any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir())
 
 
 def _find_files(
     root: Path, set_name: str, val_share: float | None, settings: Mapping[Path, dict], report: Report
 ) -> tuple[dict[Path, Path], Path]:
-    """The images of a set, each once, and their text files; and where they are: a list, or a folder of text files."""
+    """The images of a set and their text files; and the list, or the folder of text files, that they are from."""
     sets = _find_sets(root, set_name, settings)
     flat = [[root / "images" if (root / "images").is_dir() else root]]
     sources, *others = find_set(root, set_name, sets, val_share) if sets else flat
-    for other in others:
-        if sources[0].is_dir() and os.path.realpath(other[0]) != os.path.realpath(sources[0]):
-            message = f"is not read as the set {shown(set_name)}, but {sources[0]} is"
-            report.add("other source", str(other[0]), message)
+    others = {other[0] for other in others if sources[0].is_dir() and not other[0].samefile(sources[0])}
+    message = f"is not read as the set {shown(set_name)}, but {sources[0]} is"
+    report.add_rows("other source", sorted(others), str, lambda _: message)
     images = dict.fromkeys(path for source in sources for path in _list_source(root, source, report))
     if not images:
         report.raise_errors()
-        missing = "" if sets else f"has neither images/{set_name} nor {set_name}/images, and "
-        raise UserError(f"{sources[0]}: {missing}holds no images")
-    folders = {folder: _label_folder(folder) for folder in dict.fromkeys([path.parent for path in images] + sources)}
+        raise UserError(f"{sources[0]}: holds no images") if sets else refused(root, f"images/{set_name}")
+    folders = {folder: _label_folder(folder) for folder in {*sources, *(path.parent for path in images)}}
     files = {path: folders[path.parent] / f"{path.stem}.txt" for path in images}
     owners = {file: path for path, file in files.items()}
     for path, file in files.items():
@@ -208,10 +195,9 @@ def _find_files(
     for source in filter(Path.is_dir, sources):
         texts = list(walk(folders[source], {".txt"}))
         if not texts and folders[source] == source:
-            message = "it must hold the boxes, unless they lie beside the images"
-            raise UserError(f"{_labels_like(source)}: does not exist; {message}")
+            message = "does not exist; it must hold the boxes, unless they lie beside the images"
+            raise UserError(f"{_label_folder(source, must_exist=False)}: {message}")
         strangers = [path for path in texts if path not in owners and path.name not in CLASS_LISTS]
-        strangers = [path for path in strangers if path.parent != root or path.stem not in sets]
         report.add_rows("stray file", strangers, str, lambda path: f"no image of the set has the name {path.stem}")
     if not sets:
         names = {path.relative_to(root).as_posix(): path for path in images}
@@ -230,23 +216,19 @@ def _list_source(root: Path, source: Path, report: Report) -> list[Path]:
     return list(images.values())
 
 
-def _labels_like(folder: Path) -> Path:
-    """The folder with `labels` in place of the last `images` of its path, if there is one."""
+def _label_folder(folder: Path, must_exist: bool = True) -> Path:
+    """Where the text files of a folder's images lie: in `labels` in place of `images` in its path, or beside them."""
     parts = folder.parts
-    last = max((place for place, part in enumerate(parts) if part == "images"), default=None)
-    return folder if last is None else Path(*parts[:last], "labels", *parts[last + 1 :])
-
-
-def _label_folder(folder: Path) -> Path:
-    """Where the text files of a folder's images lie."""
-    labels = _labels_like(folder)
-    return labels if labels.is_dir() else folder
+    last = max((place for place, part in enumerate(parts) if part == "images"), default=len(parts))
+    labels = Path(*parts[:last], "labels", *parts[last + 1 :])
+    return labels if labels.is_dir() or not must_exist else folder
 
 
 def _class_names(root: Path, folders: Iterable[Path], settings: Mapping[Path, dict]) -> list[str]:
     """The class names, on which all files that name them must agree."""
     paths = [folder / name for folder in folders for name in CLASS_LISTS]
-    paths += [path for content in settings.values() for path in _resolve(str(content.get("names")), root, root)]
+    named = [names for content in settings.values() if isinstance(names := content.get("names"), str)]
+    paths += [path for text in named for path in _resolve(text, root, root)]
     sources = {path: names for path in paths if (names := read_class_list(path))}
     for path, content in settings.items():
         if path.suffix != ".data" and ("names" in content or not sources):

@@ -277,12 +277,22 @@ def test_a_wrong_name_of_a_set_lists_those_that_are_there(tmp_path, layout, read
         read(tmp_path, "test")
 
 
-@pytest.mark.parametrize("read", [CocoDataset, VOCDataset, YoloDataset])
-def test_a_folder_of_nothing_is_refused_with_what_was_looked_for(tmp_path, read):
-    message = r"has (no annotations/instances_train.json|neither ImageSets/Main/train.txt|neither images/train)"
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize(
+    ("read", "wanted"),
+    [
+        (CocoDataset, "annotations/instances_train.json or train/_annotations.coco.json"),
+        (VOCDataset, "ImageSets/Main/train.txt, and no XML files"),
+        (YoloDataset, "images/train"),
+    ],
+)
+def test_another_layout_is_refused_with_what_was_found_and_what_reads_it(tmp_path, read, wanted):
+    for name in ("sub/a.csv", "c.csv"):
+        write(tmp_path / name, "")
+    write(tmp_path / "b.md", "")
+    with pytest.raises(UserError) as error:
         read(tmp_path, "train")
-    with pytest.raises(UserError, match=r"nowhere"):
+    assert f"{tmp_path}: has no {wanted}, but 2 .csv, 1 .md; such files are read with --dataset csv" in str(error.value)
+    with pytest.raises(UserError, match=r"nowhere: (is not a folder|cannot be read)"):
         read(tmp_path / "nowhere", "train")
 
 

@@ -134,7 +134,7 @@ def test_a_wrong_line_is_an_error_that_names_it(tmp_path, text, message):
 
 
 def test_a_missing_folder_or_file_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"has neither images/train nor train/images"):
+    with pytest.raises(UserError, match=r"has no images/train, but no files"):
         YoloDataset(tmp_path)
     root = write_yolo(tmp_path, {}, names=None)
     with pytest.raises(UserError, match=r"images/train: holds no images"):
