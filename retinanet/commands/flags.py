@@ -25,13 +25,15 @@ DEFAULT = "(default: %(default)s)"  # argparse fills in the value
 
 
 def _number(kind: type, low: float, high: float, rule: str) -> Callable[[str], Any]:
-    """Argparse type: a number of a range. Argparse reports a text that `kind` cannot read as invalid."""
+    """Argparse type: a number of a range, 1e3 for a whole one, too. Argparse reports a ValueError as an invalid value."""
 
     def number(text: str) -> Any:
-        value = kind(text)
+        value = float(text) if kind is float or not text.isdecimal() else int(text)
+        if kind is int and value % 1:
+            raise ValueError
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be {rule}, not {text}")
-        return value
+        return kind(value)
 
     number.__name__ = {int: "whole number", float: "number"}[kind]  # in argparse's message
     return number
@@ -51,8 +53,8 @@ BOUNDS = {
     **dict.fromkeys(("shapes_train", "shapes_val", "max_detections"), (1, 10**6)),
     "workers": (0, 256),
     "columns": (1, 100),
-    "lr": (1e-12, 1e3),
-    "clip_norm": (1e-9, 1e9),
+    "lr": (1e-12, 1000),
+    "clip_norm": (1e-9, 10**9),
     "anchor_sizes": (0.5, 16_384),
     "anchor_scales": (0.01, 100),
     "anchor_ratios": (0.01, 100),
@@ -183,6 +185,10 @@ def check_data_arguments(args: argparse.Namespace, needed: list[str]) -> list[st
     kind = args.dataset
     needs = [f"{kind}_path"] if kind in FOLDERS else needed if kind == "csv" else []
     errors = [f"--dataset {kind} needs --{flag}" for flag in needs if getattr(args, flag) is None]
+    if args.val_share is not None and args.dataset not in ("voc", "yolo"):
+        errors.append(f"--val_share divides folders of voc and yolo data, not {args.dataset}")
+    if args.crowds_are_objects and args.dataset != "coco":
+        errors.append("--crowds_are_objects is for coco data")
     for split in ("train", "val"):
         if f"csv_{split}" in needed and getattr(args, f"{kind}_{split}_set", None) == "none":
             errors.append(f"--{kind}_{split}_set none leaves no data")

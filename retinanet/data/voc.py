@@ -10,8 +10,8 @@ import numpy as np
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import IMAGE_SUFFIXES, list_images, walk
 from retinanet.data.layouts import choose_share, find_set, refused, report_list
-from retinanet.data.reading import check_boxes, read_class_list, read_text, unknown_class
-from retinanet.data.report import Report
+from retinanet.data.reading import check_boxes, read_bytes, read_class_list, read_text, unknown_class
+from retinanet.data.report import FileError, Report
 from retinanet.errors import UserError
 
 VOC_CLASSES = (
@@ -191,9 +191,9 @@ class _Content(NamedTuple):
 
 def _read_xml(path: Path) -> _Content:
     try:
-        root = ElementTree.parse(path).getroot()
-    except OSError as error:
-        return _Content(fault=f"cannot be read ({error.strerror})")
+        root = ElementTree.fromstring(read_bytes(path))
+    except FileError as error:
+        return _Content(fault=error.message)
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two of strange encodings
         return _Content(fault=f"is not valid XML ({error})")
     objects = [
