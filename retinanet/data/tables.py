@@ -34,12 +34,13 @@ SIDE = re.compile("[0-9]{1,6}")
 
 
 class Layout(NamedTuple):
-    """Where the columns of COLUMNS and those of SIZES are in a row, how many there are, and the row that names them."""
+    """Where the columns of COLUMNS and those of SIZES are in a row, how many there are, and what the header says."""
 
     places: Sequence[int] = range(6)
     sizes: Sequence[int] = ()
     number: int = 6
     header: list[str] | None = None
+    note: str = ""  # the message about the header
 
 
 def read_rows(path: Path, num_columns: int, report: Report) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
@@ -98,9 +99,11 @@ def look_closer(
     *places, class_place = layout.places[1:]
     for number, row in zip(numbers, rows, strict=True):
         where = f"{path}:{number}"
-        if not row or (len(row) == 1 and not row[0].strip()) or row == layout.header:
+        if not row or (len(row) == 1 and not row[0].strip()):
             continue
-        if len(row) != layout.number:
+        if row == layout.header:
+            report.add("header row", where, layout.note, layout.note)
+        elif len(row) != layout.number:
             columns = f"{layout.number} columns" if layout.header else "`path,x1,y1,x2,y2,class_name`"
             report.add("wrong column count", where, f"expected {columns}, found {len(row)} columns", len(row))
         elif all(row[place].strip().lower() in EMPTY for place in places):
@@ -151,8 +154,8 @@ def read_header(path: Path, numbers: Sequence[int], rows: Sequence[list[str]], r
         raise UserError(f"{where}: the header {found} has no column for {choices}")
     ignored = ", ".join(field for place, field in enumerate(row) if place not in places.values() and field)
     text = ": line skipped" if unnamed else f"; not read: {shown(ignored)}" if ignored else ""
-    report.add("header row", where, f"{found} are column names{text}")
+    note = f"{found} are column names{text}"
     if unnamed:
-        return Layout(header=row)
+        return Layout(header=row, note=note)
     sizes = [places[side] for side in SIZES] if SIZES.keys() <= places.keys() else []
-    return Layout([places[role] for role in COLUMNS], sizes, len(row), row)
+    return Layout([places[role] for role in COLUMNS], sizes, len(row), row, note)

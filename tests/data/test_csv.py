@@ -197,7 +197,8 @@ def test_normalised_boxes_are_recognised(tmp_path, lines):
 def test_a_header_names_the_columns_in_any_order(tmp_path, header, line):
     data = CSVDataset(*write_csv_data(tmp_path, [header, line, header, line.replace("24", "25")]))
     assert data.annotations.tolist() == [[4, 8, 24, 40, 1], [4, 8, 25, 40, 1]]
-    assert data.annotation_ids.tolist() == [2, 4] and data.report.counts == {"header row": 1}
+    assert data.annotation_ids.tolist() == [2, 4] and data.report.counts == {"header row": 2}
+    assert len(data.report.examples["header row"]) == 1
 
 
 def test_columns_that_are_not_read_are_named_and_declared_sizes_are(tmp_path):
