@@ -46,39 +46,29 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     shows = "; ".join(f"{name}: {text}" for name, text in SHOWS.items())
     parser.add_argument("--show", choices=SHOWS, default="detections", help=f"what to draw {flags.DEFAULT}. {shows}")
     parser.add_argument("--model", help=f"checkpoint, such as best.pt; --show {', '.join(NEED_MODEL)} need it")
-    parser.add_argument(
-        "--images",
-        nargs="+",
-        metavar="PATH",
-        help="in place of a data set: image files, folders of images, or patterns",
-    )
+    text = "in place of a data set: image files, folders of images, or patterns"
+    parser.add_argument("--images", nargs="+", metavar="PATH", help=text)
     flags.add_data_arguments(parser, training=True, required=False)
     group = parser.add_argument_group("choice of images")
     group.add_argument("--split", choices=["train", "val"], help="which set (default: val; anchor_fit: train)")
     group.add_argument("--indices", type=flags.non_negative_int, nargs="+", help="images of the set by number, from 0")
-    group.add_argument(
-        "--limit", type=flags.positive_int, default=12, help=f"number of images, without --indices {flags.DEFAULT}"
-    )
+    text = f"number of images, without --indices {flags.DEFAULT}"
+    group.add_argument("--limit", type=flags.positive_int, default=12, help=text)
     group.add_argument("--augment", action="store_true", help="augment as in the first epoch of training with --seed")
-    group.add_argument(
-        "--seed", type=flags.non_negative_int, default=0, help=f"of augmentation, shapes and search {flags.DEFAULT}"
-    )
+    text = f"of augmentation, shapes and search {flags.DEFAULT}"
+    group.add_argument("--seed", type=flags.non_negative_int, default=0, help=text)
     group.add_argument("--min_side", type=flags.positive_int, help="short side, pixels (default: the model's, or 608)")
     group.add_argument("--max_side", type=flags.positive_int, help="long side's limit (default: the model's, or 1024)")
     flags.add_augmentation_arguments(parser)
     flags.add_anchor_arguments(parser)
     group = parser.add_argument_group("assignment")
-    group.add_argument(
-        "--best_match_iou",
-        type=flags.fraction,
-        help="IoU from which a box's best anchor is positive (default: as the model was trained; recipe paper: 0.4)",
-    )
+    text = "IoU from which a box's best anchor is positive (default: as the model was trained; recipe paper: 0.4)"
+    group.add_argument("--best_match_iou", type=flags.fraction, help=text)
     flags.add_detection_arguments(parser, score_threshold=0.5)
     flags.add_machine_arguments(parser)
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "--columns", type=flags.positive_int, default=3, help=f"images in a row of detections.png {flags.DEFAULT}"
-    )
+    text = f"images in a row of detections.png {flags.DEFAULT}"
+    group.add_argument("--columns", type=flags.positive_int, default=3, help=text)
     group.add_argument("--out_dir", default="runs/pictures", help=f"folder for the PNG files {flags.DEFAULT}")
     args = parser.parse_args(argv)
     args.split = args.split or ("train" if args.show == "anchor_fit" else "val")

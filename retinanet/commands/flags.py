@@ -25,7 +25,7 @@ DEFAULT = "(default: %(default)s)"  # argparse fills in the value
 
 
 def _number(kind: type, low: float, high: float, rule: str) -> Callable[[str], Any]:
-    """Argparse type: a number of a range, 1e3 for a whole one, too. Argparse reports a ValueError as an invalid value."""
+    """Argparse type: a number of a range; whole ones, too, may be written as 1e3. A ValueError is a usage error."""
 
     def number(text: str) -> Any:
         value = float(text) if kind is float or not text.isdecimal() else int(text)

@@ -55,14 +55,9 @@ class Scores(NamedTuple):
 
 
 def coco_results(dataset: DetectionDataset, detections: Mapping[int, Detections]) -> list[dict[str, Any]]:
-    """Convert detections to COCO's results format.
+    """The detections of each sample index, boxes in pixels of the original image, in COCO's results format.
 
-    Args:
-        dataset: provides image ids and category ids.
-        detections: of each sample index, boxes in pixels of the original image.
-
-    Returns:
-        A dict for each detection: `image_id`, `category_id`, `bbox` (x, y, width, height) and `score`.
+    That is a dict for each: `image_id`, `category_id`, `bbox` (x, y, width, height) and `score`.
     """
     ids, results = dataset.coco_labels, []
     for index, (scores, labels, boxes) in sorted(detections.items()):
@@ -75,24 +70,15 @@ def coco_results(dataset: DetectionDataset, detections: Mapping[int, Detections]
 
 
 def score(dataset: DetectionDataset, detections: Mapping[int, Detections]) -> Scores:
-    """Score detections against the ground truth by COCO's protocol.
-
-    Args:
-        dataset: provides the ground truth.
-        detections: of each sample index that counts, with or without detections; boxes in pixels of the original image.
-    """
+    """Score the detections of each sample index that counts, boxes in pixels of the original image, as COCO does."""
     return score_results(dataset, coco_results(dataset, detections), sorted(detections))
 
 
 def score_results(dataset: DetectionDataset, results: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> Scores:
     """Score results as pycocotools does, to the last digit: boxes and scores are passed on as they are.
 
-    Difficult boxes are ignored like crowds: finding one changes no score.
-
-    Args:
-        dataset: provides the ground truth.
-        results: from `coco_results` or `read_results`; of other images, they do not count.
-        indices: the images that count.
+    Difficult boxes are ignored like crowds: finding one changes no score. The images of `indices` count; results of
+    others do not.
     """
     annotations = []
     for number, result in enumerate(results, start=1):

@@ -159,9 +159,8 @@ def _missed(judged: _Judged, num_boxes: int) -> np.ndarray:
 def analyse(dataset: DetectionDataset, detections: Mapping[int, Detections]) -> ErrorAnalysis:
     """Count the errors of a detector by kind, with the AP that each kind costs.
 
-    Args:
-        dataset: provides the ground truth; a wrong detection in a crowd or on a difficult box does not count.
-        detections: of each sample index, best first, boxes in pixels of the original image.
+    Detections are best first, boxes in pixels of the original image; a wrong one in a crowd or on a difficult box does
+    not count.
     """
     num_classes = dataset.num_classes()
     confusion = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)

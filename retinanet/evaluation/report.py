@@ -79,11 +79,11 @@ def evaluate(
     analyse: bool = False,
     results: Sequence[Mapping[str, Any]] | None = None,
 ) -> Evaluation:
-    """Score detections by COCO's and by Pascal VOC's protocol.
+    """Score detections, best first, boxes in pixels of the original image, by COCO's and by Pascal VOC's protocol.
 
     Args:
         dataset: provides the ground truth.
-        detections: of each sample index that counts, best first, boxes in pixels of the original image.
+        detections: of each sample index that counts.
         iou_threshold: IoU from which a box counts as found, for VOC's scores.
         eleven_points: average precision as in VOC 2007.
         analyse: also find out what costs AP.

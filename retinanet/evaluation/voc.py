@@ -72,16 +72,10 @@ def evaluate_detections(
     iou_threshold: float = 0.5,
     eleven_points: bool = False,
 ) -> dict[int, ClassResult]:
-    """Score detections class by class.
+    """Score the detections of each sample index that counts, boxes in pixels of the original image, class by class.
 
-    Args:
-        dataset: provides the ground truth; finding or missing a difficult box changes no score.
-        detections: of each sample index that counts, boxes in pixels of the original image.
-        iou_threshold: IoU from which a box counts as found.
-        eleven_points: average precision as in VOC 2007.
-
-    Returns:
-        The ClassResult of every label.
+    Finding or missing a difficult box changes no score. A box counts as found from `iou_threshold` on; `eleven_points`
+    gives the average precision of VOC 2007. Returns the ClassResult of every label.
     """
     num_classes = dataset.num_classes()
     num_boxes = np.zeros(num_classes, dtype=np.int64)
