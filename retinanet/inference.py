@@ -146,7 +146,7 @@ def detect(
         device: where the model is.
         precision: of the network's arithmetic.
         stop: called before every batch; where it returns True, detection ends with what was found so far.
-        **limits: arguments of `RetinaNet.detect`: `score_threshold`, `nms_threshold`, `top_k`, `max_detections`.
+        **limits: arguments of `RetinaNet.detect`.
 
     Returns:
         The Detections of each sample index of all ranks, on the CPU, boxes in pixels of the original image;

@@ -159,9 +159,9 @@ def _find_problem(entry: Any, image_ids: Container[int], category_ids: Container
             return f"{key} {shown(value)} does not exist in the ground truth"
     box = entry.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        return f"bbox must be 4 numbers (x, y, width, height), not {shown(box)}"
+        return f"bbox must be 4 numbers in a float's range (x, y, width, height), not {shown(box)}"
     if not _is_number(entry.get("score")):
-        return f"score must be a number, not {shown(entry.get('score'))}"
+        return f"score must be a number in a float's range, not {shown(entry.get('score'))}"
     return None
 
 

@@ -1,7 +1,4 @@
-"""Numbers -> charts, as PNG files.
-
-Needs matplotlib (a UserError says how to install it), and no display.
-"""
+"""Numbers -> charts, as PNG files. Needs matplotlib (without it, a UserError says so), and no display."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

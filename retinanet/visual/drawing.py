@@ -90,11 +90,8 @@ def draw_boxes(
         captions: [N] texts; "" for a box without one.
         styles: [N] keys of LINE_STYLES; by default all solid.
         colours: [N] RGB; by default those of the classes.
-        zoom: whole factor to enlarge by; by default `legible_zoom`.
-        class_names: name of each label, for the legend; None for no legend.
-
-    Returns:
-        [H * zoom, W * zoom, 3] uint8, higher by the legend where there is one.
+        zoom: whole factor to enlarge the image by; by default `legible_zoom`.
+        class_names: name of each label, for the legend, which makes the image higher; None for no legend.
     """
     captions = [""] * len(labels) if captions is None else [drawable(text) for text in captions]
     styles = ["solid"] * len(labels) if styles is None else styles

@@ -68,17 +68,11 @@ def draw_pyramid(net: RetinaNet, images: Tensor, picture: np.ndarray, path: str 
 
 
 class AnchorLosses(NamedTuple):
-    """The classification of the anchors of one image, and what it costs, on the CPU.
+    """The classification of the anchors of one image, and what it costs, on the CPU."""
 
-    Attributes:
-        logits: [A, K].
-        labels: [A] int64: the class that each anchor must find, or BACKGROUND, or IGNORE.
-        losses: [A] the share of each anchor in the class loss of the image.
-    """
-
-    logits: Tensor
-    labels: Tensor
-    losses: Tensor
+    logits: Tensor  # [A, K]
+    labels: Tensor  # [A] int64: the class that each anchor must find, or BACKGROUND, or IGNORE
+    losses: Tensor  # [A] the share of each anchor in the class loss of the image
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from PIL import ImageFont
 
+from retinanet.process import log
+
 NAME_LIMIT = 24  # characters of a class name; the rest is cut
 FONT_FOLDERS = (
     "/usr/share/fonts", "/usr/local/share/fonts", "$HOME/.local/share/fonts", "$HOME/.fonts",
@@ -73,7 +75,16 @@ def font_with(letters: frozenset[str]) -> str | None:
             missing = bytes(font.getmask(UNASSIGNED))
             if all(letter.isspace() or bytes(font.getmask(letter)) != missing for letter in letters):
                 return path
+    _warn_of_fonts()
     return None
+
+
+@functools.cache
+def _warn_of_fonts() -> None:
+    log.warning(
+        "warning: no installed font has the letters of some names, which are drawn in ASCII or as numbers: install one "
+        "that has them, such as Noto Sans (on Debian: apt install fonts-noto-core fonts-noto-cjk)"
+    )
 
 
 @functools.cache

@@ -33,7 +33,7 @@ def no_fonts(monkeypatch):
     """A machine on which only Pillow's own font exists."""
     monkeypatch.setattr(text, "FONT_FOLDERS", ())
     monkeypatch.setattr(text.importlib.util, "find_spec", lambda _: None)
-    caches = (text.font_with, text.installed_fonts)
+    caches = (text.font_with, text.installed_fonts, text._warn_of_fonts)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -41,10 +41,13 @@ def no_fonts(monkeypatch):
         cache.cache_clear()
 
 
-def test_without_fonts_letters_become_ascii_or_the_label(no_fonts):
+def test_without_fonts_letters_become_ascii_or_the_label(no_fonts, monkeypatch):
+    warned = []
+    monkeypatch.setattr(text.log, "warning", warned.append)
     names = ["Zürich", "汽车", "a very long class name that never ends", "", "Hund"]
     assert text.readable_names(names) == ["Zurich", "class 1", "a very long class name…", "class 3", "Hund"]
     assert text.drawable("汽车 é 0.93") == "?? e 0.93"
+    assert len(warned) == 1 and "apt install" in warned[0]  # once
 
 
 def test_a_font_is_found_that_has_the_letters():
