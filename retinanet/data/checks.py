@@ -232,7 +232,7 @@ def _check_borders(dataset: DetectionDataset, report: Report) -> None:
     # Objects at a border may be drawn beyond it, but hardly so that more than half of a box is outside.
     lost = sides.prod(axis=1) < (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) / 2
     readings = [("looks swapped", boxes[:, [1, 0, 3, 2]], "with x and y swapped: is y written first?")]
-    if dataset.box_format == "xywh":
+    if dataset.box_format == "xywh" and dataset.affine is None:
         corners = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
         message = "if bbox is x1, y1, x2, y2; it must be x, y, width, height"
         readings.append(("looks like x1, y1, x2, y2", corners, message))

@@ -103,7 +103,7 @@ class DetectionDataset(Dataset):
             # Reading the headers of all would take too long where there are many images.
             some = np.unique(np.linspace(0, number - 1, min(number, SOME_IMAGES)).astype(int))
             sizes, _ = headers = self.read_headers(some)
-            differs = (sizes != declared_sizes).any(axis=1) & sizes.all(axis=1)
+            differs = (sizes != declared_sizes).any(axis=1) & sizes.all(axis=1) & declared_sizes.all(axis=1)
             self.match_headers(*(self.read_headers(range(number)) if differs.any() else headers))
         if not self.report.tolerant:
             self.report.raise_errors()
@@ -120,8 +120,12 @@ class DetectionDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = self.load_image(index)
-        unsettled = self.in_files and self.declared_sizes is not None and not self.file_sizes[index].all()
-        if unsettled and (self.declared_sizes[index] != image.shape[:2]).any():
+        declared = None if self.declared_sizes is None or not self.in_files else self.declared_sizes[index]
+        if (
+            declared is not None
+            and (declared != image.shape[:2]).any()
+            and declared.all() > self.file_sizes[index].all()
+        ):
             self.match_headers(*self.read_headers([index]))
             if index in self.misfits:
                 raise UserError(str(self.report.examples["boxes of another size"][-1]))

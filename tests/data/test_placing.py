@@ -189,3 +189,14 @@ def test_images_are_left_out_with_all_that_is_theirs(tmp_path):
     (tmp_path / "train" / "0.png").unlink()
     with pytest.raises(UserError, match="none of its 3 images can be read"):
         checks.leave_out_bad_images(CocoDataset(tmp_path, "train", report=Report(skip_bad=True)), 1)
+
+
+def test_images_without_a_declared_size_are_measured_and_their_boxes_stay(tmp_path):
+    for name in ("a.png", "b.png"):
+        draw(tmp_path / name, factor=0.5)
+    sizes = np.array([[HEIGHT, WIDTH], [0, 0]])
+    files = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    annotations = [[*BOX, 0], [5, 10, 25, 15, 0]]
+    data = dataset.DetectionDataset(files, annotations, [0, 1], ["thing"], declared_sizes=sizes)
+    assert data.annotations[:, :4].tolist() == [[5, 10, 25, 15]] * 2
+    assert data.image_sizes.tolist() == [[HEIGHT // 2, WIDTH // 2]] * 2 and data[1]["annot"][0, 0] == 5
