@@ -33,6 +33,7 @@ SHOWS = {
     "detections": "beside the ground truth: right ones solid, false ones dashed, missed boxes dotted",
     "anchors": "the anchors of one location of each pyramid level",
     "matches": "which anchors are positive, for which box, and which are ignored; boxes without any are red",
+    "tiles": "where training computes the box head: the tiles of each level that hold a positive anchor",
     "pyramid": "the activations and class probabilities of each level, as heat maps",
     "loss": "where the class loss comes from: maps, and the paper's Figure 4",
     "anchor_fit": "whether the anchors fit the boxes of the training set, and which would fit better",
@@ -129,6 +130,8 @@ def show_inputs(
         elif args.show == "matches":
             grid = anchors.of_size(*image.shape[:2])
             save_image(anchor_views.draw_matches(image, boxes, grid, names, args.best_match_iou), path)
+        elif args.show == "tiles":
+            save_image(anchor_views.draw_tiles(image, boxes, anchors, args.best_match_iou), path)
         elif args.show == "pyramid":
             heatmaps.draw_pyramid(net, images, image, path)
         else:
@@ -255,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.images:
         detect_files(args, net, info, device)
         return
-    anchors = net.anchors.cpu() if net and args.show in ("anchors", "matches", "anchor_fit") else None
+    anchors = net.anchors.cpu() if net and args.show in ("anchors", "matches", "tiles", "anchor_fit") else None
     anchors = anchors or flags.anchors_from_arguments(args)
     transform = flags.training_transform(args) if args.augment else Resizer(args.min_side, args.max_side)
     dataset = flags.make_dataset(args, args.split, transform, info.get("class_names"))

@@ -40,7 +40,7 @@ def test_the_table_of_anchor_sizes_is_that_of_the_anchors(row):
 
 def test_every_command_is_one_that_the_script_takes():
     commands = re.findall(r"^python visualize\.py (.+)$", TEXT, flags=re.MULTILINE)
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands:
         args = visualize.parse_arguments(command.replace("$D", "--dataset shapes --out_dir docs/pictures").split())
         assert args.out_dir == "docs/pictures"

@@ -22,7 +22,7 @@ RULES = {
     "data": ("data", "boxes", *BASE),
     "training": ("training", "data", *PAPER, "fused_loss", "inference", *BASE),
     "inference": ("data", "training.checkpoint", *PAPER, *BASE),
-    "visual": ("visual", "data", *PAPER, *BASE),
+    "visual": ("visual", "data", *PAPER, "sparse_head", *BASE),
     "evaluation": ("evaluation", "data", *PAPER, "inference", "visual.charts", *BASE),
     "commands": ("commands", "data", "training", "evaluation", "visual", "inference", *PAPER, "fused_loss", *BASE),
     "dataloader": ("data",),

@@ -11,6 +11,7 @@ from retinanet.anchors import Anchors
 from retinanet.boxes import box_area, box_iou
 from retinanet.data.report import counted
 from retinanet.matcher import IGNORE, match_anchors
+from retinanet.sparse_head import COST, MARGIN, TILE, Plan
 from retinanet.visual.drawing import (
     Colour,
     class_colour,
@@ -123,3 +124,31 @@ def _draw_location(image: np.ndarray, boxes: Tensor, cells: Tensor, colours: Seq
     styles = ["dotted"] * len(boxes) + ["solid"] * len(cells)
     colours = [(255, 255, 255)] * len(boxes) + list(colours)
     return draw_boxes(canvas, everything.numpy(), [0] * len(everything), None, styles, colours)
+
+
+def draw_tiles(
+    image: np.ndarray, annotations: np.ndarray, anchors: Anchors, best_match_iou: float | None = None
+) -> np.ndarray:
+    """Draw where training computes the box head, one panel a level: tiles bright, their margins dimmed, the rest dark.
+
+    Annotations [G, 5] are in pixels of the image [H, W, 3], the network's input; `best_match_iou` is FocalLoss's.
+    """
+    size, boxes = image.shape[:2], annotations[:, :4]
+    matches = match_anchors(anchors.of_size(*size), torch.as_tensor(annotations)[None], best_match_iou)
+    plan = Plan(matches >= 0, anchors.level_shapes(*size))
+    panels = []
+    levels = zip(anchors.pyramid_levels, anchors.strides, plan.levels, plan.tiles(), strict=True)
+    for level, stride, active, tiles in levels:
+        light, share = np.full(size, 1.0), "computed as a whole"
+        if tiles is not None:
+            light[:] = 0.2
+            corners = tiles[1].tolist()
+            for margin, brightness in ((MARGIN, 0.5), (0, 1.0)):
+                for corner in corners:
+                    y, x = (slice(max(0, (at - margin) * stride), (at + TILE + margin) * stride) for at in corner)
+                    light[y, x] = brightness
+            share = f"{len(corners)} of {active.numel()} tiles, {len(corners) * COST / active.numel():.0%} of the cost"
+        canvas, scale = fit_to_cell((image * light[:, :, None]).astype(np.uint8))
+        drawn = draw_boxes(canvas, boxes * scale, annotations[:, 4].astype(int))
+        panels.append(side_by_side([drawn], [f"P{level}: {share}"]))
+    return contact_sheet(panels, columns=3)

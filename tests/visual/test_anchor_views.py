@@ -67,3 +67,13 @@ def test_the_anchors_of_the_location_that_fits_best_are_drawn_for_each_level(pla
         assert np.ptp(columns) + 1 == pytest.approx(2 * half_width * scale, abs=2)
         assert np.ptp(rows) + 1 == pytest.approx(2 * half_height * scale, abs=2)
         assert (columns.min() + columns.max() + 1) / 2 == pytest.approx((x + 32 + anchor_views.FRAME) * scale, abs=2)
+
+
+def test_tiles_are_bright_their_margins_dimmed_and_the_rest_dark():
+    annotations = np.array([[20, 20, 60, 60, 0]], dtype=np.float32)  # on P3, in the tile of the first 64 x 64 pixels
+    white = np.full((608, 800, 3), 255, np.uint8)
+    sheets = [anchor_views.draw_tiles(white, boxes, Anchors()) for boxes in (annotations, NO_BOXES)]
+    dimmed, without = ((sheet == 127).all(axis=2).sum() for sheet in sheets)
+    side = 640 / 800 * 8  # pixels of a location of P3 in a cell of the sheet
+    assert dimmed - without == pytest.approx((13**2 - 8**2) * side**2, rel=0.1)
+    assert all((sheet == 51).all(axis=2).sum() > 100_000 for sheet in sheets)
