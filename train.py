@@ -1,9 +1,11 @@
 """Train a RetinaNet on COCO, CSV, Pascal VOC, YOLO or generated data; in one process, or in many under torchrun."""
 
 import argparse
+import contextlib
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from retinanet.model import ARCHITECTURES, RetinaNet, resnet
 from retinanet.process import log, script
 from retinanet.training import checkpoint
 from retinanet.training.engine import train_one_epoch
+from retinanet.training.files import replaced
 from retinanet.training.finite import NotFiniteError
 from retinanet.training.log import RunLog, read_log
 from retinanet.training.recipes import RECIPES
@@ -158,18 +161,20 @@ def validate(
     if process.is_main_process():
         metrics = coco_eval.score(dataset, found).metrics
         log.info("%s", coco_eval.metrics_table(metrics))
-        views.save_detections(dataset, judge(dataset, found, 0.5), Path(settings.out_dir) / "detections.png")
+        with drawing(run, "detections.png"):
+            views.save_detections(dataset, judge(dataset, found, 0.5), Path(settings.out_dir) / "detections.png")
     return process.from_main_process(metrics)
 
 
-def draw_curves(run: Run) -> bool:
-    """Refresh curves.png; False, with a warning, without matplotlib."""
+@contextlib.contextmanager
+def drawing(run: Run, what: str) -> Iterator[None]:
+    """Within the context, `what` is drawn. No image is worth a run: an error is a warning, once."""
     try:
-        charts.draw_training_curves(read_log(run.log.path), run.steps_per_epoch, run.log.folder / "curves.png")
-    except UserError as error:
-        log.warning("warning: no curves.png: %s", error)
-        return False
-    return True
+        yield
+    except (OSError, ValueError) as error:
+        if what not in run.not_drawn:
+            log.warning("warning: no %s: %s", what, error)
+        run.not_drawn.add(what)
 
 
 def train(
@@ -187,7 +192,6 @@ def train(
     if process.get_world_size() > 1:
         devices = [device] if device.type == "cuda" else None
         model = DistributedDataParallel(run.net, device_ids=devices, gradient_as_bucket_view=True)
-    can_draw = run.log is not None
     while not run.is_over:
         epoch = run.progress.epoch
         sampler.set_epoch(*run.position)
@@ -205,8 +209,9 @@ def train(
         if val_loader is not None and ((epoch + 1) % settings.val_every == 0 or is_last):
             run.metrics = validate(run, val_loader, val_set, device, stop)
         run.end_epoch(statistics)
-        if can_draw and (run.metrics or is_last):
-            can_draw = draw_curves(run)
+        if run.log and (run.metrics or is_last):
+            with drawing(run, "curves.png"):
+                charts.draw_training_curves(read_log(run.log.path), run.steps_per_epoch, run.log.folder / "curves.png")
     log.info("done after %d epochs%s", run.progress.epoch, f", best AP {run.best:.3f}" if run.best >= 0 else "")
 
 
@@ -233,10 +238,12 @@ def main(argv: list[str] | None = None) -> int:
     log_header(args, run, device, len(train_set.annotations))
     if process.is_main_process():
         write_skipped(out_dir, [train_set, val_set])
-        (out_dir / "args.json").write_text(json.dumps(settings.as_dict(), indent=2))
+        with replaced(out_dir / "args.json") as file:
+            file.write(json.dumps(settings.as_dict(), indent=2).encode())
         best_match_iou = RECIPES[settings.recipe].best_match_iou
         anchor_report.log_summary(train_set, run.net.anchors, args.min_side, args.max_side, best_match_iou)
-        data_views.save_data_images(train_set, sampler, out_dir)
+        with drawing(run, "labels.png and batch.png"):
+            data_views.save_data_images(train_set, sampler, out_dir)
     with process.StopSignals() as stop:
         try:
             with explained(train_loader, settings.dtype):  # a worker may die at any time

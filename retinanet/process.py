@@ -55,6 +55,7 @@ def script(main: Callable[..., int | None]) -> Callable[..., int]:
             return 1
         finally:
             torch.set_default_dtype(dtype)
+            resume_workers()
         if distributed.is_initialized():
             distributed.destroy_process_group()
         return status
@@ -75,7 +76,7 @@ class _Handler(logging.StreamHandler):
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
+    def handleError(self, record: logging.LogRecord) -> None:
         if isinstance(sys.exc_info()[1], OSError | ValueError):  # ValueError: it was closed
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
@@ -129,8 +130,8 @@ def random_states() -> dict[str, Any]:
 def set_random_states(states: dict[str, Any]) -> None:
     """Restore the result of `random_states`."""
     name, keys, *rest = states["numpy"]
-    if not 0 <= rest[0] <= len(keys):  # NumPy would read beyond them
-        raise ValueError("a position of NumPy's generator is out of range")
+    if not 0 <= rest[0] <= len(keys) or not isinstance(states["python"][2], float | None):  # they are not checked there
+        raise ValueError("the state of a random generator is out of range")
     random.setstate(states["python"])
     np.random.set_state((name, keys.numpy(), *rest))
     torch.set_rng_state(states["torch"])
@@ -317,6 +318,13 @@ def guard_worker(_: int = 0) -> None:
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def resume_workers() -> None:
+    """Let data-loading workers that somebody stopped go on, or at least end."""
+    for worker in multiprocessing.active_children():
+        if hasattr(signal, "SIGCONT"):
+            os.kill(worker.pid, signal.SIGCONT)
 
 
 def _end_with_parent() -> None:

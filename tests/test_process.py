@@ -1,6 +1,10 @@
+import io
+import multiprocessing
 import os
 import random
 import signal
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -99,6 +103,48 @@ def test_progress_gives_the_items_and_is_silent_without_a_terminal(capsys):
 
 def test_progress_is_for_rank_0(rank_1):
     assert process.progress(range(3), "counting").disable
+
+
+def broken_pipe():
+    """A text file that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
+
+
+def test_messages_that_nobody_reads_go_nowhere(logger, monkeypatch, capsys):
+    with broken_pipe() as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        process.setup_logging()
+        for _ in range(3):
+            logger.info("unread")
+    logger.info("to a closed file")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_console_without_a_letter_gets_its_number(logger, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    process.setup_logging()
+    logger.info("\u6c7d")
+    assert stdout.buffer.getvalue().strip() == b"\\u6c7d"
+
+
+def test_a_script_runs_without_standard_error(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert raising(UserError("no"))([]) == 1
+    monkeypatch.setattr(sys, "stderr", broken_pipe())
+    assert raising(UserError("no"))([]) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_script_computes_in_float32_whatever_its_caller_does(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        assert process.script(lambda _: torch.ones(1).dtype == torch.float32)([]) == 1
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # Seeds
@@ -218,6 +264,37 @@ def test_the_first_signal_is_noted_and_handlers_are_put_back():
             os.kill(os.getpid(), signum)
         assert stop.signum == signal.SIGINT
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_is_noted_where_nobody_reads_the_message(monkeypatch):
+    with process.StopSignals() as stop, broken_pipe() as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signum == signal.SIGTERM
+
+
+def start_rank(connection):
+    """A process of torchrun: it starts a rank, which ends with it, and then does nothing."""
+
+    def rank():
+        process._end_with_parent()
+        connection.send("ready")
+        time.sleep(60)
+
+    multiprocessing.get_context("fork").Process(target=rank).start()
+    time.sleep(60)
+
+
+def test_a_rank_ends_with_the_process_that_started_it():
+    here, there = multiprocessing.Pipe()
+    parent = multiprocessing.get_context("fork").Process(target=start_rank, args=(there,))
+    parent.start()
+    there.close()
+    assert here.recv() == "ready"
+    parent.kill()
+    parent.join()
+    with pytest.raises(EOFError):  # nobody holds the other end any more
+        here.recv() if here.poll(10) else pytest.fail("the rank is alive")
 
 
 def test_the_death_of_a_child_disturbs_nothing():

@@ -1,10 +1,8 @@
 """Samples -> batches, read by worker processes."""
 
 import contextlib
-import multiprocessing
 import os
 import re
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +13,7 @@ from retinanet.data.dataset import DetectionDataset
 from retinanet.data.sampler import AspectRatioBasedSampler
 from retinanet.data.transforms import pad_images
 from retinanet.errors import UserError
-from retinanet.process import get_rank, get_world_size, guard_worker, seeded, signals_held
+from retinanet.process import get_rank, get_world_size, guard_worker, resume_workers, seeded, signals_held
 
 WAIT = 5  # seconds until workers that gave no batch are looked at
 MAX_WAITS = 36  # so often in a row, then the program ends
@@ -115,8 +113,7 @@ class _Loader(DataLoader):
                 waited += 1  # not a time: the whole program may have been stopped, and continued
                 if "timed out" not in str(error) or waited == MAX_WAITS:
                     raise
-                for worker in multiprocessing.active_children():  # one that was stopped goes on, or can end
-                    os.kill(worker.pid, signal.SIGCONT)
+                resume_workers()
                 continue
             if batch is None:
                 return

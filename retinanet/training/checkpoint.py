@@ -155,32 +155,36 @@ def _read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], 
             state, known = foreign_weights.read(path, content)
             info |= known
         anchors = make_anchors(info["anchors"])
+        if info["class_names"] is None and CLASS_OUTPUT in state:
+            info["class_names"] = placeholder_names(state[CLASS_OUTPUT].numel() // anchors.num_anchors)
+        _check(state, info, anchors)
     except UserError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise UserError(
-            f"{path}: holds a {type(content).__name__}, which is no whole RetinaNet ({shown(str(error))})"
-        ) from error
-    if info["class_names"] is None and CLASS_OUTPUT in state:
-        info["class_names"] = placeholder_names(state[CLASS_OUTPUT].numel() // anchors.num_anchors)
+        what = f"{type(content).__name__}, which is no whole RetinaNet"
+        raise UserError(f"{path}: holds a {what} ({shown(str(error))})") from error
+    return state, info, anchors
+
+
+def _check(state: Mapping[str, Tensor], info: Mapping[str, Any], anchors: Anchors) -> None:
+    """Raise ValueError if a part of a checkpoint, beside the shapes that torch checks, cannot be a RetinaNet's."""
     names = info["class_names"]
-    named = isinstance(names, list) and all(isinstance(name, str) for name in names) and 0 < len(names) == len({*names})
+    outputs = {BOX_OUTPUT: 4 * anchors.num_anchors}
+    if names is not None or CLASS_OUTPUT in state:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
+            raise ValueError("class_names")
+        outputs[CLASS_OUTPUT] = len(names) * anchors.num_anchors
     right = {
-        "anchors": bool(anchors.cells.isfinite().all()) and anchors.strides == Anchors().strides,
-        "class_names": named or (names is None and CLASS_OUTPUT not in state),
+        **{key: state[key].shape == (length,) for key, length in outputs.items() if key in state},
         **{side: type(info[side]) is int and 0 < info[side] <= MAX_SIDE for side in ("min_side", "max_side")},
+        "class_names": len(set(names or ())) == len(names or ()),
+        "anchors": anchors.strides == Anchors().strides,
         "best_match_iou": isinstance(info.get("best_match_iou"), float | None),
         "metrics": isinstance(info.get("metrics", {}), dict),
-        **{
-            key: key not in state or (named and state[key].shape == (anchors.num_anchors * numbers,))
-            for key, numbers in ((CLASS_OUTPUT, len(names or ())), (BOX_OUTPUT, 4))
-        },
         "fpn.P6.weight": "fpn.P6.weight" not in state or state["fpn.P6.weight"].dim() == 4,
     }
     if not all(right.values()):
-        wrong = [name for name, fits in right.items() if not fits]
-        raise UserError(f"{path}: is no RetinaNet's: {', '.join(wrong)} cannot be as they are there")
-    return state, info, anchors
+        raise ValueError(", ".join(name for name, fits in right.items() if not fits))
 
 
 def _load_state(net: RetinaNet, state: Mapping[str, Tensor], path: str | Path) -> None:

@@ -57,7 +57,7 @@ def lock_folder(folder: Path) -> IO[str]:
             if not seconds:
                 file.seek(0)
                 raise UserError(
-                    f"{folder}: {file.read(200)} writes here; choose another --out_dir, or end it"
+                    f"{folder}: {file.read(200)} writes here; end it, or choose another --out_dir"
                 ) from error
             time.sleep(1)
             continue

@@ -73,7 +73,9 @@ class CellAnchors(Anchors):
     def __init__(self, cells: Sequence[Sequence[Sequence[float]]]):
         super().__init__()
         self.explicit = {"cells": cells}
-        self.cells = torch.tensor(cells, device="cpu")
+        self.cells = torch.tensor(cells, dtype=torch.float32, device="cpu")
+        if self.cells.dim() != 3 or self.cells.shape[::2] != (len(self.strides), 4) or not self.cells.isfinite().all():
+            raise ValueError("anchors need 4 numbers each, on five levels")
 
     def settings(self) -> dict[str, list]:
         """What `make_anchors` takes, so that a checkpoint can carry it."""
@@ -82,9 +84,12 @@ class CellAnchors(Anchors):
 
 def make_anchors(settings: Mapping[str, list]) -> Anchors:
     """The anchors of a checkpoint's `settings()`; the default ones for no settings."""
-    if sum(map(len, settings.values())) > 1000:
-        raise ValueError("too many anchors")
-    return CellAnchors(settings["cells"]) if "cells" in settings else Anchors(**settings)
+    if "cells" in settings:
+        return CellAnchors(settings["cells"])
+    numbers = [number for values in settings.values() for number in values]
+    if len(numbers) > 1000 or not all(0 < number < 1e5 for number in numbers):
+        raise ValueError("anchors")
+    return Anchors(**settings)
 
 
 class PyramidFromP5(PyramidFeatures):

@@ -112,7 +112,7 @@ def check_state(
         "progress": epoch >= 0 and 0 <= step <= steps_per_epoch,
         "sums": all(map(math.isfinite, [*progress["sums"], *progress["recent"]])),
         "best": -1 <= found["best"] <= 1,
-        "counts": min(found["stale"], found["log_size"], found.get("ema_steps", 0)) >= 0,
+        "counts": min(progress["recent"][2], found["stale"], found["log_size"], found.get("ema_steps", 0)) >= 0,
         "schedule": found["schedule"]["last_epoch"] == (epoch if recipe.schedule == "plateau" else steps),
         "lr": all(0 <= rate <= 2.001 * settings.lr for rate in rates),  # twice for biases, and rounded
         "step": all(0 <= moment["step"] <= steps for moment in moments.values() if "step" in moment),

@@ -49,6 +49,7 @@ class Run:
         self.stale = 0  # validations since then
         self.metrics: dict[str, float] = {}  # of the last validation
         self.saved_at = time.monotonic()
+        self.not_drawn: set[str] = set()  # images that could not be written
 
     @property
     def detector(self) -> RetinaNet:

@@ -1,6 +1,10 @@
 import multiprocessing
+import os
 import pickle
 import random
+import signal
+import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from torchvision.transforms import Compose
 
 from retinanet.data import loader as loaders
 from retinanet.data.csv import CSVDataset
-from retinanet.data.loader import collater, make_loader, read_sample
+from retinanet.data.loader import collater, explained, make_loader, read_sample
 from retinanet.data.sampler import AspectRatioBasedSampler
 from retinanet.data.transforms import Augmenter, Resizer, pad_value
 from retinanet.errors import UserError
@@ -144,6 +148,43 @@ def test_a_truncated_image_stops_the_loader_with_its_name(tmp_path, workers):
 def test_a_data_set_with_its_transforms_can_be_sent_to_a_worker(data):
     data.transform = Compose([Augmenter(), Resizer(32, 64)])
     assert tuple(pickle.loads(pickle.dumps(data))[0]["img"].shape) == (32, 64, 3)
+
+
+@pytest.fixture
+def worker(data, monkeypatch):
+    """The batches of a loader of one worker, and that worker."""
+    monkeypatch.setattr(loaders, "WAIT", 0.1)
+    others = multiprocessing.active_children()
+    batches = iter(make_loader(data, 1, workers=1))
+    next(batches)
+    (process,) = set(multiprocessing.active_children()) - set(others)
+    return batches, process
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT", "USR1"])
+def test_a_signal_to_the_whole_job_does_not_end_a_worker(worker, name):
+    batches, process = worker
+    subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)
+    process.join(timeout=0.3)
+    assert process.is_alive() and next(batches)["index"] == [1]
+
+
+def test_a_worker_that_was_stopped_goes_on(monkeypatch):
+    monkeypatch.setattr(loaders, "WAIT", 0.1)
+    batches = iter(make_loader(Noise([1.0] * 9), 1, workers=1))
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGSTOP)
+    assert [batch["index"] for batch in batches] == [[index] for index in range(9)]
+
+
+def test_a_loader_that_gives_nothing_says_what_it_reads(data, monkeypatch):
+    monkeypatch.setattr(loaders, "WAIT", 0.1)
+    monkeypatch.setattr(loaders, "MAX_WAITS", 3)
+    monkeypatch.setattr(CSVDataset, "load_image", lambda *_: time.sleep(2))
+    loader = make_loader(data, 1, workers=1)
+    message = r"^no batch came in 0\.3.* s while data-loading workers read .*a\.png$"
+    with pytest.raises(UserError, match=message), explained(loader, torch.float32):
+        next(iter(loader))
 
 
 def test_a_worker_that_is_asked_to_end_ends(data):

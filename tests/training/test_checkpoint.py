@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import warnings
+import zipfile
 
 import pytest
 import torch
@@ -310,6 +311,102 @@ def test_the_scripts_run_no_code(tmp_path, script, capsys):
     assert importlib.import_module(script).main(flags) == 1
     assert "hostile.pt: is damaged, or holds more than tensors" in capsys.readouterr().err
     assert not target.exists()
+
+
+# Files that are not what they seem
+
+
+def changed_weights(**weights):
+    return lambda content: content | {"model": content["model"] | {k.replace("__", "."): v for k, v in weights.items()}}
+
+
+BIAS, BOX_BIAS = "classificationModel__output__bias", "regressionModel__output__bias"
+ODD = {
+    "no number": changed_weights(**{BIAS: torch.zeros(0)}),
+    "five numbers": changed_weights(**{BIAS: torch.zeros(5)}),
+    "a number": changed_weights(**{BIAS: torch.tensor(1.0)}),
+    "another box head": changed_weights(**{BOX_BIAS: torch.zeros(7)}),
+    "P6 of no dimension": changed_weights(fpn__P6__weight=torch.tensor(1.0)),
+    "P6 of one": changed_weights(fpn__P6__weight=torch.zeros(256)),
+    "an expanded tensor": changed_weights(conv1__weight=torch.zeros(1).expand(10**6, 10**6)),
+    "a sparse tensor": changed_weights(conv1__weight=torch.zeros(64, 3, 7, 7).to_sparse()),
+    "a meta tensor": changed_weights(conv1__weight=torch.zeros(64, 3, 7, 7, device="meta")),
+    "a text among the weights": changed_weights(conv1__weight="x"),
+    **{
+        f"{key} {value!r:.40}": lambda content, key=key, value=value: content | {key: value}
+        for key, values in {
+            "class_names": ["ab", [], ["cat", 1], {"cat": 0}, 5, ["cat", "cat"], ["x"] * 10**5, torch.zeros(2)],
+            "anchors": [
+                *(None, [], 3, {"sizes": 1}, {"other": []}, {"cells": [[[1.0]]]}, {"cells": "x"}, {"scales": [1e300]}),
+                *({"pyramid_levels": [10**9]}, {"sizes": ["x"] * 5}, {"sizes": [float("nan")] * 5}),
+                *({"scales": [1.0] * 5000, "ratios": [1.0] * 5000}, {"strides": [1, 2, 3, 4, 5]}),
+            ],
+            "min_side": [None, 0, -3, 1.5, "64", 10**9, True],
+            "max_side": [[64]],
+            "best_match_iou": ["x"],
+            "metrics": [[1]],
+        }.items()
+        for value in values
+    },
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_checkpoint_of_odd_content_is_one_message(net, saved, tmp_path, odd):
+    torch.save(ODD[odd](dict(saved[1])), tmp_path / "odd.pt")
+    for read in (checkpoint.load_model, functools.partial(checkpoint.load_weights, net)):
+        with pytest.raises(UserError, match=r"odd\.pt: "):
+            read(tmp_path / "odd.pt")
+
+
+def deep_module(depth):
+    """A module whose two children are one, and so on: 2^depth paths lead through it."""
+    module = nn.Sequential()
+    for _ in range(depth):
+        module = nn.Sequential(module, module)
+    return module
+
+
+HUGE = {
+    "a key of dots": lambda: {"." * 100_000: torch.zeros(1)},
+    "a prefix of dots": lambda: {"a." * 50_000 + "b": torch.zeros(1)},
+    "shared modules": lambda: deep_module(60),
+    "many modules": lambda: nn.Sequential(*[nn.ReLU()] * 20_000),
+}
+
+
+@pytest.mark.parametrize("huge", HUGE)
+def test_a_small_file_does_not_keep_the_program_busy(tmp_path, huge):
+    torch.save(HUGE[huge](), tmp_path / "huge.pt")
+    with pytest.raises(UserError, match=r"huge\.pt: holds "):
+        checkpoint.load_model(tmp_path / "huge.pt")
+
+
+def test_a_compressed_file_is_not_unpacked(tmp_path):
+    torch.save({"a": torch.zeros(10**6)}, tmp_path / "a.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as source,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for part in source.infolist():
+            bomb.writestr(part.filename, source.read(part))
+    with pytest.raises(UserError, match=r"bomb\.pt: .*its parts are larger than the file"):
+        checkpoint.load(tmp_path / "bomb.pt")
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "fifo"])
+def test_what_never_ends_is_not_read(tmp_path, path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match=r"is no checkpoint, or a damaged one \(not a file\)"):
+        checkpoint.load(tmp_path / path)
+
+
+def test_a_planted_link_is_not_followed(tmp_path):
+    (tmp_path / "other").write_text("precious")
+    (tmp_path / "a.pt").symlink_to(tmp_path / "other")
+    (tmp_path / "a.pt.tmp").symlink_to(tmp_path / "other")
+    checkpoint.save(tmp_path / "a.pt", {"epoch": 1})
+    assert (tmp_path / "other").read_text() == "precious" and checkpoint.load(tmp_path / "a.pt") == {"epoch": 1}
 
 
 # Starting from other weights

@@ -129,6 +129,28 @@ def test_an_epoch_continues_from_its_middle():
     assert found == expected and first + second == whole
 
 
+class Normed(Line):
+    """Normalises the means of the images, [B, 3, 1, 1]: one image has one value a channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, inputs):
+        return super().forward([self.norm(inputs[0].mean(dim=(2, 3), keepdim=True)), None])
+
+
+def test_a_batch_of_one_small_image_takes_the_running_statistics():
+    model = Normed()
+    loader = [{key: value for key, value in batch(*values).items()} for values in ((1, 3), (9,), (1, 3))]
+    for one in loader:
+        one["img"] = one["img"].repeat(1, 1, 16, 16)  # 32 x 32 pixels
+    train(model, loader)
+    assert model.norm.num_batches_tracked == 2 and model.norm.training
+    train(model, loader[1:2])
+    assert model.norm.num_batches_tracked == 2
+
+
 def test_a_signal_is_asked_for_before_a_step_and_handed_on_after_it():
     answers, received = iter([0, 0, 15]), []
     train(

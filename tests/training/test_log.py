@@ -1,10 +1,14 @@
 import json
+import multiprocessing
+import os
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from retinanet.errors import UserError
+from retinanet.training import files
 from retinanet.training.log import RunLog, read_log
 
 RUN_FILES = ("last.pt", "log.jsonl", "args.json", "curves.png")
@@ -55,6 +59,60 @@ def test_a_resumed_log_drops_what_came_after_the_checkpoint(tmp_path):
     first.write({"epoch": 0, "step": 2, "lr": 0.4})
     RunLog(tmp_path, tmp_path / "last.pt", size, False, 10).write({"epoch": 0, "step": 2, "lr": 0.3})
     assert [(entry["step"], entry["lr"]) for entry in read_log(tmp_path / "log.jsonl")] == [(1, 0.5), (2, 0.3)]
+
+
+@pytest.mark.parametrize(
+    ("damage", "left"),
+    [
+        (lambda content: bytes(len(content)), []),
+        (lambda content: content[:25], [0]),
+        (lambda content: content[:10] + bytes(9) + content[19:], [1]),
+        (lambda content: b"[" * 10**5 + b"\n" + content, []),
+        (lambda content: b'{"epoch": "x"}\n3\n' + content, [0]),
+        (lambda content: b"", []),
+    ],
+)
+def test_a_damaged_log_is_put_aside(tmp_path, caplog, damage, left):
+    content = b'{"epoch": 0, "lr": 1}\n{"epoch": 1, "lr": 2}\n'
+    damaged = damage(content)
+    (tmp_path / "log.jsonl").write_bytes(damaged)
+    log = RunLog(tmp_path, tmp_path / "last.pt", len(content), False, 1)
+    assert [entry["epoch"] for entry in read_log(tmp_path / "log.jsonl")] == left
+    assert (tmp_path / "log_damaged.jsonl").read_bytes() == damaged[: len(content)]
+    assert caplog.text.count("log.jsonl is damaged") == 1
+    log.write({"epoch": 2})
+    assert read_log(tmp_path / "log.jsonl")[-1] == {"epoch": 2}
+
+
+@pytest.mark.parametrize("plant", [os.mkfifo, lambda path: path.symlink_to(path.parent / "other")])
+def test_a_log_is_a_regular_file(tmp_path, plant):
+    plant(tmp_path / "log.jsonl")
+    with pytest.raises(UserError, match=r"log\.jsonl: exists and is not a regular file"):
+        RunLog(tmp_path, None, 0, False, 1)
+    RunLog(tmp_path, tmp_path / "last.pt", 0, False, 1)  # what is resumed replaces it
+    assert (tmp_path / "log.jsonl").is_file() and not (tmp_path / "other").exists()
+
+
+def hold(folder, connection):
+    log = RunLog(folder, None, 0, False, 1)
+    connection.send(log.folder)
+    time.sleep(60)
+
+
+def test_one_program_writes_to_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0)
+    here, there = multiprocessing.Pipe()
+    holder = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path, there))
+    holder.start()
+    here.recv()
+    (tmp_path / "last.pt.1-1.tmp").write_text("half a checkpoint")
+    with pytest.raises(UserError, match=f"process {holder.pid} on .* writes here; end it, or choose another --out_dir"):
+        RunLog(tmp_path, None, 0, False, 1)
+    assert not (tmp_path / "old_1").exists()
+    holder.kill()
+    holder.join()
+    RunLog(tmp_path, None, 0, False, 1)  # the dead hold nothing
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_line_that_is_being_written_is_not_read(tmp_path):

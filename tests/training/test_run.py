@@ -8,6 +8,7 @@ from retinanet.data.shapes import ShapesDataset
 from retinanet.errors import UserError
 from retinanet.model import resnet18
 from retinanet.training import checkpoint
+from retinanet.training.finite import NotFiniteError
 from retinanet.training.resume import check_resume, find_checkpoint
 from retinanet.training.run import Run
 from retinanet.training.settings import Settings
@@ -68,6 +69,27 @@ def test_the_best_validation_is_kept_and_later_ones_make_it_stale(net, settings,
     assert checkpoint.load(tmp_path / "last.pt")["metrics"] == {"AP": 0.25}
 
 
+def test_an_ap_that_cannot_be_measured_is_no_score(net, settings, tmp_path):
+    run = Run(settings("--early_stop", 2), net, CPU, ShapesDataset(5))
+    for epoch in range(4):
+        run.metrics = {"AP": -1.0}
+        run.end_epoch({"loss": 1.0})
+        assert checkpoint.load(tmp_path / "best.pt")["epoch"] == epoch + 1  # the last one
+    assert not run.is_over
+
+
+@pytest.mark.parametrize("signum", [0, 15])
+def test_a_gradient_that_is_not_finite_is_reported_before_anything_is_saved(net, settings, tmp_path, signum):
+    def check_norm():
+        raise NotFiniteError("images 3", [])
+
+    run = Run(settings("--checkpoint_every", 1), net, CPU, ShapesDataset(5))
+    run.progress.add(1.0, 1.0)
+    with pytest.raises(NotFiniteError, match="images 3"):
+        run.after_step(signum, check_norm)
+    assert not (tmp_path / "last.pt").exists()
+
+
 def test_weights_that_are_not_finite_are_not_saved(settings, tmp_path):
     net = resnet18(3)
     run = Run(settings(), net, CPU, ShapesDataset(5))
@@ -113,3 +135,81 @@ def test_the_checkpoint_to_resume(settings, tmp_path, caplog):
     assert "so a new run starts" in caplog.text and "old_2" in caplog.text
     (tmp_path / "last.pt").write_text("")
     assert find_checkpoint(settings("--resume", "auto")) == tmp_path / "last.pt"
+
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory):
+    """A function that makes a run of a recipe which has done a step, and what it saved."""
+    made = {}
+
+    def make(recipe):
+        if recipe not in made:
+            folder = tmp_path_factory.mktemp(recipe)
+            flags = ["--dataset", "shapes", "--recipe", recipe, "--precision", "fp32", "--out_dir", str(folder)]
+            settings = Settings.resolve(vars(train.parse_arguments([*flags, "--ema", "0.9"])), CPU)
+            net = resnet18(3)
+            run = Run(settings, net, CPU, ShapesDataset(5))
+            for weight in net.parameters():
+                weight.grad = torch.ones_like(weight) if weight.requires_grad else None
+            run.optimizer.step()
+            run.schedule.step()
+            run.progress.add(1.0, 1.0)
+            run.save_last()
+            made[recipe] = settings, net, checkpoint.load(folder / "last.pt")
+        return made[recipe]
+
+    return make
+
+
+def replaced(content, keys, value):
+    """A copy of nested content with one value, at the end of `keys`, replaced."""
+    if not keys:
+        return value
+    if isinstance(content, dict):
+        return content | {keys[0]: replaced(content[keys[0]], keys[1:], value)}
+    items = list(content)
+    items[keys[0]] = replaced(items[keys[0]], keys[1:], value)
+    return type(content)(items)
+
+
+@pytest.mark.parametrize("recipe", ["original", "paper", "scratch"])
+def test_what_a_run_saved_it_takes_back(stepped, recipe):
+    settings, net, content = stepped(recipe)
+    run = Run(settings, net, CPU, ShapesDataset(5))
+    run.restore("last.pt", content)
+    assert run.position == (0, 1) and run.ema.steps == 0
+    groups = content["training"]["optimizer"]["param_groups"]
+    assert run.optimizer.state_dict()["param_groups"] == groups
+    assert run.schedule.scheduler.state_dict() == content["training"]["schedule"]
+
+
+MOMENT = ("optimizer", "state", 0)
+ALTERED = [
+    (("optimizer",), {}), (("optimizer", "state"), [1]), (("optimizer", "state"), {10**6: {}}), (MOMENT, {}),
+    ((*MOMENT, "exp_avg"), torch.zeros(3)), ((*MOMENT, "exp_avg"), torch.zeros(64, 3, 7, 7, dtype=torch.float16)),
+    ((*MOMENT, "exp_avg_sq"), "x"), ((*MOMENT, "step"), torch.tensor(-1.0)), ((*MOMENT, "step"), torch.tensor(9.0)),
+    (("optimizer", "param_groups"), []), (("optimizer", "param_groups", 0, "lr"), float("nan")),
+    (("optimizer", "param_groups", 0, "lr"), 1e9), (("optimizer", "param_groups", 0, "lr"), torch.ones(2)),
+    (("schedule", "last_epoch"), 10**9), (("schedule", "last_epoch"), "x"), (("schedule",), None),
+    (("progress", "step"), -1), (("progress", "step"), 10**6), (("progress", "epoch"), 0.5), (("progress",), {}),
+    (("progress", "sums"), [1.0]), (("progress", "sums", 0), float("nan")), (("progress", "recent", 2), -5),
+    (("best",), 7.0), (("stale",), -1), (("log_size",), -1), (("log_size",), "x"), (("ema_steps",), None),
+    (("weights",), {}), (("weights", "conv1.weight"), torch.zeros(1)), (("random",), None), (("random", "torch"), 1),
+    (("random", "numpy", 2), 10**6), (("random", "numpy", 1), torch.zeros(3)), (("random", "python"), (3, (), None)),
+    (("random", "python", 2), "x"), ((), None), ((), [1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("keys", "value"), ALTERED)
+def test_an_altered_training_is_one_message(stepped, keys, value):
+    settings, net, content = stepped("scratch")
+    altered = content | {"training": replaced(content["training"], keys, value)}
+    with pytest.raises(UserError, match=r"^a\.pt: its training cannot be continued, .*--weights a\.pt$"):
+        Run(settings, net, CPU, ShapesDataset(5)).restore("a.pt", altered)
+
+
+@pytest.mark.parametrize("training", [None, {}, {"args": 3}, {"args": {}, "num_images": torch.ones(2)}])
+def test_altered_flags_are_one_message(net, settings, training):
+    content = {"class_names": list(ShapesDataset(5).labels.values()), "training": training}
+    with pytest.raises(UserError, match=r"^a\.pt: its training cannot be continued"):
+        check_resume("a.pt", settings(), content, ShapesDataset(5))
