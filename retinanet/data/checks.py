@@ -43,16 +43,10 @@ def check_before_training(train_set: DetectionDataset, val_set: DetectionDataset
 
 
 def check_dataset(dataset: DetectionDataset, depth: str = "quick", training: bool = True, workers: int = 1) -> Report:
-    """Check a data set whose annotation files could be read.
-
-    Args:
-        dataset: any.
-        depth: one of DEPTHS.
-        training: the data set is for training, and so needs boxes of each class.
-        workers: threads that decode images.
+    """Check a data set at one of DEPTHS; `workers` are threads that decode images.
 
     Returns:
-        What was found here and when the annotation files were read.
+        What was found here and when the annotation files were read; for `training`, also classes without boxes.
     """
     report = Report(skip_bad=dataset.report.skip_bad)
     if dataset.in_files:
@@ -73,14 +67,7 @@ def check_dataset(dataset: DetectionDataset, depth: str = "quick", training: boo
 
 
 def compare_sets(train_set: DetectionDataset, val_set: DetectionDataset, same_content: bool, report: Report) -> None:
-    """Report classes that the two sets do not share, and images that they do.
-
-    Args:
-        train_set: the training set.
-        val_set: the validation set.
-        same_content: compare the contents of the files, not only which they are.
-        report: gets what is found.
-    """
+    """Report classes that the two sets do not share, and images that they do, by file or by `same_content`."""
     names, val_names = list(train_set.labels.values()), list(val_set.labels.values())
     if difference := class_difference("the training set", names, "the validation set", val_names):
         report.add("different classes", val_set.source, difference)
@@ -179,7 +166,7 @@ def _check_images(dataset: DetectionDataset, depth: str, workers: int, report: R
     if depth in ("quick", "headers"):
         unread = ~dataset.file_sizes.all(axis=1)
         if depth == "quick":
-            unread &= ~dataset.known_sizes().all(axis=1)
+            unread &= ~dataset.known_sizes().all(axis=1) | np.isin(np.arange(number), dataset.some_images())
         depths[:] = np.where(unread, "headers", "none")
     looks = []
     if is_main_process():  # Only decoding gains from threads: the rest is Python.

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from retinanet.data.ground_truth import GroundTruth, coco_content, from_arrays, quiet_coco
 from retinanet.data.images import explain_missing, read_header, read_image
-from retinanet.data.placing import find_placement, move
+from retinanet.data.placing import find_placement, move, report_placement
 from retinanet.data.report import DROPPED, MIN_SIDE, FileError, Report
 from retinanet.errors import UserError, shown
 from retinanet.process import log, progress
@@ -34,7 +34,7 @@ class DetectionDataset(Dataset):
 
     Args:
         image_files: path of each image.
-        annotations: [N, 5] float32 (x1, y1, x2, y2, label), pixels of the original images, label 0-based.
+        annotations: [N, 5] (x1, y1, x2, y2, label), pixels of the images as annotated, label 0-based.
         image_index: [N] int: the image of each annotation.
         class_names: name of each label, in order.
         transform: sample -> sample, applied last.
@@ -42,8 +42,8 @@ class DetectionDataset(Dataset):
         annotation_ids: [N] int: the line or id of each in its file, for messages; default: 0, 1, ...
         report: what was wrong with the files; its arguments say whether that stops here; default: nothing.
         source: the annotations' file or folder, for messages; default: the class's name.
-        declared_sizes: [I, 2] int: height and width of each image as the annotation files declare them; 0: unknown.
-            Boxes of images that were turned or resized since are moved (see `placing`).
+        declared_sizes: [I, 2] int: height and width of each image as annotated; 0: unknown. Boxes of images that were
+            turned or resized since are moved, see `placing`.
         image_ids: of each image, for COCO's evaluation; default: 0, 1, ...
 
     Attributes:
@@ -51,8 +51,6 @@ class DetectionDataset(Dataset):
         offsets: [I + 1] int: the annotations of image i are those from offsets[i] to offsets[i + 1].
         difficult_annotations, difficult_image_index, difficult_offsets: likewise, of the difficult ones.
         file_sizes: [I, 2] int: height and width of the image files; 0: not read yet.
-        coco_labels: {label: category id}, for COCO's evaluation.
-        misfits: images whose boxes must be those of another one.
 
     Raises:
         DataError: the report holds errors.
@@ -96,13 +94,11 @@ class DetectionDataset(Dataset):
         self.coco_labels = {label: label for label in self.labels}
         self.transform = transform
         self.source = str(source or type(self).__name__)
-        self.misfits: list[int] = []
+        self.misfits: list[int] = []  # images whose boxes must be those of another one
         self.affine: np.ndarray | None = None  # [I, 2, 3] of `placing`, where boxes were moved
         self.file_sizes = np.zeros((number, 2), dtype=np.int64)
         if declared_sizes is not None and self.in_files:
-            # Reading the headers of all would take too long where there are many images.
-            some = np.unique(np.linspace(0, number - 1, min(number, SOME_IMAGES)).astype(int))
-            sizes, _ = headers = self.read_headers(some)
+            sizes, _ = headers = self.read_headers(self.some_images())
             differs = (sizes != declared_sizes).any(axis=1) & sizes.all(axis=1) & declared_sizes.all(axis=1)
             self.match_headers(*(self.read_headers(range(number)) if differs.any() else headers))
         if not self.report.tolerant:
@@ -175,6 +171,10 @@ class DetectionDataset(Dataset):
             sizes[index] = read_header(self.image_path(index))[:2]
         return sizes
 
+    def some_images(self) -> np.ndarray:
+        """The images whose headers are read where reading all would take too long."""
+        return np.unique(np.linspace(0, len(self) - 1, min(len(self), SOME_IMAGES)).astype(int))
+
     def read_headers(self, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
         """[I, 2] height and width as the files have them, 0 where they are not read; and [I] orientations of EXIF."""
         sizes, orientations = np.zeros((len(self), 2), dtype=np.int64), np.ones(len(self), dtype=np.int64)
@@ -200,20 +200,7 @@ class DetectionDataset(Dataset):
             self.annotations[:, :4], self.difficult_annotations[:, :4] = np.split(boxes, [len(self.annotations)])
             before = found.affine if self.affine is None else self.affine
             self.affine = np.where(moved[:, None, None], found.affine, before)
-        for kind, mask, text in (
-            ("turned boxes", found.turned, "its boxes are turned by EXIF as the image is"),
-            ("scaled boxes", found.scaled, "its boxes are scaled to it"),
-            ("boxes of another size", found.misfit, "its boxes fit the declared size only: are they another image's?"),
-            ("declared size", found.wrong, "its boxes stay as they are"),
-            ("EXIF rotation", found.unsure, "EXIF turns it, and its boxes must fit the upright image"),
-        ):
-
-            def explain(image: int, text: str = text) -> str:
-                (height, width), (file_height, file_width) = declared[image], sizes[image]
-                start = f"is declared as {width} x {height}, and " if declared[image].all() else ""
-                return f"{start}has {file_width} x {file_height} pixels in its file; {text}"
-
-            self.report.add_rows(kind, np.flatnonzero(mask), self.image_name, explain, lambda _: "")
+        report_placement(found, declared, sizes, self.image_name, self.report)
 
     def ground_truth(self) -> GroundTruth:
         """All annotations, difficult ones as crowds, as COCO's evaluation takes them."""
@@ -296,21 +283,13 @@ def class_difference(owner: str, names: Sequence[str], other: str, others: Seque
         listed = ", ".join(map(shown, missing[:5])) + (f" and {len(missing) - 5:,} more" if len(missing) > 5 else "")
         texts += [f"{who} lacks {listed}"] if missing else []
     if not texts:
-        pairs = zip(names, others, strict=True)
-        texts = [
-            f"label {n} is {shown(a)} and {shown(b)}: the order differs" for n, (a, b) in enumerate(pairs) if a != b
-        ]
-        texts = texts[:1]
+        pairs = enumerate(zip(names, others, strict=True))
+        texts = [f"label {n} is {shown(a)} and {shown(b)}: the order differs" for n, (a, b) in pairs if a != b][:1]
     return f"{owner} and {other} have different classes: {'; '.join(texts)}" if texts else ""
 
 
 def check_classes(owner: str, class_names: list[str], dataset: DetectionDataset) -> None:
-    """Make sure that a model, or a training set, and a data set have the same classes.
-
-    Args:
-        owner: of `class_names`, for the message.
-        class_names: in the order of their labels; placeholders need only be as many as the data set's classes.
-        dataset: that the model shall be used on.
+    """Make sure that a model (`owner`) and a data set have the same classes; placeholders need only be as many.
 
     Raises:
         UserError: they differ; the message names the classes that do.

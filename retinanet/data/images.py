@@ -129,17 +129,11 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 
 class ImageHeader(NamedTuple):
-    """What an image's file says before it is decoded.
+    """What an image's file says before it is decoded."""
 
-    Attributes:
-        height: pixels, as `read_image` turns it.
-        width: the same.
-        orientation: of EXIF, from 1, upright, to 8: how the file stores it.
-    """
-
-    height: int
+    height: int  # pixels, as `read_image` turns it
     width: int
-    orientation: int
+    orientation: int  # of EXIF, from 1, upright, to 8: how the file stores it
 
 
 def read_header(path: str | Path) -> ImageHeader:

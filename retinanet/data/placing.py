@@ -4,31 +4,25 @@ Annotation files declare the sizes of their images. A file of another size is th
 orientation, which some tools ignore, or shrunk after the annotation; its boxes fit the declared size.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+
+from retinanet.data.report import Report
 
 SLACK = 5, 0.02  # pixels, or share of the image's side, whichever is more: boxes overhang by so much now and then
 
 
 class Placement(NamedTuple):
-    """From the images as annotated to the images as read.
+    """From the images as annotated to the images as read; masks are [I] bool."""
 
-    Attributes:
-        affine: [I, 2, 3] float64: (x, y, 1) as annotated -> (x, y) as read.
-        turned: [I] bool: images that EXIF turns, unlike their boxes.
-        scaled: [I] bool: images that were resized after the annotation.
-        misfit: [I] bool: images of another shape, whose boxes fit only the declared size.
-        wrong: [I] bool: images of another size than the declared one, which count nevertheless.
-        unsure: [I] bool: images that EXIF turns, whose declared sizes do not tell whether their boxes are turned.
-    """
-
-    affine: np.ndarray
-    turned: np.ndarray
-    scaled: np.ndarray
-    misfit: np.ndarray
-    wrong: np.ndarray
-    unsure: np.ndarray
+    affine: np.ndarray  # [I, 2, 3] float64: (x, y, 1) as annotated -> (x, y) as read
+    turned: np.ndarray  # EXIF turns the image, unlike its boxes
+    scaled: np.ndarray  # the image was resized after the annotation
+    misfit: np.ndarray  # the image has another shape, and boxes that fit only the declared size
+    wrong: np.ndarray  # the image has another size than the declared one, and boxes that stay
+    unsure: np.ndarray  # EXIF turns the image, and no declared size tells whether its boxes are turned
 
 
 def overhang(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -76,10 +70,7 @@ def find_placement(
     differs = known & (np.abs(declared - sizes) > 1).any(axis=1)
     fits_declared, fits_file = fits(declared), fits(sizes)
     found = []
-    for kind in (
-        differs & sideways & alike(stored) & ~alike(sizes),
-        differs & alike(sizes),
-    ):
+    for kind in (differs & sideways & alike(stored) & ~alike(sizes), differs & alike(sizes)):
         as_declared, as_file = kind & fits_declared & ~fits_file, kind & fits_file & ~fits_declared
         found.append(kind & ~as_file & (as_declared | (as_declared.sum() >= as_file.sum())))
     turned, scaled = found
@@ -100,3 +91,23 @@ def find_placement(
     wrong = known & (declared != sizes).any(axis=1) & ~moved & ~misfit
     unsure = sizes.all(axis=1) & (orientations > 1) & ~turned & ~(known & sideways & ~alike(stored))
     return Placement(affine, turned, scaled & ~turned, misfit, wrong, unsure)
+
+
+def report_placement(
+    found: Placement, declared: np.ndarray, sizes: np.ndarray, where: Callable[[int], str], report: Report
+) -> None:
+    """Report what was found, each kind once; `declared` and `sizes` are those of `find_placement`."""
+    for kind, mask, text in (
+        ("turned boxes", found.turned, "its boxes are turned by EXIF as the image is"),
+        ("scaled boxes", found.scaled, "its boxes are scaled to it"),
+        ("boxes of another size", found.misfit, "its boxes fit the declared size only: are they another image's?"),
+        ("declared size", found.wrong, "its boxes stay as they are"),
+        ("EXIF rotation", found.unsure, "EXIF turns it, and its boxes must fit the upright image"),
+    ):
+
+        def explain(image: int, text: str = text) -> str:
+            (height, width), (file_height, file_width) = declared[image], sizes[image]
+            start = f"is declared as {width} x {height}, and " if declared[image].all() else ""
+            return f"{start}has {file_width} x {file_height} pixels in its file; {text}"
+
+        report.add_rows(kind, np.flatnonzero(mask), where, explain, lambda _: "")

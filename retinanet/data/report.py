@@ -42,19 +42,11 @@ def counted(number: int, noun: str) -> str:
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong, or all that have one cause.
+    """One thing that is wrong, or all that have one cause."""
 
-    Attributes:
-        kind: a key of POLICIES.
-        where: file and line, or file and the id of an image or annotation: the first one.
-        message: what is wrong, and what may help.
-        count: how many have this cause.
-        cause: what they have in common; None: nothing.
-    """
-
-    kind: str
-    where: str
-    message: str
+    kind: str  # a key of POLICIES
+    where: str  # file and line, or file and the id of an image or annotation: the first one
+    message: str  # what is wrong, and what may help
     count: int = 1
     cause: Hashable = None
 

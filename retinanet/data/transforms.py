@@ -21,13 +21,9 @@ SIZE_DIVISOR = 32  # the stride of C5: padded to it, every level of the pyramid 
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Scale pixels to zero mean and unit variance, on their device.
+    """[B, 3, H, W] uint8 -> float32 of zero mean and unit variance, channels_last, on the same device.
 
-    Args:
-        images: [B, 3, H, W] uint8. Floating-point images pass unchanged: they count as normalised.
-
-    Returns:
-        Same shape, float32, channels_last.
+    Floating-point images pass unchanged: they count as normalised.
     """
     if images.is_floating_point():
         return images
@@ -79,7 +75,7 @@ class UnNormalizer:
         self.std = PIXEL_STD if std is None else std
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """[..., 3, H, W] normalised -> the same shape, 0-1."""
+        """Change pixels, not their shape."""
         mean, std = (tensor.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return tensor * std + mean
 
@@ -152,12 +148,7 @@ class RandomCrop:
 
 
 def resized_sizes(sizes: np.ndarray, min_side: int, max_side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How Resizer scales images: the short side to `min_side`, unless the long side would exceed `max_side`.
-
-    Args:
-        sizes: [N, 2] height and width, pixels.
-        min_side: of the short side, pixels.
-        max_side: limit of the long side, pixels.
+    """How Resizer scales images of `sizes` [N, 2], height and width.
 
     Returns:
         Scales [N], resized size / original size; and the sizes after resizing [N, 2] and after padding [N, 2], int.
@@ -169,12 +160,7 @@ def resized_sizes(sizes: np.ndarray, min_side: int, max_side: int) -> tuple[np.n
 
 
 class Resizer:
-    """Scales the short side to `min_side`, unless the long side would exceed `max_side`; pads to multiples of 32.
-
-    Args:
-        min_side: pixels of the short side.
-        max_side: limit of the long side, pixels.
-    """
+    """Scales the short side to `min_side`, unless the long side would exceed `max_side`; pads to multiples of 32."""
 
     # Paper: 600 to 800 / 1333 pixels. Original: 608 / 1024, in float64. Here: the original's sizes, antialiased
     # on uint8, because it is many times faster and looks the same.
@@ -199,13 +185,7 @@ class Resizer:
 
 
 class ScaleJitter:
-    """Resizes each sample to a random short side: scale jitter (RetinaNet, section 5.2).
-
-    Args:
-        smallest: least short side, pixels.
-        largest: greatest short side, pixels.
-        max_side: limit of the long side, pixels.
-    """
+    """Resizes each sample to a short side from `smallest` to `largest`: scale jitter (RetinaNet, section 5.2)."""
 
     def __init__(self, smallest: int, largest: int, max_side: int = 1024):
         self.smallest = smallest

@@ -6,7 +6,7 @@ from helpers import gradient, save, truncate, write_coco_data, write_csv_data
 
 import train
 from retinanet.commands import check, convert
-from retinanet.data import checks
+from retinanet.data import checks, dataset
 from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset
 from retinanet.data.report import DataError, Report
@@ -67,6 +67,15 @@ def test_broken_images_are_found_by_looking_closely_enough(tmp_path):
         report = checks.check_dataset(CSVDataset(*files), depth, workers=2)
         found[depth] = places(report, "unreadable image")
     assert found == {"none": [], "quick": [":3"], "headers": [":3"], "decode": [":1", ":3"]}
+
+
+def test_the_cheap_check_reads_some_headers_of_images_whose_sizes_are_declared(tmp_path, monkeypatch):
+    root = write_coco_data(tmp_path)
+    for name in ("a.png", "b.png", "empty.png"):
+        (tmp_path / "images" / "val2017" / name).write_text("not an image")
+    assert checks.check_dataset(CocoDataset(root, "val2017")).counts["unreadable image"] == 3
+    monkeypatch.setattr(dataset, "SOME_IMAGES", 2)
+    assert checks.check_dataset(CocoDataset(root, "val2017")).counts["unreadable image"] == 2
 
 
 def test_the_cheap_check_spares_the_sampler_reading_headers_again(tmp_path):
