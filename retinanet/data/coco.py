@@ -36,7 +36,7 @@ class CocoDataset(DetectionDataset):
         root_dir: holds the annotation file in one of FILES, and the images in one of IMAGE_FOLDERS.
         set_name: such as `train2017`; or the path of the annotation file, which ends with `.json`.
         transform: sample -> sample.
-        crowds_are_objects: crowd regions are objects like all others.
+        crowds_are_objects: crowd regions are objects, too.
         report: gets what is wrong.
 
     Raises:
@@ -60,7 +60,8 @@ class CocoDataset(DetectionDataset):
         self.annotation_file, name = _find_file(self.root_dir, set_name, report)
         images, categories, self._truth = read_coco(self.annotation_file, report)
         folders = [str(self.root_dir / place.format(name)) for place in IMAGE_FOLDERS]
-        places = (folder for folder in folders for image in images[:20] if _exists(folder, image["file_name"]))
+        some = [image["file_name"] for image in images[:20]]
+        places = (folder for folder in folders for file in some if os.path.isfile(f"{folder}/{file}"))  # noqa: PTH113
         self.image_folder = next(places, None) or next(filter(os.path.isdir, folders), folders[0])
         if crowds_are_objects:
             self._truth.is_crowd[:] = False
@@ -100,9 +101,8 @@ class CocoDataset(DetectionDataset):
 
     def ground_truth(self) -> GroundTruth:
         """The annotations as the file has them, with those that training drops."""
-        truth = self._truth
-        renumber = "annotation ids" in self.report.counts
-        return self.placed(truth._replace(ids=np.arange(1, len(truth.ids) + 1)) if renumber else truth)
+        renumber = {"ids": np.arange(1, len(self._truth.ids) + 1)} if "annotation ids" in self.report.counts else {}
+        return self.placed(self._truth._replace(**renumber))
 
     def select_images(self, keep: np.ndarray) -> None:
         """Leave all other images out, with their annotations; `keep` is [I] bool."""
@@ -135,17 +135,9 @@ def _find_file(root: Path, set_name: str, report: Report) -> tuple[Path, str]:
     return path, names[path]
 
 
-def _exists(folder: str, name: str) -> bool:
-    return os.path.isfile(os.path.join(folder, name))  # noqa: PTH113, PTH118, pathlib raises for impossible names
-
-
 @no_garbage_collection()
 def read_coco(path: Path, report: Report) -> tuple[list[dict], list[dict], GroundTruth]:
-    """The images and categories of a file, sorted by their ids, and its annotations.
-
-    Raises:
-        UserError: the file is missing, or is not a COCO annotation file.
-    """
+    """The images and categories of a file, sorted by their ids, and its annotations."""
     content = load_json(path)
     for name in ENTRY_CHECKS:
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
@@ -271,9 +263,9 @@ def _report_crowds(path: Path, truth: GroundTruth, images: list[dict], report: R
             "CVAT and others mark masks so: --crowds_are_objects takes them as objects"
         )
         report.add("crowds", str(path), message)
+    crowd_only = np.setdiff1d(truth.image_index[truth.is_crowd], truth.image_index[~truth.is_crowd])
     report.add_rows(
-        "crowd-only image",
-        np.setdiff1d(truth.image_index[truth.is_crowd], truth.image_index[~truth.is_crowd]),
+        *("crowd-only image", crowd_only),
         lambda index: f"{path}: image {images[index]['id']}",
         lambda index: f"{shown(images[index]['file_name'])} has crowds only, and is trained on as empty",
         lambda _: "",
