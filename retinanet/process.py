@@ -89,8 +89,7 @@ def setup_logging() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a console may lack a letter of a name
-    handler = _Handler(sys.stdout)
-    log.handlers = [handler]
+    log.handlers = [_Handler(sys.stdout)]
     log.propagate = False
     log.setLevel(logging.INFO if is_main_process() else logging.ERROR)
 
@@ -151,9 +150,7 @@ def seeded(*seed: int) -> Iterator[None]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `--device` means: `auto` is the GPU of this process if there is one, else the CPU.
-
-    Under torchrun, `cuda` is the GPU of this process too; any other name is torch's.
+    """The device that `--device` means: `auto` is this process's GPU, as is `cuda`, or else the CPU.
 
     Raises:
         UserError: the device does not exist here.
@@ -254,19 +251,14 @@ def broadcast_buffers(module: torch.nn.Module) -> None:
 
 
 class StopSignals:
-    """A context in which SIGTERM, SIGINT and SIGUSR1 ask the program to stop soon; a second one stops it at once.
-
-    Attributes:
-        signum: number of the first signal; 0 before it.
-    """
+    """A context in which the first signal, `signum`, asks the program to stop soon; a second one stops it at once."""
 
     HANDLED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
     # Ctrl-C reaches a torchrun job twice, from the terminal and from torchrun: that counts as one.
     SAME_REQUEST_SECONDS = 2.0
 
     def __init__(self):
-        self.signum = 0
-        self.since = 0.0
+        self.signum, self.since = 0, 0.0
 
     def __enter__(self) -> "StopSignals":
         self.before = {signum: signal.signal(signum, self._handle) for signum in self.HANDLED}
@@ -286,59 +278,33 @@ class StopSignals:
             os._exit(128 + signum)
 
 
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Within the context, signals that stop the program wait; processes that it starts hold them back for ever."""
-    if not hasattr(signal, "sigtimedwait"):  # `guard_worker` could not take them
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopSignals.HANDLED)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def guard_worker(_: int = 0) -> None:
-    """Let a data-loading worker, started within `signals_held`, end when its parent asks for it or is gone.
-
-    A signal to all processes of a job must not end it: the main process decides, and needs it for the step to finish.
-    """
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)  # the terminal's Ctrl-C
-    if not hasattr(signal, "sigtimedwait"):
-        return
-    parent, starter = os.getppid(), multiprocessing.parent_process().pid  # not the same where a server forks
+def wait_for_parent(pause: Callable[[], bool], end: Callable[[], None]) -> None:
+    """Call `end`, in a thread, when the parent process is gone or `pause`, called again and again, gives True."""
+    parent = os.getppid()
 
     def wait() -> None:
-        while os.getppid() == parent:
-            received = signal.sigtimedwait(StopSignals.HANDLED, 1)
-            if received and received.si_pid == starter:
-                break
-        os._exit(0)
+        while os.getppid() == parent and not pause():
+            pass
+        end()
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def resume_workers() -> None:
-    """Let data-loading workers that somebody stopped go on, or at least end."""
-    for worker in multiprocessing.active_children():
-        if hasattr(signal, "SIGCONT"):
-            os.kill(worker.pid, signal.SIGCONT)
 
 
 def _end_with_parent() -> None:
     """Stop this rank, as SIGTERM does, when torchrun's own process is gone: nothing else would."""
-    parent = os.getppid()
 
-    def wait() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+    def end() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
         os._exit(128 + signal.SIGTERM)
 
-    threading.Thread(target=wait, daemon=True).start()
+    wait_for_parent(lambda: bool(time.sleep(1)), end)
+
+
+def resume_workers() -> None:
+    """Let data-loading workers that somebody stopped go on, or at least end."""
+    for worker in multiprocessing.active_children() if hasattr(signal, "SIGCONT") else ():
+        os.kill(worker.pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
 """Samples -> batches, read by worker processes."""
 
 import contextlib
+import multiprocessing
 import os
 import re
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ from retinanet.data.dataset import DetectionDataset
 from retinanet.data.sampler import AspectRatioBasedSampler
 from retinanet.data.transforms import pad_images
 from retinanet.errors import UserError
-from retinanet.process import get_rank, get_world_size, guard_worker, resume_workers, seeded, signals_held
+from retinanet.process import StopSignals, get_rank, get_world_size, resume_workers, seeded, wait_for_parent
 
 WAIT = 5  # seconds until workers that gave no batch are looked at
 MAX_WAITS = 36  # so often in a row, then the program ends
@@ -45,6 +47,35 @@ def read_sample(dataset: Dataset, seed: int, epoch: int, index: int) -> dict[str
         return dataset[index]
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Within the context, signals that stop the program wait; for processes that start here, until they take them."""
+    held = StopSignals.HANDLED if hasattr(signal, "sigtimedwait") else ()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held) if held else ()
+    try:
+        yield
+    finally:
+        if held:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _guard_worker(_: int = 0) -> None:
+    """Let a data-loading worker, started within `_signals_held`, end only when its parent asks for it or is gone.
+
+    A signal to all processes of a job must not end it: the main process decides, and needs it for the step to finish.
+    """
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)  # away from the terminal's Ctrl-C
+    if hasattr(signal, "sigtimedwait"):
+        starter = multiprocessing.parent_process().pid
+
+        def is_asked() -> bool:
+            received = signal.sigtimedwait(StopSignals.HANDLED, 1)
+            return received is not None and received.si_pid == starter
+
+        wait_for_parent(is_asked, lambda: os._exit(0))
+
+
 class _KeySampler(Sampler[list[tuple[int, int]]]):
     """The batches of an AspectRatioBasedSampler, each index with its epoch, for `_Reader`."""
 
@@ -61,14 +92,7 @@ class _KeySampler(Sampler[list[tuple[int, int]]]):
 
 
 class _Reader(Dataset):
-    """A data set as a loader reads it.
-
-    Args:
-        dataset: gives samples.
-        seed: of the augmentations, for keys (epoch, index); a key that is only an index takes random numbers as they
-            come.
-        workers: processes that read.
-    """
+    """A data set as a loader reads it, with augmentations from `seed` for keys (epoch, index)."""
 
     def __init__(self, dataset: DetectionDataset, seed: int, workers: int):
         self.dataset = dataset
@@ -103,7 +127,7 @@ class _Loader(DataLoader):
     """A DataLoader that raises the errors of its workers as they were raised there."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        with signals_held():  # workers start here
+        with _signals_held():  # workers start here
             batches = super().__iter__()
         waited = 0
         while True:
@@ -154,11 +178,10 @@ def make_loader(
 
     Args:
         dataset: gives samples.
-        batch_size: images a batch, without a `batch_sampler`.
+        batch_size: images a batch; like `indices` for loaders without a `batch_sampler`.
         workers: processes that read images; 0 reads them in this one.
-        batch_sampler: yields lists of indices. With an AspectRatioBasedSampler, augmentations follow from its seed,
-            the epoch and the image alone.
-        indices: which samples, without a `batch_sampler`; default: all.
+        batch_sampler: of an AspectRatioBasedSampler, augmentations follow from its seed, the epoch and the image alone.
+        indices: which samples; default: all.
         device: where the batches will go; a GPU takes them from pinned memory.
     """
     seed, generator = 0, None
@@ -181,7 +204,7 @@ def make_loader(
         pin_memory=device is not None and device.type == "cuda",
         persistent_workers=workers > 0,
         timeout=WAIT if workers else 0,
-        worker_init_fn=guard_worker,
+        worker_init_fn=_guard_worker,
         generator=generator,
     )
 
@@ -194,12 +217,7 @@ class WorkerDiedError(UserError):
 def explained(loader: Iterable, precision: torch.dtype) -> Iterator[dict[str, Any]]:
     """Turn errors about memory and dead workers into messages that say what to do.
 
-    Args:
-        loader: of the batches.
-        precision: of the computation, for the message.
-
-    Yields:
-        A dict, in which the body keeps the `shape` of the batch that it computes with.
+    It yields a dict, in which the body keeps the `shape` of the batch that it computes with.
     """
     seen: dict[str, Any] = {}
     try:

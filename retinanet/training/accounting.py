@@ -12,19 +12,12 @@ from retinanet import process
 
 @dataclass
 class Progress:
-    """How far a run has come.
-
-    Attributes:
-        epoch: the current one, from 0.
-        step: optimizer steps of it that are done.
-        sums: class loss and box loss, summed over these steps.
-        recent: class loss and box loss, summed since the last entry of the log, and the number of steps.
-    """
+    """How far a run has come."""
 
     epoch: int = 0
-    step: int = 0
-    sums: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    recent: list[float] = field(default_factory=lambda: [0.0, 0.0, 0])
+    step: int = 0  # optimizer steps of the epoch that are done
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0])  # class loss and box loss of these steps
+    recent: list[float] = field(default_factory=lambda: [0.0, 0.0, 0])  # since the last entry of the log, and its steps
 
     def add(self, class_loss: float, box_loss: float) -> None:
         """Count a step."""
@@ -36,14 +29,7 @@ class Progress:
 class Meter:
     """Counts the steps of an epoch, and reports them: in a progress bar, and every `log_every` steps in the log.
 
-    Args:
-        progress: where the epoch starts; kept up to date.
-        num_steps: optimizer steps of the whole epoch.
-        log_every: steps from one entry of the log to the next.
-        log_step: called with each entry.
-
-    Attributes:
-        bar: yields the numbers of the steps that are left.
+    It keeps `progress`, where the epoch starts, up to date; `bar` yields the numbers of the steps that are left.
     """
 
     def __init__(

@@ -1,12 +1,13 @@
 """Checkpoints: a model, and all that rebuilds it, as plain tensors and numbers that load without running code."""
 
+import contextlib
 import logging
 import pickle
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from retinanet.anchors import Anchors
 from retinanet.data.dataset import placeholder_names
-from retinanet.errors import UserError, shown
+from retinanet.errors import UserError
 from retinanet.model import ARCHITECTURES, RetinaNet, resnet
 from retinanet.process import log
 from retinanet.resnet import Bottleneck
@@ -34,12 +35,23 @@ def save(path: str | Path, content: Mapping[str, Any]) -> None:
         torch.save(dict(content), file)
 
 
-def _check_file(path: Path) -> None:
-    """Hold the declared sizes and the checksums of a zip file's parts against the file, which torch does not.
+@contextlib.contextmanager
+def checked(path: Path, what: str) -> Iterator[None]:
+    """Within the context, an error of a value from the file `path` becomes a UserError that says `what` the file is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+        ArithmeticError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile,
+    ) as error:  # fmt: skip
+        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+        raise UserError(f"{path}: {what} ({reason})") from error
 
-    Raises:
-        ValueError: it is damaged, or made to fill the memory.
-    """
+
+def _check_file(path: Path) -> None:
+    """Raise ValueError if a zip file's parts are not those that it declares, which torch does not check."""
     if not path.is_file():
         raise ValueError("not a file")
     if not zipfile.is_zipfile(path):  # torch's format before 1.6
@@ -53,11 +65,7 @@ def _check_file(path: Path) -> None:
 
 
 def _check_tensors(content: Any, size: int) -> None:
-    """Make sure that all tensors are ordinary ones whose numbers are in the file, of `size` bytes.
-
-    Raises:
-        ValueError: one is not: a sparse one, say, or one number that is expanded to many.
-    """
+    """Raise ValueError if a tensor is not an ordinary one whose numbers are all in the file, of `size` bytes."""
     seen, waiting, storages = set(), [content], {}
     while waiting:
         item = waiting.pop()
@@ -90,27 +98,20 @@ def load(path: str | Path) -> Any:
         UserError: the file is missing, damaged, or holds more than tensors, plain types and known classes.
     """
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: the checkpoint does not exist")
     try:
-        size = path.stat().st_size
-        _check_file(path)
-        with torch.serialization.safe_globals(STAND_INS):
+        with checked(path, "is no checkpoint, or a damaged one"), torch.serialization.safe_globals(STAND_INS):
+            _check_file(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
-        _check_tensors(content, size)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: the checkpoint does not exist") from error
+            _check_tensors(content, path.stat().st_size)
+            return content
     except pickle.UnpicklingError as error:  # torch's own text advises to load the file without this protection
         name = re.search(r"GLOBAL (?:builtins\.)?([\w.]+)", str(error))  # older torch names the module as well
         raise UserError(
             f"{path}: is damaged, or holds more than tensors and plain types{f' ({name[1]})' if name else ''}, and was "
             "not run. If you trust it, load it with the program that saved it, and save model.state_dict() instead"
         ) from error
-    except (
-        OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
-        ArithmeticError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile,
-    ) as error:  # fmt: skip
-        reason = str(error).strip().split("\n")[0][:300]
-        raise UserError(f"{path}: is no checkpoint, or a damaged one ({reason})") from error
-    return content
 
 
 def model_entries(net: RetinaNet, class_names: Sequence[str], min_side: int, max_side: int) -> dict[str, Any]:
@@ -140,12 +141,11 @@ def infer_depth(state: Mapping[str, Tensor]) -> int | None:
 def _read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], Anchors]:
     """The weights of any kind of checkpoint under this library's names, what else is known of the model, its anchors.
 
-    What is known is at least `found` (the kind of file), `class_names` (None for a backbone alone), `min_side` and
-    `max_side`. All of it is checked before anything is made from it.
+    That is at least `found` (the kind of file), `class_names` (None for a backbone alone), `min_side`, `max_side`.
     """
     content = load(path)
     info = {"class_names": None, "anchors": {}, "min_side": 608, "max_side": 1024}
-    try:
+    with checked(path, f"holds a {type(content).__name__}, which is no whole RetinaNet"):
         if isinstance(content, dict) and content.keys() & (MODEL_KEYS - {"model"}):
             if missing := MODEL_KEYS - content.keys():
                 raise UserError(f"{path}: is not a checkpoint of this library, it lacks {', '.join(sorted(missing))}")
@@ -158,11 +158,6 @@ def _read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], 
         if info["class_names"] is None and CLASS_OUTPUT in state:
             info["class_names"] = placeholder_names(state[CLASS_OUTPUT].numel() // anchors.num_anchors)
         _check(state, info, anchors)
-    except UserError:
-        raise
-    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        what = f"{type(content).__name__}, which is no whole RetinaNet"
-        raise UserError(f"{path}: holds a {what} ({shown(str(error))})") from error
     return state, info, anchors
 
 
@@ -195,7 +190,7 @@ def _load_state(net: RetinaNet, state: Mapping[str, Tensor], path: str | Path) -
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {str(error)[:2000]}") from error
 
 
 def load_model(path: str | Path) -> tuple[RetinaNet, dict[str, Any]]:

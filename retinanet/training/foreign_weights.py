@@ -66,8 +66,7 @@ STAND_INS = [
 class CellAnchors(Anchors):
     """Anchors that are given one by one, because another library rounds its own or centres them elsewhere.
 
-    Args:
-        cells: [levels, A, 4] xyxy, pixels, around the centre of a location.
+    `cells` are [levels, A, 4] xyxy, pixels, around the centre of a location.
     """
 
     def __init__(self, cells: Sequence[Sequence[Sequence[float]]]):
@@ -144,11 +143,7 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _module_state(module: StandIn) -> dict[str, Tensor]:
-    """The state dict of a pickled model.
-
-    Raises:
-        ValueError: it has more parts than any model, perhaps because some are shared again and again.
-    """
+    """The state dict of a pickled model; ValueError if it has too many parts, as one module in a million places."""
     state, waiting = {}, [("", module)]
     for _ in range(MAX_PARTS):
         prefix, module = waiting.pop()

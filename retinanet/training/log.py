@@ -36,14 +36,8 @@ RUN_FILES = (
 class RunLog:
     """The numbers of a run, one JSON object a line: of some steps, and of each epoch.
 
-    It locks the folder. If that holds an earlier run, its files are moved to `old_1`, `old_2`, ...
-
-    Args:
-        out_dir: folder of the run.
-        resumed: the checkpoint that is resumed, with its log beside it; None for a new run.
-        size: length of that log when the checkpoint was written, bytes; the rest is dropped.
-        tensorboard: write TensorBoard's files as well.
-        steps_per_epoch: optimizer steps.
+    It locks the folder. If that holds an earlier run, its files are moved to `old_1`, `old_2`, ... A run that
+    continues from the checkpoint `resumed` takes the first `size` bytes of the log beside it.
 
     Raises:
         UserError: another program writes to the folder, or TensorBoard is asked for, but not installed.

@@ -63,7 +63,6 @@ RECIPES = {
 }
 # fmt: on
 
-
 # What an optimizer keeps of each weight, shaped like it.
 MOMENTS = {"sgd": ["momentum_buffer"], "adam": ["exp_avg", "exp_avg_sq"], "adamw": ["exp_avg", "exp_avg_sq"]}
 
@@ -84,13 +83,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.O
 
 
 class Schedule:
-    """Changes the learning rate after every step or after every epoch, as the recipe says.
-
-    Args:
-        optimizer: its rates are the peaks.
-        recipe: determines the curve.
-        total_steps: optimizer steps of the whole run.
-    """
+    """Changes the learning rate, from the peaks that `optimizer` holds, after every step or epoch as `recipe` says."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int):
         self.by_epoch = recipe.schedule == "plateau"
@@ -126,14 +119,7 @@ class EMA:
 
     The average often detects better than the model of any one step (Tarvainen and Valpola, "Mean teachers are
     better role models", 2017). In the first steps it follows faster, so that random weights are soon forgotten.
-
-    Args:
-        model: the model that is trained.
-        decay: share of the average that a step keeps.
-
-    Attributes:
-        model: the copy, in evaluation mode; BatchNorm's statistics are those of the last step.
-        steps: number of steps that were averaged.
+    `model` is the copy, in evaluation mode; BatchNorm's statistics are those of the last step.
     """
 
     # Not torch's AveragedModel: it keeps the step count in a tensor, so a decay that rises would wait for the GPU at

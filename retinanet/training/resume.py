@@ -1,8 +1,6 @@
 """Continuing a run: which checkpoint, whether its flags are those of now, and whether what it holds fits the run."""
 
-import contextlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from torch import Tensor
 from retinanet.data.dataset import DetectionDataset, check_classes
 from retinanet.errors import UserError, shown
 from retinanet.process import from_main_process, log
+from retinanet.training.checkpoint import checked
 from retinanet.training.recipes import MOMENTS, RECIPES
 from retinanet.training.settings import Settings
 
@@ -23,6 +22,7 @@ FREE_FLAGS = {
 }
 # What a scheduler changes while it runs; the rest of its state follows from the settings.
 CHANGING = ("last_epoch", "_step_count", "_last_lr", "best", "num_bad_epochs", "cooldown_counter")
+NOT_CONTINUED = "its training cannot be continued; start from its weights with --weights"
 
 
 def find_checkpoint(settings: Settings) -> Path | None:
@@ -36,32 +36,15 @@ def find_checkpoint(settings: Settings) -> Path | None:
     return from_main_process(path if path.exists() else None)
 
 
-@contextlib.contextmanager
-def checked(path: Path) -> Iterator[None]:
-    """Within the context, every error of a value from the checkpoint `path` means that it is not what a run wrote."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        reason = shown(str(error) or type(error).__name__)
-        message = f"{path}: its training cannot be continued, {reason}; start from its weights: --weights {path}"
-        raise UserError(message) from error
-
-
 def check_resume(path: Path, settings: Settings, content: dict[str, Any], train_set: DetectionDataset) -> None:
-    """Make sure that `settings` and `train_set` are those of the run whose checkpoint `load_model` read from `path`.
-
-    Raises:
-        UserError: they are not; the message lists all differences.
-    """
+    """Raise a UserError that lists how `settings` and `train_set` differ from those of the run saved in `path`."""
     if "training" not in content:
         raise UserError(f"{path}: holds a model, but no state of a training; start from it with --weights {path}")
     check_classes(str(path), content["class_names"], train_set)
     recipe = RECIPES[settings.recipe]
     free = FREE_FLAGS | ({"epochs"} if recipe.schedule == "plateau" else set())
     names = {"global_batch": "batch_size x --accumulate x processes"}
-    with checked(path):
+    with checked(path, NOT_CONTINUED):
         before, now = content["training"]["args"], settings.as_dict()
         before = {**before, "clip_norm": before.get("clip_norm") or recipe.clip_norm}  # earlier versions saved the flag
         errors = [
@@ -77,20 +60,11 @@ def check_resume(path: Path, settings: Settings, content: dict[str, Any], train_
         raise UserError(f"--resume {path}: {'; '.join(errors)}. {advice}")
 
 
-def check_state(
-    found: Any, own: dict[str, Any], weights: list[Tensor], settings: Settings, steps_per_epoch: int
-) -> None:
+def check_state(found: Any, own: dict, weights: list[Tensor], settings: Settings, steps_per_epoch: int) -> None:
     """Hold the `training` of a checkpoint against a run's `own`: its keys, types, shapes and ranges.
 
-    Args:
-        found: what the file holds.
-        own: what the new run itself would write.
-        weights: of the optimizer, in its order.
-        settings: of the run.
-        steps_per_epoch: optimizer steps.
-
-    Raises:
-        ValueError: they are not alike; LookupError or TypeError, likewise.
+    The optimizer's state is held against the `weights` that it belongs to. What is not alike raises ValueError,
+    LookupError, TypeError or AttributeError.
     """
     moments = found["optimizer"]["state"]
     if not moments.keys() <= {*range(len(weights))}:

@@ -16,19 +16,12 @@ from retinanet.training import checkpoint
 from retinanet.training.accounting import Progress
 from retinanet.training.log import RunLog
 from retinanet.training.recipes import EMA, RECIPES, Schedule, make_optimizer
-from retinanet.training.resume import CHANGING, check_state, checked
+from retinanet.training.resume import CHANGING, NOT_CONTINUED, check_state
 from retinanet.training.settings import Settings
 
 
 class Run:
-    """A training run, at its beginning until `restore` is called.
-
-    Args:
-        settings: of the run.
-        net: the model that it trains; changed as the recipe says, and moved to `device`.
-        device: that the run computes on.
-        train_set: gives the class names and the number of images.
-    """
+    """A training run, at its beginning until `restore` is called; it changes `net` as the recipe says."""
 
     def __init__(self, settings: Settings, net: RetinaNet, device: torch.device, train_set: DetectionDataset):
         recipe = RECIPES[settings.recipe]
@@ -73,16 +66,13 @@ class Run:
             self.log.write(entry)
 
     def after_step(self, signum: int, check_norm: Callable[[], float]) -> None:
-        """Call after every optimizer step: update the average, save if it is time, and stop if a signal came.
-
-        `check_norm` raises the error of a gradient that was not finite, which says more than that of `save`.
-        """
+        """Call after every optimizer step: update the average, save if it is time, and stop if a signal came."""
         if self.ema:
             self.ema.update(self.net)
         number, unit = self.settings.checkpoint_every
         due = self.progress.step % number == 0 if unit == "steps" else time.monotonic() - self.saved_at > 60 * number
         if signum or due:
-            check_norm()
+            check_norm()  # its error says more than that of `save`
         if signum:
             self.stop(signum)
         if due:
@@ -145,12 +135,8 @@ class Run:
         self.save("last.pt", training=self.state())
 
     def restore(self, path: Path, content: dict[str, Any]) -> None:
-        """Continue from what `save_last` wrote to `path`; `net` was loaded from the same file.
-
-        Raises:
-            UserError: this run cannot have written it.
-        """
-        with checked(path):
+        """Continue from what `save_last` wrote to `path`, a UserError if it did not; `net` came from the same file."""
+        with checkpoint.checked(path, NOT_CONTINUED):
             state, own = content["training"], self.state()
             weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
             check_state(state, own, weights, self.settings, self.steps_per_epoch)

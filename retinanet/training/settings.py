@@ -41,12 +41,7 @@ class Settings:
 
     @classmethod
     def resolve(cls, flags: Mapping[str, Any], device: torch.device) -> "Settings":
-        """Derive from the recipe, the device and the number of processes what the flags leave open.
-
-        Args:
-            flags: name -> value; None or `auto` leaves it open.
-            device: that the run computes on.
-        """
+        """Derive from the recipe, the device and the number of processes what flags of None or `auto` leave open."""
         recipe = RECIPES[flags["recipe"]]
         dtype = choose_precision(flags["precision"], device)
         global_batch = flags["batch_size"] * flags["accumulate"] * get_world_size()
