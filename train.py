@@ -22,7 +22,9 @@ from retinanet.data.sampler import AspectRatioBasedSampler
 from retinanet.data.transforms import Resizer
 from retinanet.errors import UserError
 from retinanet.evaluation import coco as coco_eval
+from retinanet.evaluation import voc
 from retinanet.evaluation.errors import judge
+from retinanet.evaluation.report import limits_note
 from retinanet.model import ARCHITECTURES, RetinaNet, resnet
 from retinanet.process import log, script
 from retinanet.training import checkpoint
@@ -71,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--min_side", type=count, default=608, help=f"pixels of the resized short side {flags.DEFAULT}")
     add("--max_side", type=count, default=1024, help=f"limit of the resized long side, pixels {flags.DEFAULT}")
     flags.add_augmentation_arguments(parser)
+    flags.add_detection_arguments(parser, of_model=False)
     flags.add_machine_arguments(parser)
     add = parser.add_argument_group("output").add_argument
     add("--out_dir", default="runs/train", help=f"folder for checkpoints and logs {flags.DEFAULT}")
@@ -153,13 +156,15 @@ def validate(
     settings = run.settings
     process.broadcast_buffers(run.detector)  # each rank has BatchNorm statistics of its own
     with process.seeded(settings.seed):  # what a loader draws here must not change the training
-        found = inference.detect(run.detector, loader, device, settings.dtype, stop=lambda: bool(stop.signum))
+        stopped, limits = (lambda: bool(stop.signum)), settings.limits
+        found = inference.detect(run.detector, loader, device, settings.dtype, stopped, **limits)
     signum = max(process.gather_objects(stop.signum))
     if signum:
         run.stop(signum)
     metrics = None
     if process.is_main_process():
-        metrics = coco_eval.score(dataset, found).metrics
+        metrics = coco_eval.score(dataset, found, limits["max_detections"]).metrics
+        run.score_thresholds = voc.best_scores(voc.evaluate_detections(dataset, found), dataset)
         log.info("%s", coco_eval.metrics_table(metrics))
         with drawing(run, "detections.png"):
             views.save_detections(dataset, judge(dataset, found, 0.5), Path(settings.out_dir) / "detections.png")
@@ -205,7 +210,7 @@ def train(
             epoch, statistics["class_loss"], statistics["box_loss"], statistics["images_per_second"],
         )  # fmt: skip
         is_last = epoch + 1 == settings.epochs
-        run.metrics = {}
+        run.metrics, run.score_thresholds = {}, {}
         if val_loader is not None and ((epoch + 1) % settings.val_every == 0 or is_last):
             run.metrics = validate(run, val_loader, val_set, device, stop)
         run.end_epoch(statistics)
@@ -244,6 +249,8 @@ def main(argv: list[str] | None = None) -> int:
         anchor_report.log_summary(train_set, run.net.anchors, args.min_side, args.max_side, best_match_iou)
         with drawing(run, "labels.png and batch.png"):
             data_views.save_data_images(train_set, sampler, out_dir)
+        if val_set and (note := limits_note(val_set, range(len(val_set)), settings.limits["max_detections"])):
+            log.warning("%s", note)
     with process.StopSignals() as stop:
         try:
             with explained(train_loader, settings.dtype):  # a worker may die at any time

@@ -16,7 +16,7 @@ from retinanet.evaluation import coco, report
 from retinanet.evaluation.errors import CONFUSION_SCORE
 from retinanet.postprocess import Detections
 from retinanet.process import log, script
-from retinanet.training.checkpoint import load_model
+from retinanet.training.checkpoint import LIMITS, load_model
 from retinanet.visual import charts
 
 
@@ -27,27 +27,29 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--model", help="checkpoint, such as best.pt")
     source.add_argument("--detections", help="COCO results file of any detector, in place of a model")
     flags.add_data_arguments(parser, training=False)
-    flags.add_detection_arguments(parser, score_threshold=0.05)
+    flags.add_detection_arguments(parser)
     flags.add_machine_arguments(parser)
     group = parser.add_argument_group("evaluation")
+    group.add_argument("--batch_size", type=flags.positive_int, default=4, help=f"images a batch {flags.DEFAULT}")
     group.add_argument("--limit", type=flags.positive_int, help="number of images, from the first one (default: all)")
     text = f"IoU from which a box counts as found, for VOC's scores {flags.DEFAULT}"
     group.add_argument("--iou_threshold", type=flags.fraction, default=0.5, help=text)
+    text = "also print the lowest score of each class that has this precision, such as 0.95"
+    group.add_argument("--min_precision", type=flags.fraction, help=text)
     group.add_argument("--voc07", action="store_true", help="VOC's mAP by 11 points instead of the area")
     group.add_argument("--analyse", action="store_true", help="find out which kinds of errors cost how much AP (TIDE)")
     group.add_argument("--out", help="folder for detections.json, metrics.json and charts")
     args = parser.parse_args(argv)
     errors = flags.check_data_arguments(args, ["csv_val"])
-    limits = [name for name in ("score_threshold", "max_detections") if getattr(args, name) != parser.get_default(name)]
-    if args.detections and limits:
+    if args.detections and (limits := sorted(flags.given_limits(args).keys() - {"max_detections"})):
         errors.append(f"--detections scores the file as it is, without --{' and --'.join(limits)}")
     if errors:
         parser.error("; ".join(errors))
     return args
 
 
-def run_model(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Detections]]:
-    """The data set, and the model's detections in it; under torchrun, all processes share the work."""
+def run_model(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Detections], dict[str, Any]]:
+    """The data set, and the model's detections in it and their limits; under torchrun, all processes share the work."""
     device = process.choose_device(args.device)
     process.init_distributed(device)
     net, info = load_model(args.model)
@@ -57,8 +59,8 @@ def run_model(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Det
     loader = make_loader(dataset, args.batch_size, args.workers, indices=indices, device=device)
     net.to(device, memory_format=torch.channels_last)
     precision = process.choose_precision(args.precision, device)
-    limits = {"score_threshold": args.score_threshold, "max_detections": args.max_detections}
-    return dataset, inference.detect(net, loader, device, precision, **limits)
+    limits = inference.detection_limits(info, flags.given_limits(args))
+    return dataset, inference.detect(net, loader, device, precision, **limits), limits
 
 
 def read_file(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Detections], list[dict[str, Any]]]:
@@ -75,13 +77,17 @@ def main(argv: list[str] | None = None) -> None:
     """Score a detector as the flags say."""
     args = parse_arguments(argv)
     process.setup_logging()
-    dataset, found, results = (*run_model(args), None) if args.model else read_file(args)
+    if args.model:
+        (dataset, found, limits), results = run_model(args), None
+    else:
+        (dataset, found, results), limits = read_file(args), LIMITS | flags.given_limits(args)
     if not process.is_main_process():
         return
     if args.model:
-        log.info("detections with scores above %g:", args.score_threshold)
+        log.info("detections with scores above %g:", limits["score_threshold"])
     write_skipped(flags.make_out_dir(args.out) if args.out else None, [dataset])
-    evaluation = report.evaluate(dataset, found, args.iou_threshold, args.voc07, args.analyse, results)
+    count = limits["max_detections"], args.min_precision
+    evaluation = report.evaluate(dataset, found, args.iou_threshold, args.voc07, args.analyse, results, *count)
     log.info("%s", evaluation.text())
     if not args.out:
         return
@@ -89,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluation.write(folder)
     curves = {f"IoU {iou}": evaluation.coco.curves(row) for iou, row in (("0.50", 0), ("0.75", 5))}
     charts.draw_curves(curves, folder / "pr_curves.png")
+    evaluation.draw_thresholds(folder / "thresholds.png")
     if evaluation.errors:
         charts.draw_bars(evaluation.errors.lost, "AP50 lost to each kind of error", folder / "errors.png")
         title, names = f"detections with scores above {CONFUSION_SCORE}", [*dataset.classes, "background"]

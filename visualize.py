@@ -65,8 +65,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("assignment")
     text = "IoU from which a box's best anchor is positive (default: as the model was trained; recipe paper: 0.4)"
     group.add_argument("--best_match_iou", type=flags.fraction, help=text)
-    flags.add_detection_arguments(parser, score_threshold=0.5)
+    flags.add_detection_arguments(parser, best=True)
     flags.add_machine_arguments(parser)
+    parser.add_argument("--batch_size", type=flags.positive_int, default=4, help=f"images a batch {flags.DEFAULT}")
     group = parser.add_argument_group("output")
     text = f"images in a row of detections.png {flags.DEFAULT}"
     group.add_argument("--columns", type=flags.positive_int, default=3, help=text)
@@ -142,24 +143,22 @@ def show_inputs(
     return len(indices)
 
 
-def show_detections(args: argparse.Namespace, dataset: DetectionDataset, net: RetinaNet, device: torch.device) -> int:
+def show_detections(
+    args: argparse.Namespace, dataset: DetectionDataset, net: RetinaNet, info: dict[str, Any], device: torch.device
+) -> int:
     """Draw detections beside the ground truth: a file an image, and all on one sheet; returns the number of images."""
     folder, names = flags.make_out_dir(args.out_dir), list(dataset.labels.values())
     indices = choose_indices(args, dataset)
     loader = make_loader(dataset, args.batch_size, args.workers, indices=indices, device=device)
     precision = process.choose_precision(args.precision, device)
-    judged = judge(dataset, inference.detect(net, loader, device, precision, **detection_limits(args)))
+    limits = inference.detection_limits(info, flags.given_limits(args), for_use=True)
+    judged = judge(dataset, inference.detect(net, loader, device, precision, **limits))
     for index in progress(indices, "drawing"):
         image, annotations = dataset.load_image(index), dataset.load_annotations(index)
         picture = views.draw_detections(image, annotations, *judged[index], names)
         save_image(picture, folder / f"detections_{index:05d}.png")
     save_image(views.draw_detections_sheet(dataset, judged, indices, args.columns), folder / "detections.png")
     return len(indices)
-
-
-def detection_limits(args: argparse.Namespace) -> dict[str, float]:
-    """The limits of detection that the flags set, as arguments of `RetinaNet.detect`."""
-    return {"score_threshold": args.score_threshold, "max_detections": args.max_detections}
 
 
 def show_anchor_fit(args: argparse.Namespace, dataset: DetectionDataset, anchors: Anchors) -> None:
@@ -218,7 +217,8 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
             yield image
 
     resizer, precision = Resizer(args.min_side, args.max_side), process.choose_precision(args.precision, device)
-    found = inference.detect_images(net, load(), resizer, args.batch_size, precision, **detection_limits(args))
+    limits = inference.detection_limits(info, flags.given_limits(args), for_use=True)
+    found = inference.detect_images(net, load(), resizer, args.batch_size, precision, **limits)
     entries = []
     for number, (image, (scores, labels, boxes)) in enumerate(found):
         path, target = read[number]
@@ -231,7 +231,7 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
         save_image(draw_boxes(image, boxes.numpy(), labels.tolist(), captions, class_names=names), target)
         entry = {"file": str(path), "picture": str(target), "height": image.shape[0], "width": image.shape[1]}
         entries.append(entry | {"detections": detections})
-    content = {"model": args.model, "class_names": names, **detection_limits(args)}
+    content = {"model": args.model, "class_names": names, **limits}
     content |= {"images": entries, "unreadable": failures}
     output_file(folder / "detections.json").write_text(json.dumps(content, indent=1))
     total = sum(len(entry["detections"]) for entry in entries)
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
         show_anchor_fit(args, dataset, anchors)
         return
     if args.show == "detections":
-        count = show_detections(args, dataset, net, device)
+        count = show_detections(args, dataset, net, info, device)
     else:
         count = show_inputs(args, dataset, net, anchors, device)
     log.info("%s of %s: %s", args.show, counted(count, "image"), args.out_dir)

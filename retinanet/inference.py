@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +16,11 @@ from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import read_image, to_rgb
 from retinanet.data.loader import collater, explained, make_loader
 from retinanet.data.transforms import Resizer, normalize
-from retinanet.errors import shown
+from retinanet.errors import UserError, shown
 from retinanet.model import RetinaNet
-from retinanet.postprocess import MAX_DETECTIONS, Detections
+from retinanet.postprocess import Detections
 from retinanet.process import autocast, choose_device, choose_precision, gather_objects, progress
-from retinanet.training.checkpoint import load_model
+from retinanet.training.checkpoint import LIMITS, load_model
 
 AnyImage = str | Path | np.ndarray | Image.Image | Tensor
 
@@ -37,14 +37,16 @@ class Prediction(NamedTuple):
 def predict(
     model: str | Path | RetinaNet | tuple[RetinaNet, dict[str, Any]],
     images: AnyImage | Iterable[AnyImage],
-    score_threshold: float = 0.5,
-    max_detections: int | None = MAX_DETECTIONS,
+    score_threshold: float | str = "auto",
+    max_detections: int | str | None = "auto",
     batch_size: int = 4,
     min_side: int | None = None,
     max_side: int | None = None,
     class_names: Sequence[str] | None = None,
     device: str | None = None,
     precision: torch.dtype | str = torch.float32,
+    nms_threshold: float | str = "auto",
+    top_k: int | str | None = "auto",
 ) -> list[Prediction]:
     """Find objects in images.
 
@@ -56,8 +58,9 @@ def predict(
         model: the path of a checkpoint, or the result of `checkpoint.load_model` (to read it only once), or
             a bare model, also within DataParallel.
         images: an image, or several of any kinds and sizes.
-        score_threshold: scores must be above it.
-        max_detections: detections an image; None for all.
+        score_threshold: scores must be above it; `best`: above those of the best F1 in validation, of each class its
+            own; by default that, where the checkpoint has them, or 0.5.
+        max_detections: detections an image; None for all; by default as in training, or 100.
         batch_size: images of the same size that go through the network together.
         min_side: pixels of the resized short side; by default as in training.
         max_side: limit of the resized long side, pixels; by default as in training.
@@ -65,12 +68,15 @@ def predict(
         device: as `--device`; by default where the model is, or `auto` for a path.
         precision: of the network's arithmetic; also as `--precision`. A model whose weights are not float32 computes
             in their precision.
+        nms_threshold: of two boxes of a class that overlap by more than this IoU, the better one is kept; by default as
+            in training, or 0.5.
+        top_k: candidates of each pyramid level; None for all; by default as in training, or 1000.
 
     Returns:
         One Prediction an image, in order.
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: a file cannot be read, or the checkpoint has no `best` scores.
         ValueError: an array or a tensor is not an image, or `class_names` are not as many as the classes.
     """
     if isinstance(model, str | Path):
@@ -87,9 +93,35 @@ def predict(
     resizer = Resizer(min_side or info.get("min_side", 608), max_side or info.get("max_side", 1024))
     if isinstance(precision, str):
         precision = choose_precision(precision, next(net.parameters()).device)
-    limits = {"score_threshold": score_threshold, "max_detections": max_detections}
+    given = dict(zip(LIMITS, (score_threshold, nms_threshold, top_k, max_detections), strict=True))
+    given = {name: value for name, value in given.items() if value != "auto"}
+    limits = detection_limits({"class_names": names} | info, given, for_use=True)
     found = detect_images(net, map(as_array, images), resizer, batch_size, precision, **limits)
     return [Prediction(*detections, [names[label] for label in detections.labels.tolist()]) for _, detections in found]
+
+
+def detection_limits(info: Mapping[str, Any], given: Mapping[str, Any], for_use: bool = False) -> dict[str, Any]:
+    """The limits of a model's detections, as arguments of `detect`.
+
+    Args:
+        info: from `load_model`; its limits are the defaults.
+        given: those that are given; the score threshold may be `best`, see `predict`.
+        for_use: where no score threshold is given, it is that of `predict`; otherwise that of validation.
+
+    Raises:
+        UserError: the score threshold is `best`, and the checkpoint has none.
+    """
+    limits, best = {**info.get("limits", LIMITS), **given}, info.get("score_thresholds")
+    if for_use and "score_threshold" not in given:
+        limits["score_threshold"] = "best" if best else 0.5
+    if limits["score_threshold"] == "best":
+        if not best:
+            raise UserError(
+                "score threshold best: the checkpoint holds no scores of the best F1, which train.py stores in best.pt"
+            )
+        scores = [best["classes"].get(name, best["all"]) for name in info["class_names"]]
+        limits |= {"score_threshold": min(scores), "class_thresholds": scores}
+    return limits
 
 
 def as_array(image: AnyImage) -> np.ndarray:
@@ -136,7 +168,7 @@ def detect(
     device: torch.device,
     precision: torch.dtype = torch.float32,
     stop: Callable[[], bool] | None = None,
-    **limits: float | None,
+    **limits: Any,
 ) -> dict[int, Detections]:
     """Run a detector over a data set.
 
@@ -146,7 +178,7 @@ def detect(
         device: where the model is.
         precision: of the network's arithmetic.
         stop: called before every batch; where it returns True, detection ends with what was found so far.
-        **limits: arguments of `RetinaNet.detect`.
+        **limits: arguments of `RetinaNet.detect`, and `class_thresholds` [K], which scores of each class must be above.
 
     Returns:
         The Detections of each sample index of all ranks, on the CPU, boxes in pixels of the original image;
@@ -164,13 +196,21 @@ def detect(
 
 
 def detect_batch(
-    model: nn.Module, batch: dict[str, Any], device: torch.device, precision: torch.dtype, **limits: float | None
+    model: nn.Module,
+    batch: dict[str, Any],
+    device: torch.device,
+    precision: torch.dtype,
+    class_thresholds: Sequence[float] | None = None,
+    **limits: Any,
 ) -> list[Detections]:
     """Run a detector over one batch from `collater`; arguments and detections are those of `detect`."""
     weights = next((weight.dtype for weight in model.parameters()), torch.float32)
     images = normalize(batch["img"].to(device, non_blocking=True)).to(weights)
     with autocast(device, precision if weights == torch.float32 else torch.float32):  # float32 means no autocast
         found = model.detect(images, image_sizes=batch["size"], **limits)
+    if class_thresholds is not None:
+        above = [one.scores > one.scores.new_tensor(class_thresholds)[one.labels] for one in found]
+        found = [Detections(*(values[kept] for values in one)) for one, kept in zip(found, above, strict=True)]
     return [
         Detections(scores.cpu(), labels.cpu(), boxes.cpu() / scale)
         for (scores, labels, boxes), scale in zip(found, batch["scale"], strict=True)
@@ -183,13 +223,13 @@ def detect_images(
     resizer: Resizer,
     batch_size: int = 4,
     precision: torch.dtype = torch.float32,
-    **limits: float | None,
+    **limits: Any,
 ) -> Iterator[tuple[np.ndarray, Detections]]:
     """Run a detector over a stream of images.
 
     Only consecutive images of the same size share a batch: none is padded, so the others do not affect its detections.
     Yields each image, [H, W, 3] uint8, and its Detections, on the CPU, boxes in pixels of the image; the model keeps
-    its mode, and the limits are those of `RetinaNet.detect`.
+    its mode, and the limits are those of `detect`.
     """
     device = next(net.parameters()).device
     for (height, width, _), same_size in itertools.groupby(images, key=np.shape):

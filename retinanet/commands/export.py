@@ -26,6 +26,7 @@ from retinanet.commands import flags
 from retinanet.data.images import read_image
 from retinanet.data.transforms import PIXEL_MEAN, PIXEL_STD, SIZE_DIVISOR, normalize
 from retinanet.errors import UserError, output_file
+from retinanet.inference import detection_limits
 from retinanet.model import RetinaNet
 from retinanet.postprocess import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, TOP_K, Detections
 from retinanet.process import log, script, setup_logging
@@ -55,6 +56,7 @@ class Detector(nn.Module):
         with_nms: bool = False,
         score_threshold: float = SCORE_THRESHOLD,
         nms_threshold: float = NMS_THRESHOLD,
+        top_k: int = TOP_K,
         max_detections: int = MAX_DETECTIONS,
     ):
         super().__init__()
@@ -62,6 +64,7 @@ class Detector(nn.Module):
         self.with_nms = with_nms
         self.score_threshold = score_threshold
         self.nms_threshold = nms_threshold
+        self.top_k = top_k
         self.max_detections = max_detections
         mean, std = torch.tensor(PIXEL_MEAN)[:, None, None], torch.tensor(PIXEL_STD)[:, None, None]
         self.register_buffer("pixel_scale", 1 / (255 * std))
@@ -82,7 +85,7 @@ class Detector(nn.Module):
         sizes = self.net.anchors.level_sizes(height, width)
         candidates, offset = [], 0
         for level, size in zip(logits.split(sizes), sizes, strict=True):
-            top_k = torch.sym_min(TOP_K, size * num_classes)
+            top_k = torch.sym_min(self.top_k, size * num_classes)
             candidates.append(level.flatten().topk(top_k).indices + offset)
             offset = offset + size * num_classes
         candidates = torch.cat(candidates)
@@ -208,7 +211,7 @@ def compare(detector: Detector, exported: Callable[[Tensor], Sequence[Tensor]], 
     # Whether a box near the score threshold or near the last of the top k is a candidate is a matter of rounding, too.
     certain, possible = (
         detector.net.detect(normal, threshold + margin, 1.0, top_k, max_detections=None)[0]
-        for margin, top_k in ((SCORE_TOLERANCE, TOP_K // 2), (-SCORE_TOLERANCE, TOP_K * 2))
+        for margin, top_k in ((SCORE_TOLERANCE, detector.top_k // 2), (-SCORE_TOLERANCE, detector.top_k * 2))
     )
     missing = count_missing(found, certain, nms_threshold, detector.max_detections)
     wrong = count_wrong(found, possible, nms_threshold)
@@ -229,9 +232,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dynamic", action="store_true", help=f"take images of any size from {MIN_DYNAMIC_SIDE} pixels")
     add("--height", type=flags.positive_int, help="pixels, a multiple of 32 (default: the model's short side)")
     add("--width", type=flags.positive_int, help="pixels, a multiple of 32 (default: the model's long side)")
-    add("--score_threshold", type=flags.fraction, default=SCORE_THRESHOLD, help=f"of --with_nms {flags.DEFAULT}")
-    add("--nms_threshold", type=flags.fraction, default=NMS_THRESHOLD, help=f"IoU, of --with_nms {flags.DEFAULT}")
-    add("--max_detections", type=flags.positive_int, default=MAX_DETECTIONS, help=f"of --with_nms {flags.DEFAULT}")
+    flags.add_detection_arguments(parser)
     add("--image", help="image to compare with, in place of random colours")
     args = parser.parse_args(argv)
     if args.dynamic and (args.height or args.width):
@@ -245,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     setup_logging()
     net, info = load_model(args.model)
-    detector = Detector(net, args.with_nms, args.score_threshold, args.nms_threshold, args.max_detections).eval()
+    detector = Detector(net, args.with_nms, **detection_limits(info, flags.given_limits(args))).eval()
     sides = args.height or info["min_side"], args.width or info["max_side"]
     sizes = CHECK_SIZES if args.dynamic else [tuple(-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in sides)] * 2
     if args.dynamic and info["min_side"] < MIN_DYNAMIC_SIDE:

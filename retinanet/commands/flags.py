@@ -19,6 +19,7 @@ from retinanet.data.transforms import Augmenter, ColourJitter, RandomCrop, Resiz
 from retinanet.data.voc import VOCDataset
 from retinanet.data.yolo import YoloDataset
 from retinanet.errors import UserError
+from retinanet.training.checkpoint import LIMITS
 
 FOLDERS = {"coco": CocoDataset, "voc": VOCDataset, "yolo": YoloDataset}  # kinds of data named by a folder and a set
 DEFAULT = "(default: %(default)s)"  # argparse fills in the value
@@ -50,7 +51,7 @@ BOUNDS = {
     **dict.fromkeys(("min_side", "max_side", "jitter", "height", "width"), (1, 16_384)),  # pixels
     **dict.fromkeys(("batch_size", "accumulate"), (1, 65_536)),
     **dict.fromkeys(("epochs", "early_stop", "val_every", "log_every"), (1, 10**7)),
-    **dict.fromkeys(("shapes_train", "shapes_val", "max_detections"), (1, 10**6)),
+    **dict.fromkeys(("shapes_train", "shapes_val", "max_detections", "top_k"), (1, 10**6)),
     "workers": (0, 256),
     "columns": (1, 100),
     "lr": (1e-12, 1000),
@@ -171,13 +172,37 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--workers", type=non_negative_int, default=2, help=f"processes that read images {DEFAULT}")
 
 
-def add_detection_arguments(parser: argparse.ArgumentParser, score_threshold: float) -> None:
-    """Add the flags that limit detections."""
-    group = parser.add_argument_group("detection")
-    text = f"scores must be above it {DEFAULT}"
-    group.add_argument("--score_threshold", type=fraction, default=score_threshold, help=text)
-    group.add_argument("--max_detections", type=positive_int, default=100, help=f"detections an image {DEFAULT}")
-    group.add_argument("--batch_size", type=positive_int, default=4, help=f"images a batch {DEFAULT}")
+def score_threshold(text: str) -> float | str:
+    """Argparse type: `best`, or a fraction."""
+    return text if text == "best" else fraction(text)
+
+
+score_threshold.__name__ = "score"  # in argparse's message
+
+
+def add_detection_arguments(parser: argparse.ArgumentParser, of_model: bool = True, best: bool = False) -> None:
+    """Add the flags that limit detections.
+
+    Those that are not given are None, which stands for the limits `of_model`, or else have their default. With `best`,
+    the score threshold may be that word.
+    """
+    group, source = parser.add_argument_group("detection"), "the model's, or " if of_model else ""
+    for name, kind, text in (
+        ("score_threshold", score_threshold if best else fraction, "scores must be above it"),
+        ("nms_threshold", fraction, "of two boxes of a class that overlap by more than this IoU, the better one stays"),
+        ("top_k", positive_int, "candidates of each pyramid level, before NMS"),
+        ("max_detections", positive_int, "detections an image, and of a class in COCO's numbers"),
+    ):
+        default = f"(default: {source}{LIMITS[name]:g})"
+        if best and name == "score_threshold":
+            text += ", each class's own if it is best: that of the best F1 in validation"
+            default = "(default: best where the model has it, or 0.5)"
+        group.add_argument(f"--{name}", type=kind, default=None if of_model else LIMITS[name], help=f"{text} {default}")
+
+
+def given_limits(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `add_detection_arguments` that are given."""
+    return {name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None}
 
 
 def check_data_arguments(args: argparse.Namespace, needed: list[str]) -> list[str]:

@@ -20,14 +20,20 @@ from retinanet.data.ground_truth import quiet_coco
 from retinanet.data.reading import load_json
 from retinanet.errors import UserError, escaped, shown
 from retinanet.inference import detect_dataset
-from retinanet.postprocess import Detections
+from retinanet.postprocess import MAX_DETECTIONS, Detections
 from retinanet.process import log, show_log
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
+def metric_names(limit: int) -> list[str]:
+    """The METRICS, where `limit` detections of a class in an image count: AR100 becomes AR500, say."""
+    recalls = [f"AR{min(number, limit)}" for number in (1, 10, limit)]
+    return [*METRICS[:6], *recalls, *METRICS[9:]]
+
+
 class ClassScore(NamedTuple):
-    """COCO's numbers of one class, over all areas and with 100 detections an image; -1 without boxes."""
+    """COCO's numbers of one class, over all areas and with all detections that count; -1 without boxes."""
 
     name: str
     AP: float
@@ -39,7 +45,7 @@ class ClassScore(NamedTuple):
 class Scores(NamedTuple):
     """COCO's scores of a detector."""
 
-    metrics: dict[str, float]  # the twelve METRICS, from 0 to 1; -1 where no ground truth has that size
+    metrics: dict[str, float]  # of `metric_names`, from 0 to 1; -1 where no ground truth has that size
     classes: list[ClassScore]  # in the order of the category ids
     # [10, 101, K] at the IoUs 0.5, 0.55, ... 0.95 and the recalls 0, 0.01, ... 1; -1 without boxes
     precision: np.ndarray
@@ -69,16 +75,21 @@ def coco_results(dataset: DetectionDataset, detections: Mapping[int, Detections]
     return results
 
 
-def score(dataset: DetectionDataset, detections: Mapping[int, Detections]) -> Scores:
+def score(dataset: DetectionDataset, detections: Mapping[int, Detections], limit: int = MAX_DETECTIONS) -> Scores:
     """Score the detections of each sample index that counts, boxes in pixels of the original image, as COCO does."""
-    return score_results(dataset, coco_results(dataset, detections), sorted(detections))
+    return score_results(dataset, coco_results(dataset, detections), sorted(detections), limit)
 
 
-def score_results(dataset: DetectionDataset, results: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> Scores:
+def score_results(
+    dataset: DetectionDataset,
+    results: Sequence[Mapping[str, Any]],
+    indices: Sequence[int],
+    limit: int = MAX_DETECTIONS,
+) -> Scores:
     """Score results as pycocotools does, to the last digit: boxes and scores are passed on as they are.
 
     Difficult boxes are ignored like crowds: finding one changes no score. The images of `indices` count; results of
-    others do not.
+    others do not. `limit` is the last of pycocotools' `maxDets`: so many detections of a class in an image count.
     """
     annotations = []
     for number, result in enumerate(results, start=1):
@@ -91,10 +102,11 @@ def score_results(dataset: DetectionDataset, results: Sequence[Mapping[str, Any]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(ground_truth, found, "bbox")
         evaluation.params.imgIds = image_ids
+        evaluation.params.maxDets = [min(number, limit) for number in (1, 10, limit)]
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoUs, recalls, K]: all areas, 100 detections
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoUs, recalls, K]: all areas, `limit`
     recall = evaluation.eval["recall"][:, :, 0, -1]  # [IoUs, K]
     annotations = itertools.chain.from_iterable(ground_truth.imgToAnns[image_id] for image_id in image_ids)
     num_boxes = Counter(annotation["category_id"] for annotation in annotations if not annotation["iscrowd"])
@@ -108,7 +120,10 @@ def score_results(dataset: DetectionDataset, results: Sequence[Mapping[str, Any]
         )
         for column, category_id in enumerate(evaluation.params.catIds)
     ]
-    metrics = dict(zip(METRICS, np.asarray(evaluation.stats).tolist(), strict=True))
+    present = precision[precision > -1]
+    # pycocotools reads its first number, AP, at 100 detections, whatever `maxDets` says.
+    numbers = [float(present.mean()) if len(present) else -1.0, *np.asarray(evaluation.stats).tolist()[1:]]
+    metrics = dict(zip(metric_names(limit), numbers, strict=True))
     return Scores(metrics, classes, precision)
 
 
@@ -193,8 +208,8 @@ def evaluate_coco(dataset: DetectionDataset, model: nn.Module, threshold: float 
 
 
 def metrics_table(metrics: Mapping[str, float]) -> str:
-    """The twelve numbers as two lines of text."""
-    cells = [f"{name} {metrics[name]:.3f}" for name in METRICS]
+    """COCO's numbers as two lines of text."""
+    cells = [f"{name} {value:.3f}" for name, value in metrics.items()]
     return "  ".join(cells[:6]) + "\n" + "  ".join(cells[6:])
 
 

@@ -15,11 +15,10 @@ from retinanet.boxes import box_area, box_intersection
 from retinanet.data.dataset import DetectionDataset
 from retinanet.errors import escaped
 from retinanet.evaluation.voc import average_precision, compute_overlap
-from retinanet.postprocess import Detections
+from retinanet.postprocess import MAX_DETECTIONS, Detections
 
 RIGHT_IOU, OVERLAP_IOU = 0.5, 0.1
 CONFUSION_SCORE = 0.5  # detections above it enter the confusion matrix
-MAX_DETECTIONS = 100  # of each class in an image that count, as in COCO
 COCO_RECALLS = np.linspace(0, 1, 101)  # where COCO reads a precision-recall curve
 
 KINDS = {
@@ -156,11 +155,13 @@ def _missed(judged: _Judged, num_boxes: int) -> np.ndarray:
     return ~np.isin(np.arange(num_boxes), judged.boxes)
 
 
-def analyse(dataset: DetectionDataset, detections: Mapping[int, Detections]) -> ErrorAnalysis:
+def analyse(
+    dataset: DetectionDataset, detections: Mapping[int, Detections], limit: int = MAX_DETECTIONS
+) -> ErrorAnalysis:
     """Count the errors of a detector by kind, with the AP that each kind costs.
 
     Detections are best first, boxes in pixels of the original image; a wrong one in a crowd or on a difficult box does
-    not count.
+    not count. As in COCO, the first `limit` of each class in an image count.
     """
     num_classes = dataset.num_classes()
     confusion = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
@@ -170,7 +171,7 @@ def analyse(dataset: DetectionDataset, detections: Mapping[int, Detections]) -> 
         image_labels = annotations[:, 4].astype(np.int64)
         labels = detections[index].labels
         rank = (labels[:, None] == labels).tril(-1).sum(dim=1)  # within its class
-        found = Detections(*(values[rank < MAX_DETECTIONS] for values in detections[index]))
+        found = Detections(*(values[rank < limit] for values in detections[index]))
         iou = compute_overlap(found.boxes, annotations[:, :4])
         part = _judge_image(found, iou, image_labels)
         # As in COCO, a box that is found in a crowd counts.

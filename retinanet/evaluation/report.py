@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.report import counted
 from retinanet.errors import output_file
-from retinanet.evaluation import coco, errors, voc
-from retinanet.postprocess import Detections
+from retinanet.evaluation import coco, errors, thresholds, voc
+from retinanet.postprocess import MAX_DETECTIONS, Detections
+from retinanet.visual import charts
+
+JSON_SCORES = np.arange(20) / 20  # at which metrics.json has precision, recall and F1
 
 
 @dataclass
@@ -26,49 +30,87 @@ class Evaluation:
     coco: coco.Scores
     voc: dict[int, voc.ClassResult]  # of each label
     errors: errors.ErrorAnalysis | None  # None unless asked for
+    limits_note: str  # of `limits_note`
+    min_precision: float | None
 
     def text(self) -> str:
         """All tables."""
         count = sum(len(one.scores) for one in self.detections.values())
         total = f"{counted(len(self.detections), 'image')}, {counted(count, 'detection')}"
         tables = [
-            f"{total}\n{coco.metrics_table(self.coco.metrics)}{self._beyond_cocos_limit()}",
+            f"{total}\n{coco.metrics_table(self.coco.metrics)}" + f"\n{self.limits_note}" * bool(self.limits_note),
             coco.class_table(self.coco.classes),
-            f"at IoU {self.iou_threshold:g}:\n{voc.class_table(self.voc, self.dataset)}",
+            f"at IoU {self.iou_threshold:g}:\n{voc.class_table(self.voc, self.dataset, self.min_precision)}",
         ]
         if self.errors:
             tables += [errors.error_table(self.errors), errors.confusion_table(self.errors, list(self.dataset.classes))]
         return "\n\n".join(tables)
 
-    def _beyond_cocos_limit(self) -> str:
-        """A line about the boxes that COCO's protocol cannot count as found, if there are any."""
-        boxes = [self.dataset.load_annotations(index)[:, 4] for index in self.detections]
-        limit = errors.MAX_DETECTIONS
-        lost = sum(int((np.unique(labels, return_counts=True)[1] - limit).clip(0).sum()) for labels in boxes)
-        text = f"\nCOCO takes {limit} detections of a class in an image: {counted(lost, 'box')} must count as missed"
-        return text if lost else ""
-
     def metrics(self) -> dict:
         """All numbers, by name."""
+        *points, over_all = map(self._operating_points, voc.all_rankings(self.voc))
         classes = [
             {
                 **row._asdict(),
                 "VOC_AP": result.average_precision,
                 "precision": result.precision,
                 "recall": result.recall,
+                **of_class,
             }
-            for row, result in zip(self.coco.classes, self.voc.values(), strict=True)
+            for row, result, of_class in zip(self.coco.classes, self.voc.values(), points, strict=True)
         ]
-        content = {**self.coco.metrics, "mAP": voc.mean_average_precision(self.voc), "classes": classes}
+        content = {**self.coco.metrics, "mAP": voc.mean_average_precision(self.voc), **over_all, "classes": classes}
         if self.errors:
             content["errors"] = {"AP50": self.errors.ap50, "counts": self.errors.counts, "lost_AP": self.errors.lost}
             content["confusion"] = self.errors.confusion.tolist()
         return content
 
+    def _operating_points(self, ranking: thresholds.Ranking) -> dict:
+        """What one score or another is worth, by name; None where there is no such score."""
+        points = {"best_f1": thresholds.best_f1(ranking)}
+        if self.min_precision is not None:
+            points["min_precision"] = thresholds.at_precision(ranking, self.min_precision)
+        columns = np.stack([JSON_SCORES, *thresholds.rates_above(ranking, JSON_SCORES)]).astype(object)
+        columns[columns != columns] = None  # NaN: there is no precision without detections
+        above = dict(zip(("score", "precision", "recall", "f1"), columns.tolist(), strict=True))
+        return {name: point and point._asdict() for name, point in points.items()} | {"above": above}
+
+    def draw_thresholds(self, path: Path) -> None:
+        """Draw precision, recall and F1 over the score, of each class and of all."""
+        rankings = voc.all_rankings(self.voc)
+        scores = rankings[-1].scores[np.isfinite(rankings[-1].scores)]
+        grid = np.linspace(min(0, *scores[-1:]), max(1, *scores[:1]), 501)
+        names, best = [*self.dataset.labels.values(), "all"], list(map(thresholds.best_f1, rankings))
+        marks = [point and (point.score, point.precision, point.recall, point.f1) for point in best]
+        charts.draw_thresholds(names, grid, [thresholds.rates_above(one, grid) for one in rankings], marks, path)
+
     def write(self, folder: Path) -> None:
         """Write `detections.json`, in COCO's results format, and `metrics.json`."""
         for name, content in (("detections.json", self.results), ("metrics.json", self.metrics())):
             output_file(folder / name).write_text(json.dumps(content, indent=1))
+
+
+def limits_note(dataset: DetectionDataset, indices: Sequence[int], limit: int, by_class: bool = False) -> str:
+    """A warning if images hold more boxes than the `limit` of detections, of an image or of each class in it."""
+    annotations = {index: dataset.load_annotations(index) for index in indices}
+    frequency = np.bincount(dataset.annotations[:, 4].astype(np.int64))
+    truth, beyond, total, images = {}, 0, 0, 0
+    for index, found in annotations.items():
+        # The rarer a class, the more of AP each of its boxes is: detections of those come first.
+        found = found[np.argsort(frequency[found[:, 4].astype(np.int64)], kind="stable")]
+        counts = np.unique(found[:, 4], return_counts=True)[1] if by_class else np.array([len(found)])
+        lost = int((counts - limit).clip(0).sum())
+        beyond, total, images = beyond + lost, total + len(found), images + bool(lost)
+        found = torch.from_numpy(found if by_class else found[:limit])
+        truth[index] = Detections(torch.linspace(1, 0.5, len(found)), found[:, 4].long(), found[:, :4])
+    if not beyond:
+        return ""
+    best = coco.score(dataset, truth, limit).metrics["AP"]
+    return (
+        f"warning: {counted(images, 'image')} with more boxes than the {limit} detections "
+        f"{'of a class ' * by_class}that count (--max_detections): at best {total - beyond:,} of "
+        f"{counted(total, 'box')} can be found, which is AP {best:.3f}"
+    )
 
 
 def evaluate(
@@ -78,6 +120,8 @@ def evaluate(
     eleven_points: bool = False,
     analyse: bool = False,
     results: Sequence[Mapping[str, Any]] | None = None,
+    limit: int = MAX_DETECTIONS,
+    min_precision: float | None = None,
 ) -> Evaluation:
     """Score detections, best first, boxes in pixels of the original image, by COCO's and by Pascal VOC's protocol.
 
@@ -88,14 +132,19 @@ def evaluate(
         eleven_points: average precision as in VOC 2007.
         analyse: also find out what costs AP.
         results: from `coco.read_results`, if the detections are from a file: COCO's protocol scores them as they are.
+        limit: COCO's protocol and the analysis count so many detections of a class in an image.
+        min_precision: also find the lowest scores that have this precision.
     """
+    by_class = results is not None
     results = coco.coco_results(dataset, detections) if results is None else results
     return Evaluation(
         dataset,
         detections,
         results,
         iou_threshold,
-        coco.score_results(dataset, results, sorted(detections)),
+        coco.score_results(dataset, results, sorted(detections), limit),
         voc.evaluate_detections(dataset, detections, iou_threshold, eleven_points),
-        errors.analyse(dataset, detections) if analyse else None,
+        errors.analyse(dataset, detections, limit) if analyse else None,
+        limits_note(dataset, sorted(detections), limit, by_class),
+        min_precision,
     )

@@ -6,7 +6,7 @@ A detection is right if it overlaps a box of its class enough and no better dete
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from retinanet.boxes import box_iou
 from retinanet.data.dataset import DetectionDataset
 from retinanet.errors import escaped
+from retinanet.evaluation.thresholds import Point, Ranking, at_precision, best_f1, pooled
 from retinanet.inference import detect_dataset
 from retinanet.postprocess import MAX_DETECTIONS, SCORE_THRESHOLD, Detections
 from retinanet.process import log, show_log
@@ -31,6 +32,7 @@ class ClassResult(NamedTuple):
     precision: float  # share of its detections that are right; 0 without detections
     recall: float  # share of its boxes that were found; 0 without boxes
     curve: np.ndarray  # [2, N] recall and precision after each detection, from the best to the worst
+    ranking: Ranking  # these detections
 
 
 def compute_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -66,6 +68,28 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, recalls: np.nda
     return float(np.append(envelope, 0.0)[np.searchsorted(recall, recalls)].mean())
 
 
+def rank(dataset: DetectionDataset, detections: Mapping[int, Detections], iou_threshold: float) -> dict[int, Ranking]:
+    """Find out which detections of each sample index are right, as `evaluate_detections`; a Ranking for every label."""
+    num_classes = dataset.num_classes()
+    boxes = np.zeros((num_classes, len(detections)), dtype=np.int64)
+    parts = [(np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
+    for place, index in enumerate(sorted(detections)):
+        order = detections[index].scores.argsort(descending=True, stable=True)
+        found = Detections(*(column[order] for column in detections[index]))
+        annotations = dataset.load_annotations(index)
+        verdict = _judge(found, annotations, dataset.load_difficult(index), iou_threshold)
+        parts.append((found.scores.numpy(), found.labels.numpy(), verdict, np.full(len(verdict), place)))
+        boxes[:, place] = np.bincount(annotations[:, 4].astype(np.int64), minlength=num_classes)
+    scores, labels, verdict, images = map(np.concatenate, zip(*parts, strict=True))
+    order = np.argsort(-scores, kind="stable")
+    order = order[verdict[order] >= 0]
+    by_label = [order[labels[order] == label] for label in range(num_classes)]
+    return {
+        label: Ranking(scores[chosen], verdict[chosen] == 1, images[chosen], boxes[label])
+        for label, chosen in enumerate(by_label)
+    }
+
+
 def evaluate_detections(
     dataset: DetectionDataset,
     detections: Mapping[int, Detections],
@@ -77,32 +101,18 @@ def evaluate_detections(
     Finding or missing a difficult box changes no score. A box counts as found from `iou_threshold` on; `eleven_points`
     gives the average precision of VOC 2007. Returns the ClassResult of every label.
     """
-    num_classes = dataset.num_classes()
-    num_boxes = np.zeros(num_classes, dtype=np.int64)
-    parts = [(np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
-    for index in sorted(detections):
-        order = detections[index].scores.argsort(descending=True, stable=True)
-        found = Detections(*(column[order] for column in detections[index]))
-        annotations = dataset.load_annotations(index)
-        verdict = _judge(found, annotations, dataset.load_difficult(index), iou_threshold)
-        parts.append((found.scores.numpy(), found.labels.numpy(), verdict))
-        num_boxes += np.bincount(annotations[:, 4].astype(np.int64), minlength=num_classes)
-    scores, labels, verdict = map(np.concatenate, zip(*parts, strict=True))
-    order = np.argsort(-scores, kind="stable")
-    labels, verdict = labels[order], verdict[order]
-
     results = {}
-    for label in range(num_classes):
-        right = verdict[(labels == label) & (verdict >= 0)]
-        found = np.cumsum(right)
-        recall = found / max(1, num_boxes[label])
+    for label, ranking in rank(dataset, detections, iou_threshold).items():
+        found, num_boxes = np.cumsum(ranking.right), int(ranking.boxes.sum())
+        recall = found / max(1, num_boxes)
         precision = found / np.arange(1, len(found) + 1)
         results[label] = ClassResult(
-            average_precision(recall, precision, VOC07_RECALLS if eleven_points else None) if num_boxes[label] else 0.0,
-            int(num_boxes[label]),
+            average_precision(recall, precision, VOC07_RECALLS if eleven_points else None) if num_boxes else 0.0,
+            num_boxes,
             float(precision[-1]) if len(precision) else 0.0,
             float(recall[-1]) if len(recall) else 0.0,
             np.stack([recall, precision]),
+            ranking,
         )
     return results
 
@@ -113,18 +123,53 @@ def mean_average_precision(results: Mapping[int, ClassResult]) -> float:
     return float(np.mean(present)) if present else 0.0
 
 
-def class_table(results: Mapping[int, ClassResult], dataset: DetectionDataset) -> str:
-    """A line of text for each class, and their mean; a dash where a class has no boxes."""
-    names = {label: escaped(name) for label, name in dataset.labels.items()}
-    width = max(5, *map(len, names.values()))
-    lines = [f"{'class':{width}}  VOC AP  precision  recall   boxes"]
-    for label, result in results.items():
-        average = f"{result.average_precision:.3f}" if result.num_boxes else "-"
+def all_rankings(results: Mapping[int, ClassResult]) -> list[Ranking]:
+    """The Ranking of each label, and at the end that of all classes together, for one threshold."""
+    rankings = [result.ranking for result in results.values()]
+    return [*rankings, pooled(rankings)]
+
+
+def best_scores(results: Mapping[int, ClassResult], dataset: DetectionDataset) -> dict[str, Any]:
+    """The scores of the best F1, for a checkpoint: of `all` together, and of `classes` by name; {} if none is right."""
+    *points, over_all = map(best_f1, all_rankings(results))
+    classes = {name: point.score for name, point in zip(dataset.labels.values(), points, strict=True) if point}
+    return {"all": over_all.score, "classes": classes} if over_all else {}
+
+
+def class_table(
+    results: Mapping[int, ClassResult], dataset: DetectionDataset, min_precision: float | None = None
+) -> str:
+    """A line of text for each class and for all: average precision, and the scores of the best F1 and `min_precision`.
+
+    A dash stands where a class has no boxes, or no score does.
+    """
+    names = [*map(escaped, dataset.labels.values()), "all"]
+    width, mean, rankings = max(5, *map(len, names)), mean_average_precision(results), all_rankings(results)
+    averages = [f"{one.average_precision:.3f}" if one.num_boxes else "-" for one in results.values()]
+    averages.append(f"{mean:.3f}" if rankings[-1].boxes.any() else "-")
+    lines = [f"{'class':{width}}  VOC AP  best F1  its score  precision  recall   boxes"]
+    points = list(map(best_f1, rankings))
+    for name, average, point, ranking in zip(names, averages, points, rankings, strict=True):
+        f1 = f"{point.f1:.3f}" if point else "-"
+        lines.append(f"{name:{width}}  {average:>6}  {f1:>7}  {_cells(point)}  {ranking.boxes.sum():6d}")
+    lines.append(f"mAP {mean:.4f}")
+    if over_all := points[-1]:
         lines.append(
-            f"{names[label]:{width}}  {average:>6}  {result.precision:9.3f}  {result.recall:6.3f}  "
-            f"{result.num_boxes:6d}"
+            f"number of objects an image, at the best F1 of all: mean error {over_all.count_error:+.2f}, "
+            f"mean absolute error {over_all.absolute_count_error:.2f}"
         )
-    return "\n".join([*lines, f"mAP {mean_average_precision(results):.4f}"])
+    if min_precision is not None:
+        lines += ["", f"lowest score with a precision of {min_precision:g}:"]
+        lines.append(f"{'class':{width}}      score  precision  recall   boxes")
+        for name, ranking in zip(names, rankings, strict=True):
+            lines.append(f"{name:{width}}  {_cells(at_precision(ranking, min_precision))}  {ranking.boxes.sum():6d}")
+    return "\n".join(lines)
+
+
+def _cells(point: Point | None) -> str:
+    """Score, precision and recall as columns."""
+    cells = (f"{point.score:g}", f"{point.precision:.3f}", f"{point.recall:.3f}") if point else "---"
+    return "{:>9}  {:>9}  {:>6}".format(*cells)
 
 
 def evaluate(

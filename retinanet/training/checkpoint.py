@@ -18,6 +18,7 @@ from retinanet.anchors import Anchors
 from retinanet.data.dataset import placeholder_names
 from retinanet.errors import UserError
 from retinanet.model import ARCHITECTURES, RetinaNet, resnet
+from retinanet.postprocess import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, TOP_K
 from retinanet.process import log
 from retinanet.resnet import Bottleneck
 from retinanet.training import foreign_weights
@@ -25,6 +26,13 @@ from retinanet.training.files import replaced
 from retinanet.training.foreign_weights import STAND_INS, PyramidFromP5, StandIn, make_anchors
 
 MODEL_KEYS = {"model", "class_names", "anchors", "min_side", "max_side"}  # what rebuilds a model of this library
+# The limits of detection, arguments of `RetinaNet.detect`, unless a checkpoint has others.
+LIMITS = {
+    "score_threshold": SCORE_THRESHOLD,
+    "nms_threshold": NMS_THRESHOLD,
+    "top_k": TOP_K,
+    "max_detections": MAX_DETECTIONS,
+}
 CLASS_OUTPUT, BOX_OUTPUT = "classificationModel.output.bias", "regressionModel.output.bias"
 MAX_SIDE = 100_000  # pixels
 
@@ -114,8 +122,18 @@ def load(path: str | Path) -> Any:
         ) from error
 
 
-def model_entries(net: RetinaNet, class_names: Sequence[str], min_side: int, max_side: int) -> dict[str, Any]:
-    """What rebuilds a model: weights, depth, class names, anchors, matching rule, and the size of its images."""
+def model_entries(
+    net: RetinaNet,
+    class_names: Sequence[str],
+    min_side: int,
+    max_side: int,
+    limits: Mapping[str, float] = LIMITS,
+    score_thresholds: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What rebuilds a model: weights, depth, class names, anchors, matching rule, the size of its images, its LIMITS.
+
+    `score_thresholds` are those of `evaluation.voc.best_scores`, if it was validated.
+    """
     state = net.state_dict()
     return {
         "model": state,
@@ -125,6 +143,8 @@ def model_entries(net: RetinaNet, class_names: Sequence[str], min_side: int, max
         "best_match_iou": net.focalLoss.best_match_iou,
         "min_side": min_side,
         "max_side": max_side,
+        "limits": dict(limits),
+        "score_thresholds": dict(score_thresholds or {}),
     }
 
 
@@ -145,6 +165,7 @@ def _read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], 
     """
     content = load(path)
     info = {"class_names": None, "anchors": {}, "min_side": 608, "max_side": 1024}
+    info |= {"limits": dict(LIMITS), "score_thresholds": {}}
     with checked(path, f"holds a {type(content).__name__}, which is no whole RetinaNet"):
         if isinstance(content, dict) and content.keys() & (MODEL_KEYS - {"model"}):
             if missing := MODEL_KEYS - content.keys():
@@ -169,6 +190,8 @@ def _check(state: Mapping[str, Tensor], info: Mapping[str, Any], anchors: Anchor
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
             raise ValueError("class_names")
         outputs[CLASS_OUTPUT] = len(names) * anchors.num_anchors
+    limits, scores = info["limits"], info["score_thresholds"]
+    scores = [scores["all"], *scores["classes"].values()] if scores else []
     right = {
         **{key: state[key].shape == (length,) for key, length in outputs.items() if key in state},
         **{side: type(info[side]) is int and 0 < info[side] <= MAX_SIDE for side in ("min_side", "max_side")},
@@ -176,6 +199,9 @@ def _check(state: Mapping[str, Tensor], info: Mapping[str, Any], anchors: Anchor
         "anchors": anchors.strides == Anchors().strides,
         "best_match_iou": isinstance(info.get("best_match_iou"), float | None),
         "metrics": isinstance(info.get("metrics", {}), dict),
+        "limits": limits.keys() == LIMITS.keys() and all(type(limits[name]) is type(LIMITS[name]) for name in LIMITS),
+        "range of limits": all(0 <= value <= (1 if type(value) is float else 10**6) for value in limits.values()),
+        "score_thresholds": all(type(score) is float and 0 <= score <= 1 for score in scores),
         "fpn.P6.weight": "fpn.P6.weight" not in state or state["fpn.P6.weight"].dim() == 4,
     }
     if not all(right.values()):

@@ -41,6 +41,7 @@ class Run:
         self.best = -1.0  # AP of best.pt
         self.stale = 0  # validations since then
         self.metrics: dict[str, float] = {}  # of the last validation
+        self.score_thresholds: dict[str, Any] = {}  # of the best F1 there; on rank 0
         self.saved_at = time.monotonic()
         self.not_drawn: set[str] = set()  # images that could not be written
 
@@ -109,7 +110,8 @@ class Run:
                 "learning rate (--lr), or clip the gradient (--clip_norm)"
             )
         settings = self.settings
-        entries = checkpoint.model_entries(self.detector, self.class_names, settings.min_side, settings.max_side)
+        sides, limits = (settings.min_side, settings.max_side), (settings.limits, self.score_thresholds)
+        entries = checkpoint.model_entries(self.detector, self.class_names, *sides, *limits)
         entries |= {"epoch": self.progress.epoch, "metrics": self.metrics}
         checkpoint.save(Path(settings.out_dir) / name, entries | extra)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from retinanet.process import PRECISIONS, choose_precision, get_world_size
+from retinanet.training.checkpoint import LIMITS
 from retinanet.training.recipes import RECIPES
 
 
@@ -59,6 +60,11 @@ class Settings:
     def dtype(self) -> torch.dtype:
         """What `precision` means."""
         return PRECISIONS[self.precision]
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits of detection."""
+        return LIMITS | {name: self.other[name] for name in LIMITS if name in self.other}
 
     def as_dict(self) -> dict[str, Any]:
         """Every flag's name -> its value."""

@@ -65,6 +65,39 @@ def draw_curves(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | Path
     save_figure(figure, path)
 
 
+def draw_thresholds(
+    names: Sequence[str],
+    scores: np.ndarray,
+    rates: Sequence[np.ndarray],
+    marks: Sequence[tuple[float, float, float, float] | None],
+    path: str | Path,
+) -> None:
+    """Precision, recall and F1 over the score, of each class and, in black, of all together, the last one.
+
+    Args:
+        names: of the classes, and of all.
+        scores: [N], rising.
+        rates: of each name, [3, N] precision, recall and F1 of what is above each score.
+        marks: of each name, the score that is marked, and the three there.
+        path: of the PNG file.
+    """
+    figure, lines = new_figure(17, 5.5), []
+    colours = [*map(rgb, range(len(names) - 1)), "black"]
+    for row, axes in enumerate(figure.subplots(1, 3)):
+        for colour, values, mark in zip(colours, rates, marks, strict=True):
+            style = {"color": colour, "linewidth": 2 if colour == "black" else 1}
+            lines += axes.plot(scores, values[row], drawstyle="steps-post", **style)
+            if mark:
+                axes.plot(mark[0], mark[1 + row], marker="o", markeredgecolor="black", **style)
+        title = ("precision", "recall", "F1")[row]
+        axes.set(title=title, xlabel="scores above", xlim=(scores[0], scores[-1]), ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+    columns = -(-len(names) // (2 * LEGEND_LIMIT))
+    legend = {"title": "dots: best F1", "loc": "outside right upper", "ncols": columns, "fontsize": 8}
+    figure.legend(lines[: len(names)], chart_names(names), **legend)
+    save_figure(figure, path)
+
+
 def draw_training_curves(entries: Sequence[Mapping[str, float]], steps_per_epoch: int, path: str | Path) -> None:
     """Losses, learning rate and AP over the epochs, from the entries of log.jsonl."""
     steps = [entry for entry in entries if "step" in entry]
