@@ -309,8 +309,8 @@ def test_a_loss_that_is_not_finite_keeps_the_batch_and_the_last_checkpoint(tmp_p
     folder = tmp_path / "a"
     jobs, output = start(folder, "--checkpoint_every", "1", "--lr", "1e3")
     assert finish(jobs) == [1]
-    assert "the loss is not finite (class " in output() and "epoch 0, step 2, images" in output()
-    assert progress_of(folder) == (0, 1)
+    assert "the loss is not finite (class " in output() and "epoch 0, step 3, images" in output()
+    assert progress_of(folder) == (0, 2)
     (batch,) = checkpoint.load(folder / "not_finite_rank0.pt")["batches"]
     assert batch["img"].shape == (1, 3, 64, 64) and f"(shapes-1-{batch['index'][0]}) is saved in" in output()
 
