@@ -16,7 +16,7 @@ from PIL import Image
 import train
 import validate
 import visualize
-from retinanet.evaluation.coco import METRICS
+from retinanet.evaluation.coco import METRICS, metric_names
 from retinanet.training import checkpoint
 from retinanet.training.log import read_log
 
@@ -98,6 +98,21 @@ def test_the_checkpoint_rebuilds_the_model(trained):
     assert all(value.isfinite().all() for value in net.state_dict().values())
 
 
+def test_the_checkpoint_holds_limits_and_the_best_scores(tmp_path):
+    limits = ["--max_detections", 7, "--score_threshold", 0.001, "--top_k", 50, "--nms_threshold", 0.4]
+    flags = [*TRAIN, *SHAPES, "--epochs", 1, *limits, "--out_dir", tmp_path]
+    status, out, _ = run_quietly(train.main, *flags)
+    assert status == 0 and "AR7 " in out and "AR7" in entries_of(tmp_path)[1][0]
+    content = checkpoint.load(tmp_path / "best.pt")
+    assert content["limits"] == {"score_threshold": 0.001, "nms_threshold": 0.4, "top_k": 50, "max_detections": 7}
+    best = content["score_thresholds"]
+    assert best == {} or (0 < best["all"] < 1 and set(best["classes"]) <= set(CLASSES))
+    flags = [*SMALL, "--dataset", "shapes", "--shapes_val", 2, "--model", tmp_path / "best.pt", "--out", tmp_path / "v"]
+    assert "2 images, 14 detections" in run_quietly(validate.main, *flags)[1]
+    metrics = json.loads((tmp_path / "v" / "metrics.json").read_text())
+    assert (metrics["best_f1"] or {"score": None})["score"] == best.get("all")
+
+
 def test_training_again_gives_the_same_numbers(trained, tmp_path):
     flags = [*TRAIN, *SHAPES, "--epochs", 1, "--log_every", 1, "--out_dir", tmp_path]
     assert run_quietly(train.main, *flags)[0] == 0
@@ -132,7 +147,7 @@ def test_validation_prints_the_twelve_numbers(trained):
     status, out, err = run_quietly(validate.main, *flags, "--score_threshold", 0, "--max_detections", 7)
     assert (status, err) == (0, "")
     assert "2 images, 14 detections" in out
-    for name in METRICS:
+    for name in metric_names(7):
         assert re.search(rf"\b{name} -?\d\.\d\d\d", out)
 
 

@@ -17,7 +17,7 @@ from retinanet.data.transforms import Resizer, normalize
 from retinanet.errors import UserError
 from retinanet.evaluation.coco import evaluate_coco
 from retinanet.evaluation.voc import evaluate
-from retinanet.inference import as_array, detect, detect_images, predict
+from retinanet.inference import Prediction, as_array, detect, detect_images, detection_limits, predict
 from retinanet.postprocess import Detections
 from retinanet.training import checkpoint
 
@@ -94,6 +94,48 @@ def test_names_and_sizes_are_those_of_the_checkpoint(filled_net, tmp_path):
     assert_same(prediction, expected)
     assert set(prediction.class_names) <= {"cat", "dog", "bird"}
     assert_same(predict(checkpoint.load_model(path), array, 0.05, 20)[0], expected)
+
+
+def kept(prediction, keep):
+    """The detections that `keep` [N] names."""
+    names = [name for name, chosen in zip(prediction.class_names, keep, strict=True) if chosen]
+    return Prediction(*(values[keep] for values in prediction[:3]), names)
+
+
+def test_limits_are_those_of_the_checkpoint_unless_given(filled_net, tmp_path):
+    stored = {"score_threshold": 0.02, "nms_threshold": 0.2, "top_k": 30, "max_detections": 8}
+    path, array = tmp_path / "model.pt", gradient(64, 90)
+    checkpoint.save(path, checkpoint.model_entries(filled_net, ["cat", "dog", "bird"], 96, 160, stored))
+    net, info = checkpoint.load_model(path)
+    assert info["limits"] == stored and detection_limits(info, {}) == stored
+    assert detection_limits(info, {"top_k": None, "score_threshold": 0.3}) == stored | {"top_k": None} | {
+        "score_threshold": 0.3
+    }
+    assert detection_limits({}, {}) == checkpoint.LIMITS
+    found = predict((net, info), array, 0.02)[0]
+    names = {"class_names": ["cat", "dog", "bird"], "min_side": 96, "max_side": 160}
+    assert len(found.scores) == 8
+    assert_same(found, predict(filled_net, array, **stored, **names)[0])
+    wider = predict((net, info), array, 0.02, None, nms_threshold=0.5, top_k=None)[0]
+    assert len(wider.scores) > 30
+    assert_same(wider, predict(filled_net, array, 0.02, None, top_k=None, **names)[0])
+    assert (predict((net, info), array)[0].scores > 0.5).all()  # it has no best scores
+
+
+def test_the_best_scores_hold_class_by_class(filled_net, tmp_path):
+    path, array = tmp_path / "model.pt", gradient(64, 90)
+    every = predict(filled_net, array, 0.01, class_names=["cat", "dog", "bird"], min_side=96, max_side=160)[0]
+    middle = [float(every.scores[every.labels == label].median()) for label in range(2)]
+    best = {"all": 0.15, "classes": dict(zip(["cat", "dog"], middle, strict=True))}
+    checkpoint.save(path, checkpoint.model_entries(filled_net, ["cat", "dog", "bird"], 96, 160, score_thresholds=best))
+    expected = kept(every, every.scores > torch.tensor([*middle, 0.15])[every.labels])
+    assert 0 < len(expected.scores) < len(every.scores) and len(expected.labels.unique()) > 1
+    for options in ({}, {"score_threshold": "best"}):
+        assert_same(predict(path, array, device="cpu", **options)[0], expected)
+    assert_same(predict(path, array, 0.01, device="cpu")[0], every)
+    assert torch.equal(predict(path, array, device="cpu", class_names=["a", "b", "c"])[0].labels, expected.labels)
+    with pytest.raises(UserError, match="score threshold best: the checkpoint holds no scores of the best F1"):
+        predict(filled_net, array, "best")
 
 
 def test_detect_images_keeps_the_mode(filled_net):

@@ -30,7 +30,10 @@ def test_everything_is_logged_and_written(model_path, tmp_path, capsys):
     for text in ("scores above 0.05", "6 images", *CLASS_NAMES, "IoU 0.4", "mAP", "missed"):
         assert text in printed
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"detections.json", "metrics.json", "pr_curves.png", "errors.png", "confusion.png"}
+    assert written == {"detections.json", "metrics.json", "pr_curves.png", "thresholds.png"} | {
+        "errors.png",
+        "confusion.png",
+    }
 
 
 def test_scoring_the_written_detections_gives_the_same_numbers(model_path, tmp_path):
@@ -150,9 +153,9 @@ def test_mistakes_in_files_are_reported(tmp_path, capsys):
 
 
 def test_contradictory_flags_are_reported_together(tmp_path, capsys):
-    flags = ["--detections", "x.json", "--score_threshold", "0.5", "--max_detections", "3", "--dataset", "voc"]
+    flags = ["--detections", "x.json", "--score_threshold", "0.5", "--top_k", "3", "--dataset", "voc"]
     with pytest.raises(SystemExit) as status:
         validate.main(flags)
     assert status.value.code == 2
     error = capsys.readouterr().err
-    assert "needs --voc_path; " in error and "without --score_threshold and --max_detections" in error
+    assert "needs --voc_path; " in error and "without --score_threshold and --top_k" in error

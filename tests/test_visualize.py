@@ -115,6 +115,21 @@ def test_detections_are_single_files_and_a_sheet(model_path, tmp_path):
     assert names(tmp_path) == {"detections_00000.png", "detections_00001.png", "detections.png"}
 
 
+def test_the_best_scores_are_the_default_where_there_are_any(filled_net, tmp_path):
+    save(gradient(64, 90), tmp_path / "a.png")
+    for name, best in {"with": {"all": 0.05, "classes": {"circle": 0.9}}, "without": {}}.items():
+        path, classes = tmp_path / f"{name}.pt", ["circle", "rectangle", "triangle"]
+        checkpoint.save(path, checkpoint.model_entries(filled_net, classes, 96, 160, score_thresholds=best))
+        flags = ["--device", "cpu", "--images", tmp_path / "a.png", "--model", path, "--out_dir", tmp_path / name]
+        assert run(*flags)[0] == 0
+        content = json.loads((tmp_path / name / "detections.json").read_text())
+        scores = {(found["class"], found["score"] > 0.05) for found in content["images"][0]["detections"]}
+        assert content["score_threshold"] == (0.05 if best else 0.5)
+        assert scores == ({("triangle", True)} if best else set())
+        status, _, err = run(*flags, "--score_threshold", "best")
+        assert (status, "holds no scores of the best F1" in err) == ((0, False) if best else (1, True))
+
+
 def test_anchor_fit_reports_and_advises(tmp_path):
     pytest.importorskip("matplotlib")
     status, out, err = run(*SHAPES, "--show", "anchor_fit", "--min_side", 32, "--out_dir", tmp_path)

@@ -79,7 +79,7 @@ class Evaluation:
         """Draw precision, recall and F1 over the score, of each class and of all."""
         rankings = voc.all_rankings(self.voc)
         scores = rankings[-1].scores[np.isfinite(rankings[-1].scores)]
-        grid = np.linspace(min(0, *scores[-1:]), max(1, *scores[:1]), 501)
+        grid = np.linspace(scores.min(initial=0), scores.max(initial=1), 501)
         names, best = [*self.dataset.labels.values(), "all"], list(map(thresholds.best_f1, rankings))
         marks = [point and (point.score, point.precision, point.recall, point.f1) for point in best]
         charts.draw_thresholds(names, grid, [thresholds.rates_above(one, grid) for one in rankings], marks, path)

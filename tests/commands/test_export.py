@@ -74,10 +74,9 @@ def test_the_thresholds_are_honoured(filled_net):
 
 
 @torch.no_grad()
-def test_more_candidates_than_one_level_may_have(filled_net, monkeypatch):
-    monkeypatch.setattr(export, "TOP_K", 50)
+def test_more_candidates_than_one_level_may_have(filled_net):
     images = random_image(160, 224)
-    found = export.Detector(filled_net, True, score_threshold=0.01)(images)
+    found = export.Detector(filled_net, True, score_threshold=0.01, top_k=50)(images)
     expected = filled_net.detect(normalize(images), 0.01, top_k=50)[0]
     assert_near(found, expected)
     assert len(expected.scores) != len(filled_net.detect(normalize(images), 0.01, top_k=None)[0].scores)

@@ -4,17 +4,22 @@ import numpy as np
 import pytest
 from helpers import gradient, write_coco_data, write_csv_data
 
-from retinanet.commands import flags
+import train
+import validate
+import visualize
+from retinanet.commands import export, flags
 from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset
 from retinanet.errors import UserError
+from retinanet.training.checkpoint import LIMITS
 
 
 def parse(*argv, training=True):
     parser = flags.make_parser("test")
     flags.add_data_arguments(parser, training)
     flags.add_machine_arguments(parser)
-    flags.add_detection_arguments(parser, score_threshold=0.05)
+    flags.add_detection_arguments(parser, of_model=not training)
+    parser.add_argument("--batch_size", type=flags.positive_int, default=4, help=f"images a batch {flags.DEFAULT}")
     flags.add_augmentation_arguments(parser)
     flags.add_anchor_arguments(parser)
     if training:
@@ -68,6 +73,7 @@ def test_wrong_flags_are_usage_errors(argv, message, capsys):
         ("shapes_val", ["1e9"], "from 1 to 1,000,000"),
         ("shapes_train", ["1000000000"], "from 1 to 1,000,000"),
         ("max_detections", ["1000000000"], "from 1 to 1,000,000"),
+        ("top_k", ["1e7"], "from 1 to 1,000,000"),
         ("jitter", ["600", "1000000000"], "from 1 to 16,384"),
         ("anchor_sizes", ["32", "64", "128", "256", "1e300"], "from 0.5 to 16,384"),
         ("anchor_scales", ["1e-300"], "from 0.01 to 100"),
@@ -96,6 +102,26 @@ def test_help_shows_defaults_where_there_are_any(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "images a batch (default: 4)" in text and "(default: val2017)" in text
     assert "None" not in text and "False" not in text
+
+
+def test_limits_of_detection_have_the_same_names_and_defaults_everywhere(capsys):
+    parsed = parse("--dataset", "shapes")
+    assert flags.given_limits(parsed) == LIMITS
+    assert LIMITS == {"score_threshold": 0.05, "nms_threshold": 0.5, "top_k": 1000, "max_detections": 100}
+    given = parse("--dataset", "shapes", "--max_detections", "7", "--score_threshold", "0", training=False)
+    assert flags.given_limits(given) == {"max_detections": 7, "score_threshold": 0.0}  # the others are the model's
+    for main in (train.main, validate.main, visualize.main, export.main):
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert all(f"--{name} {name.upper()}" in text for name in LIMITS)
+        assert all(f"{number})" in text for number in ("0.5", "1000", "100"))
+
+
+def test_the_best_score_is_a_word_where_it_can_be():
+    assert flags.score_threshold("best") == "best" and flags.score_threshold("0.5") == 0.5
+    with pytest.raises(SystemExit):
+        parse("--dataset", "shapes", "--score_threshold", "best")
 
 
 def test_validation_has_no_training_flags():

@@ -7,6 +7,7 @@ from helpers import detections, in_memory
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from retinanet.boxes import xywh_to_xyxy
 from retinanet.data.coco import CocoDataset
 from retinanet.data.shapes import ShapesDataset
 from retinanet.data.transforms import Resizer
@@ -142,6 +143,32 @@ def test_the_hundred_best_detections_count():
         boxes = torch.tensor([[200.0, 200.0, 250.0, 250.0]] * better + [[10.0, 10.0, 60.0, 60.0]])
         found = Detections(torch.linspace(1, 0.5, len(boxes)), torch.zeros(len(boxes), dtype=torch.int64), boxes)
         assert metrics(dataset, {0: found})["AP"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 10, 50, 100, 101, 500])
+def test_the_limit_is_the_last_of_pycocotools(limit):
+    """pycocotools' own `summarize` reads AP at 100 detections only, so that it is read from its arrays here."""
+    rng = np.random.default_rng(0)
+    boxes = np.concatenate([np.arange(120)[:, None] * [20, 0] + [0, 5], np.full((120, 2), 14)], axis=1)
+    dataset = in_memory(np.column_stack([xywh_to_xyxy(torch.tensor(boxes)), np.arange(120) % 8 == 0]))
+    found = [
+        {"image_id": 0, "category_id": int(label), "bbox": box, "score": float(rng.random())}
+        for label, box in zip(rng.random(120) < 0.15, (boxes + rng.normal(0, 1.5, boxes.shape)).tolist(), strict=True)
+    ]
+    scores = coco.score_results(dataset, found, [0], limit).metrics
+    plain = COCOeval(dataset.coco, dataset.coco.loadRes([dict(one) for one in found]), "bbox")
+    plain.params.maxDets = sorted([min(1, limit), min(10, limit), limit])
+    plain.evaluate()
+    plain.accumulate()
+    precision, recall = (np.ma.masked_less(plain.eval[name], 0) for name in ("precision", "recall"))
+    expected = {"AP": precision[:, :, :, 0, 2].mean(), "AP50": precision[0, :, :, 0, 2].mean()}
+    expected |= {f"AR{number}": recall[:, :, 0, place].mean() for place, number in enumerate(plain.params.maxDets)}
+    assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+    assert list(scores) == list(dict.fromkeys(coco.metric_names(limit)))
+    assert 0 < scores["AP"] < 1 and f"AR{limit} " in coco.metrics_table(scores)
+    if limit == 100:
+        plain.summarize()
+        assert list(scores.values()) == plain.stats.tolist() and tuple(scores) == coco.METRICS
 
 
 def test_difficult_boxes_are_ignored():

@@ -99,7 +99,9 @@ def test_nothing_found_and_nothing_there():
 def test_a_hundred_detections_of_each_class_count():
     wrong = [[0.9, 0, 500, 500, 600, 600]] * 100
     # BOX comes too late, OTHER does not.
-    assert run(*wrong, [0.8, 1, *OTHER], [0.7, 0, *BOX]).ap50 == pytest.approx(0.5)
+    rows = *wrong, [0.8, 1, *OTHER], [0.7, 0, *BOX]
+    assert run(*rows).ap50 == pytest.approx(0.5)
+    assert analyse(in_memory(TRUTH), {0: detections(*rows)}, limit=101).ap50 == pytest.approx((1 + 1 / 101) / 2)
 
 
 def test_judge():

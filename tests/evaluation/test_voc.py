@@ -124,6 +124,15 @@ def test_equals_a_plain_loop_on_random_data():
         np.testing.assert_allclose(results[label].curve[0], recall)
 
 
+def test_the_best_scores_of_a_checkpoint():
+    data = in_memory([[*BOX, 0], [*FAR, 1]], class_names="abc")
+    found = {0: detections([0.9, 0, *BOX], [0.5, 1, *FAR], [0.4, 1, *BOX], [0.3, 2, *BOX])}
+    scores = voc.best_scores(evaluate_detections(data, found), data)
+    assert 0.4 <= scores["all"] < 0.5 and 0.899 < scores["classes"]["a"] < 0.9 and 0.4 <= scores["classes"]["b"] < 0.5
+    assert scores["classes"].keys() == {"a", "b"}  # nothing is right of c
+    assert voc.best_scores(evaluate_detections(data, {0: detections()}), data) == {}
+
+
 def test_compute_overlap_by_hand():
     a = np.array([[0, 0, 10, 10], [20, 20, 30, 30]])
     b = np.array([[0, 0, 10, 10], [5, 0, 15, 10], [10, 10, 20, 20]])

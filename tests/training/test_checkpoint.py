@@ -163,6 +163,8 @@ def test_a_model_comes_back_with_all_that_describes_it(net, saved):
         "best_match_iou": None,
         "min_side": 64,
         "max_side": 96,
+        "limits": checkpoint.LIMITS,
+        "score_thresholds": {},
         "epoch": 7,
     }
     assert again.num_classes == 2 and again.anchors.settings() == net.anchors.settings()
@@ -345,6 +347,17 @@ ODD = {
             "max_side": [[64]],
             "best_match_iou": ["x"],
             "metrics": [[1]],
+            "limits": [
+                *(None, 5, "x", {}, checkpoint.LIMITS | {"other": 1}, checkpoint.LIMITS | {"top_k": 1.5}),
+                *(checkpoint.LIMITS | {name: -1} for name in checkpoint.LIMITS),
+                *(checkpoint.LIMITS | {name: float("nan")} for name in checkpoint.LIMITS),
+                *(checkpoint.LIMITS | {"score_threshold": 1.5}, checkpoint.LIMITS | {"max_detections": 10**9}),
+            ],
+            "score_thresholds": [
+                *(5, "x", [0.5], {"all": 0.5}, {"classes": {}}, {"all": "x", "classes": {}}),
+                *({"all": 2.0, "classes": {}}, {"all": 0.5, "classes": [0.5]}, {"all": 0.5, "classes": {"cat": "x"}}),
+                *({"all": float("nan"), "classes": {}}, {"all": 0.5, "classes": {"cat": -0.5}}),
+            ],
         }.items()
         for value in values
     },
