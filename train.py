@@ -27,6 +27,7 @@ from retinanet.evaluation.errors import judge
 from retinanet.evaluation.report import limits_note
 from retinanet.model import ARCHITECTURES, RetinaNet, resnet
 from retinanet.process import log, script
+from retinanet.signals import StopSignals
 from retinanet.training import checkpoint
 from retinanet.training.engine import train_one_epoch
 from retinanet.training.files import replaced
@@ -60,11 +61,16 @@ def make_parser() -> argparse.ArgumentParser:
     flags.add_anchor_arguments(parser)
     count, rate = flags.positive_int, flags.positive_float
     add = parser.add_argument_group("training").add_argument
-    add("--recipe", choices=sorted(RECIPES), default="original", help=f"optimizer and schedule {flags.DEFAULT}")
+    text = "optimizer and schedule: the original's, from ImageNet weights; those of the paper's authors, from ImageNet "
+    text += f"weights; or one for random weights, scratch {flags.DEFAULT}"
+    add("--recipe", choices=sorted(RECIPES), default="original", help=text)
     add("--epochs", type=count, default=100, help=f"passes over the training set {flags.DEFAULT}")
     add("--batch_size", type=count, default=2, help=f"images a batch, of each process {flags.DEFAULT}")
     add("--accumulate", type=count, default=1, help=f"batches averaged for one optimizer step {flags.DEFAULT}")
     add("--lr", type=rate, help="peak learning rate (default: the recipe's, in proportion to the global batch)")
+    add("--backbone_lr", type=rate, default=1.0, help=f"learning rate of the backbone, times that {flags.DEFAULT}")
+    text = "leave so many stages of the backbone as they are: 1 is conv1, 2 adds the first residual stage, ..."
+    add("--freeze_stages", type=int, choices=range(5), help=f"{text} (default: the recipe's; paper 2, others 0)")
     add("--clip_norm", type=rate, help="limit of the gradient's norm (default: the recipe's)")
     add("--ema", type=flags.fraction, help="average the weights with this decay, such as 0.999, and save the average")
     add("--early_stop", type=count, help="stop after this many validations without a better AP")
@@ -136,12 +142,14 @@ def log_header(args: argparse.Namespace, run: Run, device: torch.device, num_box
     settings, recipe = run.settings, RECIPES[run.settings.recipe]
     log.info(
         "%s: %d images, %d boxes, %d classes | ResNet-%d, %.1f M parameters, weights: %s | %s, %s | recipe %s, "
-        "learning rate %.3g (%.3g for %d images), global batch %d = %d images x %d batches x %d processes, %d epochs%s "
-        "| retinanet %s, torch %s, torchvision %s",
+        "learning rate %.3g (%.3g for %d images)%s%s, global batch %d = %d images x %d batches x %d processes, "
+        "%d epochs%s | retinanet %s, torch %s, torchvision %s",
         args.dataset, run.num_images, num_boxes, len(run.class_names),
         args.depth, sum(weight.numel() for weight in run.net.parameters()) / 1e6, args.weights,
         device, str(settings.dtype).removeprefix("torch."), settings.recipe, settings.lr, recipe.lr,
-        recipe.reference_batch, settings.global_batch, settings.batch_size, settings.accumulate,
+        recipe.reference_batch, "" if settings.backbone_lr == 1 else f", backbone x {settings.backbone_lr:g}",
+        "" if settings.freeze_stages == recipe.freeze_stages else f", frozen stages: {settings.freeze_stages}",
+        settings.global_batch, settings.batch_size, settings.accumulate,
         process.get_world_size(), settings.epochs, "" if settings.ema is None else f", EMA {settings.ema}",
         __version__, torch.__version__, torchvision.__version__,
     )  # fmt: skip
@@ -150,7 +158,7 @@ def log_header(args: argparse.Namespace, run: Run, device: torch.device, num_box
 
 
 def validate(
-    run: Run, loader: DataLoader, dataset: DetectionDataset, device: torch.device, stop: process.StopSignals
+    run: Run, loader: DataLoader, dataset: DetectionDataset, device: torch.device, stop: StopSignals
 ) -> dict[str, float]:
     """COCO's numbers of the detector, computed by all ranks together."""
     settings = run.settings
@@ -189,7 +197,7 @@ def train(
     val_loader: DataLoader | None,
     val_set: DetectionDataset | None,
     device: torch.device,
-    stop: process.StopSignals,
+    stop: StopSignals,
 ) -> None:
     """Train and validate, epoch by epoch, until the run is over or a signal comes."""
     settings = run.settings
@@ -201,7 +209,7 @@ def train(
         epoch = run.progress.epoch
         sampler.set_epoch(*run.position)
         statistics = train_one_epoch(
-            model, train_loader, run.optimizer, run.schedule, device, settings.dtype, run.progress,
+            model, train_loader, run.optimizer, run.scaler, run.schedule, device, settings.dtype, run.progress,
             settings.clip_norm, settings.accumulate, stop_signal=lambda: stop.signum, after_step=run.after_step,
             log_step=run.write, log_every=settings.log_every,
         )  # fmt: skip
@@ -251,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
             data_views.save_data_images(train_set, sampler, out_dir)
         if val_set and (note := limits_note(val_set, range(len(val_set)), settings.limits["max_detections"])):
             log.warning("%s", note)
-    with process.StopSignals() as stop:
+    with StopSignals() as stop:
         try:
             with explained(train_loader, settings.dtype):  # a worker may die at any time
                 train(run, train_loader, sampler, val_loader, val_set, device, stop)

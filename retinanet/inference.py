@@ -205,7 +205,7 @@ def detect_batch(
 ) -> list[Detections]:
     """Run a detector over one batch from `collater`; arguments and detections are those of `detect`."""
     weights = next((weight.dtype for weight in model.parameters()), torch.float32)
-    images = normalize(batch["img"].to(device, non_blocking=True)).to(weights)
+    images = normalize(batch["img"].to(device, non_blocking=device.type == "cuda")).to(weights)
     with autocast(device, precision if weights == torch.float32 else torch.float32):  # float32 means no autocast
         found = model.detect(images, image_sizes=batch["size"], **limits)
     if class_thresholds is not None:

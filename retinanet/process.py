@@ -1,18 +1,13 @@
-"""What a program needs to run: exit statuses, messages, seeds, devices, the ranks of a torchrun job, signals."""
+"""What a program needs to run: exit statuses, messages, seeds, devices, and the ranks of a torchrun job."""
 
 import contextlib
 import functools
 import io
 import logging
-import multiprocessing
 import os
 import random
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -21,11 +16,16 @@ from torch import distributed
 from tqdm import tqdm
 
 from retinanet.errors import UserError, printable
+from retinanet.signals import end_with_parent, resume_workers
 
 log = logging.getLogger("retinanet")
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's messages
+
+
+class UsageError(UserError):
+    """Flags that this machine cannot follow: the scripts exit with 2."""
 
 
 def script(main: Callable[..., int | None]) -> Callable[..., int]:
@@ -42,7 +42,7 @@ def script(main: Callable[..., int | None]) -> Callable[..., int]:
             status = main(argv) or 0
         except UserError as error:
             _say_error(str(error))
-            return 1
+            return 2 if isinstance(error, UsageError) else 1
         except OSError as error:
             if error.filename is None:
                 raise
@@ -150,20 +150,24 @@ def seeded(*seed: int) -> Iterator[None]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `--device` means: `auto` is this process's GPU, as is `cuda`, or else the CPU.
+    """The device that `--device` means: `auto` is this process's GPU, as is `cuda`, or Apple's (mps), or the CPU.
 
     Raises:
         UserError: the device does not exist here.
     """
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    chosen = name
+    if name == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if chosen == "cuda":
         chosen = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(chosen)
     except RuntimeError as error:
         raise UserError(f"--device {name}: {error}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: only cpu and cuda are supported")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: only cpu, cuda and mps are supported")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {name}: torch sees no GPU of Apple's; try --device cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch sees no CUDA device; try --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -175,13 +179,22 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The precision that `--precision` means: `auto` is bf16 where the device computes it natively, else fp32."""
+    """The precision that `--precision` means: `auto` is bf16 where the device computes it natively, else fp16 or fp32.
+
+    Raises:
+        UsageError: the device has no such precision.
+    """
     if name == "auto":
         if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        elif device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+            name = "bf16"
         else:
-            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        name = "bf16" if native else "fp32"
+            name = "fp32"
+    if device.type == "mps" and name != "fp32":
+        raise UsageError(f"--precision {name}: on mps, only fp32 is supported")
+    if device.type == "cpu" and name == "fp16":
+        raise UsageError("--precision fp16: for GPUs alone, as few CPUs compute it; use bf16 or fp32, or --device cuda")
     return PRECISIONS[name]
 
 
@@ -211,9 +224,11 @@ def init_distributed(device: torch.device) -> None:
         torch.cuda.set_device(device)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
+    if device.type == "mps":
+        raise UserError("torchrun's processes cannot share the gradients of mps: use one process, or --device cpu")
     # Objects are exchanged by gloo, gradients by the device's own backend.
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    _end_with_parent()
+    end_with_parent()
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -248,73 +263,3 @@ def broadcast_buffers(module: torch.nn.Module) -> None:
     if get_world_size() > 1:
         for buffer in module.buffers():
             distributed.broadcast(buffer, src=0)
-
-
-class StopSignals:
-    """A context in which the first signal, `signum`, asks the program to stop soon; a second one stops it at once."""
-
-    HANDLED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-    # Ctrl-C reaches a torchrun job twice, from the terminal and from torchrun: that counts as one.
-    SAME_REQUEST_SECONDS = 2.0
-
-    def __init__(self):
-        self.signum, self.since = 0, 0.0
-
-    def __enter__(self) -> "StopSignals":
-        self.before = {signum: signal.signal(signum, self._handle) for signum in self.HANDLED}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-
-    def _handle(self, signum: int, _: FrameType | None) -> None:
-        if not self.signum:
-            self.signum, self.since = signum, time.monotonic()
-            text = f"{signal.Signals(signum).name}: stopping after this step; once more stops at once\n"
-            with contextlib.suppress(OSError):  # the terminal may be gone, or the pipe's reader have got the signal too
-                os.write(sys.stderr.fileno(), text.encode())  # a handler must not touch buffered files
-        elif time.monotonic() - self.since > self.SAME_REQUEST_SECONDS:
-            os._exit(128 + signum)
-
-
-def wait_for_parent(pause: Callable[[], bool], end: Callable[[], None]) -> None:
-    """Call `end`, in a thread, when the parent process is gone or `pause`, called again and again, gives True."""
-    parent = os.getppid()
-
-    def wait() -> None:
-        while os.getppid() == parent and not pause():
-            pass
-        end()
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Stop this rank, as SIGTERM does, when torchrun's own process is gone: nothing else would."""
-
-    def end() -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
-        os._exit(128 + signal.SIGTERM)
-
-    wait_for_parent(lambda: bool(time.sleep(1)), end)
-
-
-def resume_workers() -> None:
-    """Let data-loading workers that somebody stopped go on, or at least end."""
-    for worker in multiprocessing.active_children() if hasattr(signal, "SIGCONT") else ():
-        os.kill(worker.pid, signal.SIGCONT)
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Within the context, the death of a data-loading worker does not raise its error, which could come at any line."""
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)

@@ -9,12 +9,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "retinanet"
 PAPER = ("anchors", "boxes", "matcher", "losses", "resnet", "model", "postprocess")
 DOORS = ("dataloader", "coco_eval", "csv_eval", "utils")
-BASE = ("errors", "process")
+BASE = ("errors", "process", "signals")
 
 # Part of the package -> what it may import of the package; a name stands for everything below it.
 RULES = {
     "errors": (),
-    "process": ("errors",),
+    "signals": (),
+    "process": ("errors", "signals"),
     **dict.fromkeys(PAPER, PAPER),
     "model": (*PAPER, "fused_loss", "sparse_head"),
     "fused_loss": PAPER,

@@ -20,7 +20,7 @@ import train
 from retinanet.data.shapes import ShapesDataset
 from retinanet.errors import UserError
 from retinanet.model import ARCHITECTURES, resnet18
-from retinanet.process import StopSignals
+from retinanet.signals import StopSignals
 from retinanet.resnet import BasicBlock
 from retinanet.training import checkpoint
 from retinanet.training.log import read_log

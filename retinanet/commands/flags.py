@@ -11,14 +11,16 @@ from torchvision.transforms import Compose
 
 from retinanet.anchors import Anchors
 from retinanet.data.checks import leave_out_bad_images
+from retinanet.data.classes import placeholder_names
 from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset, read_boxes
-from retinanet.data.dataset import DetectionDataset, placeholder_names
+from retinanet.data.dataset import DetectionDataset
 from retinanet.data.report import Report
 from retinanet.data.transforms import Augmenter, ColourJitter, RandomCrop, Resizer, ScaleJitter
 from retinanet.data.voc import VOCDataset
 from retinanet.data.yolo import YoloDataset
 from retinanet.errors import UserError
+from retinanet.process import PRECISIONS
 from retinanet.training.checkpoint import LIMITS
 
 FOLDERS = {"coco": CocoDataset, "voc": VOCDataset, "yolo": YoloDataset}  # kinds of data named by a folder and a set
@@ -55,6 +57,7 @@ BOUNDS = {
     "workers": (0, 256),
     "columns": (1, 100),
     "lr": (1e-12, 1000),
+    "backbone_lr": (1e-6, 1000),
     "clip_norm": (1e-9, 10**9),
     "anchor_sizes": (0.5, 16_384),
     "anchor_scales": (0.01, 100),
@@ -166,9 +169,9 @@ def training_transform(args: argparse.Namespace) -> Callable[[dict], dict]:
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say on what hardware, and how, to compute."""
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto", help=f"auto (a GPU if there is one), cpu, cuda, cuda:1 {DEFAULT}")
-    text = f"the network's arithmetic; auto: bf16 where the device computes it natively {DEFAULT}"
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=text)
+    group.add_argument("--device", default="auto", help=f"auto (a GPU if there is one), cpu, cuda:1, mps {DEFAULT}")
+    text = f"the network's arithmetic; auto: bf16 where the device computes it natively, else fp16 on GPUs {DEFAULT}"
+    group.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help=text)
     group.add_argument("--workers", type=non_negative_int, default=2, help=f"processes that read images {DEFAULT}")
 
 

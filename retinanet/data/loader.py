@@ -1,10 +1,8 @@
 """Samples -> batches, read by worker processes."""
 
 import contextlib
-import multiprocessing
 import os
 import re
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +13,8 @@ from retinanet.data.dataset import DetectionDataset
 from retinanet.data.sampler import AspectRatioBasedSampler
 from retinanet.data.transforms import pad_images
 from retinanet.errors import UserError
-from retinanet.process import StopSignals, get_rank, get_world_size, resume_workers, seeded, wait_for_parent
+from retinanet.process import get_rank, get_world_size, seeded
+from retinanet.signals import guard_worker, held, resume_workers
 
 WAIT = 5  # seconds until workers that gave no batch are looked at
 MAX_WAITS = 36  # so often in a row, then the program ends
@@ -45,35 +44,6 @@ def read_sample(dataset: Dataset, seed: int, epoch: int, index: int) -> dict[str
     """A sample with its augmentation as training draws it: from the seed, the epoch and the index alone."""
     with seeded(seed, epoch, index):
         return dataset[index]
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Within the context, signals that stop the program wait; for processes that start here, until they take them."""
-    held = StopSignals.HANDLED if hasattr(signal, "sigtimedwait") else ()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held) if held else ()
-    try:
-        yield
-    finally:
-        if held:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _guard_worker(_: int = 0) -> None:
-    """Let a data-loading worker, started within `_signals_held`, end only when its parent asks for it or is gone.
-
-    A signal to all processes of a job must not end it: the main process decides, and needs it for the step to finish.
-    """
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)  # away from the terminal's Ctrl-C
-    if hasattr(signal, "sigtimedwait"):
-        starter = multiprocessing.parent_process().pid
-
-        def is_asked() -> bool:
-            received = signal.sigtimedwait(StopSignals.HANDLED, 1)
-            return received is not None and received.si_pid == starter
-
-        wait_for_parent(is_asked, lambda: os._exit(0))
 
 
 class _KeySampler(Sampler[list[tuple[int, int]]]):
@@ -127,7 +97,7 @@ class _Loader(DataLoader):
     """A DataLoader that raises the errors of its workers as they were raised there."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        with _signals_held():  # workers start here
+        with held():  # workers start here
             batches = super().__iter__()
         waited = 0
         while True:
@@ -204,7 +174,7 @@ def make_loader(
         pin_memory=device is not None and device.type == "cuda",
         persistent_workers=workers > 0,
         timeout=WAIT if workers else 0,
-        worker_init_fn=_guard_worker,
+        worker_init_fn=guard_worker,
         generator=generator,
     )
 

@@ -41,10 +41,10 @@ class Meter:
         self.num_images = self.recent_images = 0
         self.start = self.recent_start = time.perf_counter()
 
-    def count(self, losses: Tensor, group: list[dict[str, Any]], lr: float, norm: Callable[[], float]) -> None:
+    def count(self, losses: Tensor, group: list[dict[str, Any]], lr: float, norm: Callable[[], dict]) -> None:
         """Count a step with `losses` [ranks, batches, 2] of the batches `group`.
 
-        `norm` gives the gradient's norm; it is only called for an entry of the log, because it may wait for the device.
+        `norm` gives numbers about the gradient; it is called for an entry of the log alone, as it may have to wait.
         """
         progress = self.progress
         progress.add(*losses.double().mean(dim=(0, 1)).tolist())
@@ -57,7 +57,7 @@ class Meter:
         progress.recent = [0.0, 0.0, 0]
         class_loss, box_loss = class_loss / steps, box_loss / steps
         entry = {"epoch": progress.epoch, "step": progress.step, "class_loss": class_loss, "box_loss": box_loss}
-        entry |= {"lr": lr, "grad_norm": norm()}
+        entry |= {"lr": lr, **norm()}
         speed = entry["images_per_second"] = self.recent_images / (time.perf_counter() - self.recent_start)
         self.bar.set_postfix_str(f"class {class_loss:.3f}, box {box_loss:.3f}, lr {lr:.1e}, {speed:.1f} images/s")
         self.log_step(entry)

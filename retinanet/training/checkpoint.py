@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from retinanet.anchors import Anchors
-from retinanet.data.dataset import placeholder_names
+from retinanet.data.classes import placeholder_names
 from retinanet.errors import UserError
 from retinanet.model import ARCHITECTURES, RetinaNet, resnet
 from retinanet.postprocess import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, TOP_K

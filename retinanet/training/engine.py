@@ -10,7 +10,8 @@ from torch import nn
 
 from retinanet.data.loader import explained
 from retinanet.data.transforms import normalize
-from retinanet.process import autocast, get_world_size, undisturbed
+from retinanet.process import autocast, get_world_size
+from retinanet.signals import undisturbed
 from retinanet.training.accounting import Meter, Progress
 from retinanet.training.finite import check_losses, clip_gradient, send_losses
 from retinanet.training.recipes import Schedule
@@ -22,6 +23,7 @@ def train_one_epoch(
     model: nn.Module,
     loader: Iterable[dict[str, Any]],
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     schedule: Schedule,
     device: torch.device,
     precision: torch.dtype,
@@ -29,7 +31,7 @@ def train_one_epoch(
     clip_norm: float | None = None,
     accumulate: int = 1,
     stop_signal: Callable[[], int] = lambda: 0,
-    after_step: Callable[[int, Callable[[], float]], None] = lambda signum, check_norm: None,
+    after_step: Callable[[int, Callable[[], dict[str, float]]], None] = lambda signum, check_norm: None,
     log_step: Callable[[dict[str, float]], None] = lambda entry: None,
     log_every: int = 20,
 ) -> dict[str, float]:
@@ -39,9 +41,10 @@ def train_one_epoch(
         model: gives class loss [1] and box loss [1]; may be wrapped in DistributedDataParallel.
         loader: batches from `collater`; its length is that of the whole epoch, its batches start at `progress.step`.
         optimizer: stepped after every `accumulate` batches.
+        scaler: of the loss, enabled where `precision` is torch.float16: it skips steps whose gradient overflows.
         schedule: stepped with it.
         device: where the model is.
-        precision: of the network's arithmetic: torch.float32 or torch.bfloat16.
+        precision: of the network's arithmetic: torch.float32, torch.bfloat16 or torch.float16.
         progress: where to start; kept up to date.
         clip_norm: limit of the gradient's norm.
         accumulate: batches whose gradients are averaged for one step.
@@ -62,16 +65,17 @@ def train_one_epoch(
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
     meter = Meter(progress, -(-len(loader) // accumulate), log_every, log_step)
-    check_norm = None
+    check_norm, on_gpu = None, device.type == "cuda"  # which copies from pinned memory while the host goes on
     with explained(loader, precision) as seen:
         for step, group in zip(meter.bar, _groups(loader, accumulate, seen), strict=False):
             signum, values = stop_signal(), []
             for batch in group:
                 is_last = batch is group[-1]
-                images = normalize(batch["img"].to(device, non_blocking=True))
-                annotations = batch["annot"].to(device, non_blocking=True)
-                for norm in norms:  # one value a channel on C5 has no variance: such a batch takes the running one
-                    norm.train(images[:, 0].numel() > C5_STRIDE**2)
+                images = normalize(batch["img"].to(device, non_blocking=on_gpu))
+                annotations = batch["annot"].to(device, non_blocking=on_gpu)
+                # One value a channel on C5 has no variance: such a batch takes the running one, as frozen stages do.
+                for norm in norms:
+                    norm.train(norm.weight.requires_grad and images[:, 0].numel() > C5_STRIDE**2)
                 # Ranks average their gradients once a step, in the backward pass of its last batch.
                 with nullcontext() if is_last or get_world_size() == 1 else model.no_sync():
                     with autocast(device, precision):
@@ -79,16 +83,18 @@ def train_one_epoch(
                     values.append(losses.detach())
                     if is_last:  # sent before the backward pass, so that they arrive while the device is busy with it
                         receive_losses = send_losses(values, signum)
-                    (losses.sum() / len(group)).backward()
+                    scaler.scale(losses.sum() / len(group)).backward()
             losses, signum = receive_losses()  # of all ranks
             if check_norm:  # of the step before: it arrived long ago, so the device need not wait
                 check_norm()
             where = f"in epoch {progress.epoch}, step {step + 1}"
             check_losses(losses, where, group)
-            check_norm = clip_gradient(weights, clip_norm, where, group)
+            scaler.unscale_(optimizer)
+            check_norm = clip_gradient(weights, clip_norm, scaler, where, group)
             lr = optimizer.param_groups[0]["lr"]
             with undisturbed():  # weights, schedule, average and checkpoint change together
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 optimizer.zero_grad()
                 schedule.step()
                 meter.count(losses, group, lr, check_norm)

@@ -1,5 +1,6 @@
 """Checks that losses and gradients are finite, without letting a GPU wait for them."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -68,27 +69,35 @@ def check_losses(losses: Tensor, where: str, group: list[dict[str, Any]]) -> Non
 
 
 def clip_gradient(
-    weights: list[nn.Parameter], clip_norm: float | None, where: str, group: list[dict[str, Any]]
-) -> Callable[[], float]:
-    """Limit the gradient's norm to `clip_norm`.
+    weights: list[nn.Parameter],
+    clip_norm: float | None,
+    scaler: torch.amp.GradScaler,
+    where: str,
+    group: list[dict[str, Any]],
+) -> Callable[[], dict[str, float]]:
+    """Limit the norm of the gradient, which `scaler` has unscaled, to `clip_norm`.
 
     Returns:
-        A function that waits for the norm before clipping, and raises NotFiniteError if it is not finite.
+        A function that waits for the norm before clipping, for the log: `grad_norm`, and `loss_scale` if there is one.
+        It raises NotFiniteError if the norm is not finite, unless the loss was scaled up: then it was too much, the
+        scaler skips the step, and halves the scale for the next one.
     """
     if clip_norm is None:
         norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
     else:
         norm = nn.utils.clip_grad_norm_(weights, clip_norm)
-    arrived = _send(norm)
+    arrived = _send(torch.stack([norm, scaler.scale(torch.ones_like(norm))]))
 
-    def check() -> float:
-        if not arrived().isfinite():
+    def check() -> dict[str, float]:
+        norm, scale = arrived().tolist()
+        if not math.isfinite(norm) and scale <= 1:
             raise NotFiniteError(
-                f"the gradient's norm is not finite ({arrived()}) {where}, {_names(group)}: "
+                f"the gradient's norm is not finite ({norm}) {where}, {_names(group)}: "
                 "lower the learning rate (--lr), or clip the gradient (--clip_norm)",
                 group,
             )
-        return arrived().item()
+        numbers = {"grad_norm": norm} if math.isfinite(norm) else {}
+        return numbers | ({"loss_scale": scale} if scaler.is_enabled() else {})
 
     return check
 

@@ -26,6 +26,8 @@ class Recipe:
         warmup_steps: for `steps`: the rate rises linearly from a third.
         clip_norm: limit of the gradient's norm; None for no limit.
         train_bn: BatchNorm takes its statistics from the batches; otherwise they stay frozen.
+        fix_affine: BatchNorm's scale and shift are not trained.
+        freeze_stages: so many stages of the backbone, conv1 being the first, are not trained.
         best_match_iou: the matching rule, see `FocalLoss`.
         double_bias: train biases at twice the rate and without weight decay.
     """
@@ -38,6 +40,8 @@ class Recipe:
     warmup_steps: int
     clip_norm: float | None
     train_bn: bool
+    fix_affine: bool
+    freeze_stages: int
     best_match_iou: float | None
     double_bias: bool
 
@@ -47,39 +51,53 @@ RECIPES = {
     # train.py of yhenon/pytorch-retinanet.
     "original": Recipe(
         optimizer="adam", lr=1e-5, reference_batch=2, weight_decay=0.0, schedule="plateau", warmup_steps=0,
-        clip_norm=0.1, train_bn=False, best_match_iou=None, double_bias=False,
+        clip_norm=0.1, train_bn=False, fix_affine=False, freeze_stages=0, best_match_iou=None, double_bias=False,
     ),
     # Section 4.1, "Optimization" (90k steps, a tenth at 60k and 80k); what the paper leaves out, from Detectron.
     "paper": Recipe(
         optimizer="sgd", lr=0.01, reference_batch=16, weight_decay=1e-4, schedule="steps", warmup_steps=500,
-        clip_norm=None, train_bn=False, best_match_iou=0.4, double_bias=True,
+        clip_norm=None, train_bn=False, fix_affine=True, freeze_stages=2, best_match_iou=0.4, double_bias=True,
     ),
     # Normalised activations and a per-parameter step are what random weights need (He, Girshick and Dollar,
     # "Rethinking ImageNet Pre-training", 2018); the numbers were found on small data sets.
     "scratch": Recipe(
         optimizer="adamw", lr=5e-4, reference_batch=4, weight_decay=0.05, schedule="one_cycle", warmup_steps=0,
-        clip_norm=10.0, train_bn=True, best_match_iou=0.4, double_bias=False,
+        clip_norm=10.0, train_bn=True, fix_affine=False, freeze_stages=0, best_match_iou=0.4, double_bias=False,
     ),
 }
 # fmt: on
+
+BACKBONE = ("conv1.", "bn1.", "layer")  # how the names of the backbone's weights begin
 
 # What an optimizer keeps of each weight, shaped like it.
 MOMENTS = {"sgd": ["momentum_buffer"], "adam": ["exp_avg", "exp_avg_sq"], "adamw": ["exp_avg", "exp_avg_sq"]}
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
-    """The recipe's optimizer over all weights of `model`, at its peak learning rate `lr`."""
-    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    if recipe.double_bias:
-        biases = [weight for name, weight in named if name.endswith("bias")]
-        weights = [weight for name, weight in named if not name.endswith("bias")]
-        groups = [{"params": weights}, {"params": biases, "lr": 2 * lr, "weight_decay": 0.0}]
-    else:
-        groups = [{"params": [weight for _, weight in named]}]
+def make_optimizer(model: nn.Module, recipe: Recipe, lr: float, backbone_lr: float = 1.0) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the weights of `model` that need a gradient, at their peak learning rates.
+
+    These are `lr`, times `backbone_lr` for the backbone; the first group is never the backbone's, if it has its own.
+    """
+    groups = {}  # (of the backbone, biases) -> weights
+    for name, weight in model.named_parameters():
+        key = backbone_lr != 1 and name.startswith(BACKBONE), recipe.double_bias and name.endswith("bias")
+        if weight.requires_grad:
+            groups.setdefault(key, []).append(weight)
+    groups = [
+        {
+            "params": groups[slow, bias],
+            "lr": lr * (backbone_lr if slow else 1) * (2 if bias else 1),
+            "weight_decay": 0.0 if bias else recipe.weight_decay,
+        }
+        for slow, bias in sorted(groups)
+    ]
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=recipe.weight_decay, fused=True)
-    optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
-    return optimizer(groups, lr=lr, weight_decay=recipe.weight_decay, fused=True)
+        optimizer = torch.optim.SGD(groups, momentum=0.9, fused=True)
+        # torch (2.14) leaves them uninitialised where a GradScaler skips the first step. Zeros give the same steps.
+        for weight in (weight for group in groups for weight in group["params"]):
+            optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        return optimizer
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups, fused=True)
 
 
 class Schedule:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retinanet.data.dataset import DetectionDataset, check_classes
+from retinanet.data.classes import check_classes
+from retinanet.data.dataset import DetectionDataset
 from retinanet.errors import UserError, shown
 from retinanet.process import from_main_process, log
 from retinanet.training.checkpoint import checked
@@ -88,7 +89,9 @@ def check_state(found: Any, own: dict, weights: list[Tensor], settings: Settings
         "best": -1 <= found["best"] <= 1,
         "counts": min(progress["recent"][2], found["stale"], found["log_size"], found.get("ema_steps", 0)) >= 0,
         "schedule": found["schedule"]["last_epoch"] == (epoch if recipe.schedule == "plateau" else steps),
-        "lr": all(0 <= rate <= 2.001 * settings.lr for rate in rates),  # twice for biases, and rounded
+        # Twice for biases, and rounded.
+        "lr": all(0 <= rate <= 2.001 * settings.lr * max(1, settings.backbone_lr) for rate in rates),
+        "scaler": 0 < found.get("scaler", {"scale": 1})["scale"] < math.inf,
         "step": all(0 <= moment["step"] <= steps for moment in moments.values() if "step" in moment),
     }
     if wrong := [name for name, fits in in_range.items() if not fits]:

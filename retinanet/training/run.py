@@ -11,7 +11,8 @@ import torch
 from retinanet.data.dataset import DetectionDataset
 from retinanet.errors import UserError
 from retinanet.model import RetinaNet
-from retinanet.process import from_main_process, is_main_process, log, random_states, set_random_states, undisturbed
+from retinanet.process import from_main_process, is_main_process, log, random_states, set_random_states
+from retinanet.signals import undisturbed
 from retinanet.training import checkpoint
 from retinanet.training.accounting import Progress
 from retinanet.training.log import RunLog
@@ -30,9 +31,11 @@ class Run:
         self.num_images = len(train_set)
         net.focalLoss.best_match_iou = recipe.best_match_iou
         net.train()
-        net.freeze_bn(not recipe.train_bn)
+        net.freeze_bn(not recipe.train_bn, recipe.fix_affine)
+        net.freeze_stages(settings.freeze_stages)
         self.net = net.to(device, memory_format=torch.channels_last)
-        self.optimizer = make_optimizer(net, recipe, settings.lr)
+        self.optimizer = make_optimizer(net, recipe, settings.lr, settings.backbone_lr)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == torch.float16)
         self.steps_per_epoch = -(-self.num_images // settings.global_batch)
         self.ema = EMA(net, settings.ema) if settings.ema is not None else None
         self.schedule = Schedule(self.optimizer, recipe, settings.epochs * self.steps_per_epoch)
@@ -66,7 +69,7 @@ class Run:
         if self.log:
             self.log.write(entry)
 
-    def after_step(self, signum: int, check_norm: Callable[[], float]) -> None:
+    def after_step(self, signum: int, check_norm: Callable[[], object]) -> None:
         """Call after every optimizer step: update the average, save if it is time, and stop if a signal came."""
         if self.ema:
             self.ema.update(self.net)
@@ -128,6 +131,8 @@ class Run:
             "random": random_states(),
             "log_size": self.log.flush() if self.log else 0,
         }
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
         if self.ema:
             state |= {"weights": self.net.state_dict(), "ema_steps": self.ema.steps}
         return state
@@ -152,6 +157,9 @@ class Run:
             self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
             changed = {key: state["schedule"][key] for key in CHANGING if key in own["schedule"]}
             self.schedule.scheduler.load_state_dict(own["schedule"] | changed)
+            if self.scaler.is_enabled():
+                counted = {key: state["scaler"][key] for key in ("scale", "_growth_tracker")}
+                self.scaler.load_state_dict(own["scaler"] | counted)
             if self.ema:
                 self.net.load_state_dict(state["weights"])
                 self.ema.steps = state["ema_steps"]

@@ -27,6 +27,8 @@ class Settings:
     accumulate: int
     global_batch: int
     lr: float
+    backbone_lr: float
+    freeze_stages: int
     clip_norm: float | None
     ema: float | None
     early_stop: int | None
@@ -44,12 +46,13 @@ class Settings:
     def resolve(cls, flags: Mapping[str, Any], device: torch.device) -> "Settings":
         """Derive from the recipe, the device and the number of processes what flags of None or `auto` leave open."""
         recipe = RECIPES[flags["recipe"]]
-        dtype = choose_precision(flags["precision"], device)
+        dtype, stages = choose_precision(flags["precision"], device), flags["freeze_stages"]
         global_batch = flags["batch_size"] * flags["accumulate"] * get_world_size()
         values = {
             **flags,
             "global_batch": global_batch,
             "lr": flags["lr"] or recipe.lr * global_batch / recipe.reference_batch,
+            "freeze_stages": recipe.freeze_stages if stages is None else stages,
             "clip_norm": flags["clip_norm"] or recipe.clip_norm,
             "precision": next(name for name, value in PRECISIONS.items() if value == dtype),
         }
