@@ -1,5 +1,5 @@
 """Scores of a detector.
 
-`coco` has COCO's twelve numbers, `voc` Pascal VOC's average precision, `errors` what costs AP (TIDE); `report` puts
-them together.
+`coco` has COCO's twelve numbers, `voc` Pascal VOC's average precision, `thresholds` the scores above which detections
+are worth keeping, `errors` what costs AP (TIDE); `report` puts them together.
 """

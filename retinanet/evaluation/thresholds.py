@@ -63,6 +63,7 @@ def _between(below: float, last: float) -> float:
     return below
 
 
+@np.errstate(over="ignore")  # results files may hold any number
 def _point(ranking: Ranking, count: int) -> Point:
     """The Point that keeps the best `count` detections."""
     last = float(ranking.scores[count - 1])
@@ -75,8 +76,7 @@ def _point(ranking: Ranking, count: int) -> Point:
     precision, recall, f1 = _rates(ranking, np.array([count]))[:, 0].tolist()
     counts = right, count - right, boxes - right
     mean_errors = float(errors.mean()), float(np.abs(errors).mean())
-    with np.errstate(over="ignore"):  # results files may hold any number
-        return Point(_between(below, last), f1, precision, recall, *counts, *mean_errors)
+    return Point(_between(below, last), f1, precision, recall, *counts, *mean_errors)
 
 
 def best_f1(ranking: Ranking) -> Point | None:

@@ -75,3 +75,14 @@ def test_bars_are_as_long_as_their_values(tmp_path):
     lengths = np.unique(bars[bars > 20])
     assert lengths.max() == pytest.approx(2 * lengths.min(), rel=0.05)
     charts.draw_bars({"class": 0.0}, "nothing lost", tmp_path / "none.png")
+
+
+def test_thresholds_are_curves_with_their_best_points(tmp_path):
+    names, scores = [*(f"class {label}" for label in range(49)), "all", "all"], np.linspace(0, 1, 11)
+    rates = [np.stack([np.where(scores < 0.9, scores, np.nan), 1 - scores, np.full(11, 0.5)])] * len(names)
+    marks = [None] * 49 + [None, (0.7, 0.7, 0.3, 0.5)]  # a class may have any name
+    charts.draw_thresholds(names, scores, rates, [None] * len(names), tmp_path / "none.png")
+    charts.draw_thresholds(names, scores, rates, marks, tmp_path / "one.png")
+    black = [(read(tmp_path / name) == 0).all(axis=2) for name in ("none.png", "one.png")]
+    columns = np.flatnonzero((black[1] & ~black[0]).any(axis=0))
+    assert black[1].shape[1] == 1870 and len(np.flatnonzero(np.diff(columns) > 50)) == 2  # a dot in each of three
