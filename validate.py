@@ -9,7 +9,8 @@ import torch
 from retinanet import inference, process
 from retinanet.commands import flags
 from retinanet.data.checks import write_skipped
-from retinanet.data.dataset import DetectionDataset, check_classes
+from retinanet.data.classes import check_classes
+from retinanet.data.dataset import DetectionDataset
 from retinanet.data.loader import make_loader
 from retinanet.data.transforms import Resizer
 from retinanet.evaluation import coco, report

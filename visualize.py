@@ -14,7 +14,8 @@ import torch
 from retinanet import inference, process
 from retinanet.anchors import Anchors
 from retinanet.commands import flags
-from retinanet.data.dataset import DetectionDataset, check_classes
+from retinanet.data.classes import check_classes
+from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import find_images, read_image
 from retinanet.data.loader import make_loader, read_sample
 from retinanet.data.report import counted

@@ -16,7 +16,7 @@ def make_dataset(boxes, labels=None, size=(480, 640), num_images=1, names=("plat
     annotations = np.concatenate([boxes, labels[:, None]], axis=1)
     files = [f"{index}.jpg" for index in range(num_images)]
     dataset = DetectionDataset(files, annotations, np.arange(len(boxes)) % num_images, names)
-    dataset.image_sizes = np.tile(size, (num_images, 1))
+    dataset.known_sizes[:] = size
     return dataset
 
 

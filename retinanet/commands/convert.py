@@ -26,6 +26,7 @@ from retinanet.data.csv import CSVDataset
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.ground_truth import coco_content
 from retinanet.data.images import IMAGE_SUFFIXES, list_images
+from retinanet.data.placing import place_boxes, read_headers
 from retinanet.data.report import Report, counted
 from retinanet.errors import UserError, output_file, shown
 from retinanet.process import log, progress, script, setup_logging
@@ -231,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         options = {"crowds_are_objects": True} if args.crowds_are_objects else {}
         dataset = FOLDERS[args.kind](args.source, args.set, report=found, **options)
-    dataset.match_headers(*dataset.read_headers(range(len(dataset))))
+    place_boxes(dataset, *read_headers(dataset, range(len(dataset))))
     if args.skip_bad:
         leave_out_bad_images(dataset, workers=2)
     found.raise_errors()

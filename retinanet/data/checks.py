@@ -8,16 +8,17 @@ import contextlib
 import csv
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from retinanet.data.dataset import DetectionDataset, class_difference
+from retinanet.data.classes import class_difference
+from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import ImageHeader, read_header, read_image
-from retinanet.data.placing import exceeds, overhang
-from retinanet.data.report import CLIPPED, DROPPED, MIN_SIDE, SKIPPED, WARNED, Report, counted
+from retinanet.data.placing import exceeds, overhang, place_boxes, some_images
+from retinanet.data.report import CLIPPED, DROPPED, MIN_SIDE, SKIPPED, WARNED, FileError, Report, counted
 from retinanet.errors import UserError, output_file, shown
 from retinanet.process import from_main_process, is_main_process, log, progress
 
@@ -77,40 +78,37 @@ def compare_sets(train_set: DetectionDataset, val_set: DetectionDataset, same_co
         verb = "is" if len(both) == 1 else "are"
         share = f"{len(both):,} of {counted(len(val_set), 'image')} of the validation set {verb} also trained on"
         report.add("leak", val_set.source, share, count=0)
-    report.add_rows(
-        "leak",
-        both,
-        lambda pair: val_set.image_name(pair[1]),
-        lambda pair: f"{shown(str(val_set.image_files[pair[1]]))} is trained on, too: {train_set.image_name(pair[0])}",
-    )
+    _report_pairs("leak", "is trained on, too:", both, train_set, val_set, report)
 
 
 def _check_repeated(dataset: DetectionDataset, report: Report) -> None:
     """Report images that are listed under two names: the boxes of one are background of the other."""
-    first: dict[tuple[int, int] | bytes, int] = {}
+    first: dict[Hashable, int] = {}
     pairs = [(first[key], index) for index, key in _keys(dataset, False) if first.setdefault(key, index) != index]
-    report.add_rows(
-        "repeated image",
-        pairs,
-        lambda pair: dataset.image_name(pair[1]),
-        lambda pair: f"{shown(str(dataset.image_files[pair[1]]))} repeats {dataset.image_name(pair[0])}",
-    )
+    _report_pairs("repeated image", "repeats", pairs, dataset, dataset, report)
 
 
-def _keys(dataset: DetectionDataset, same_content: bool) -> Iterator[tuple[int, tuple[int, int] | bytes]]:
+def _report_pairs(
+    kind: str, verb: str, pairs: Sequence, first: DetectionDataset, second: DetectionDataset, report: Report
+) -> None:
+    def explain(pair: tuple[int, int]) -> str:
+        return f"{shown(str(second.image_files[pair[1]]))} {verb} {first.image_name(pair[0])}"
+
+    report.add_rows(kind, pairs, lambda pair: second.image_name(pair[1]), explain)
+
+
+def _keys(dataset: DetectionDataset, same_content: bool) -> Iterator[tuple[int, Hashable]]:
     """Index of each image whose file exists, and what distinguishes it: the file behind all links, or its content."""
-    for index in range(len(dataset)):
-        path = dataset.find_image(index) if dataset.in_files else None
-        if path is None:
-            continue  # reported as missing
+    for index in range(len(dataset) if dataset.in_files else 0):
+        path = dataset.find_image(index)
         with contextlib.suppress(OSError):  # reported as unreadable
-            if same_content:
+            if path is not None and same_content:
+                digest = hashlib.blake2b()
                 with open(path, "rb") as file:
-                    digest = hashlib.blake2b()
                     while block := file.read(2**20):
                         digest.update(block)
                 yield index, digest.digest()
-            else:
+            elif path is not None:
                 status = os.stat(path)  # noqa: PTH116, pathlib takes several times as long
                 yield index, (status.st_dev, status.st_ino)
 
@@ -123,8 +121,7 @@ def leave_out_bad_images(dataset: DetectionDataset, workers: int) -> None:
     """
     if dataset.in_files:
         bad = _check_images(dataset, "decode", workers, dataset.report)
-        bad[dataset.misfits] = True
-        if bad.all():
+        if (bad := bad | dataset.misfit).all():
             raise UserError(f"{dataset.source}: none of its {counted(len(dataset), 'image')} can be read")
         dataset.select_images(~bad)
 
@@ -143,42 +140,37 @@ def write_skipped(folder: Path | None, datasets: Iterable[DetectionDataset | Non
     log.warning("%d bad images and annotations were left out; %s", len(rows), listed)
 
 
-def _look_at(dataset: DetectionDataset, index: int, depth: str) -> tuple[str, str, ImageHeader | None]:
-    """The kind of what is wrong with an image, why, and its header, if it was read now."""
+def _look_at(dataset: DetectionDataset, index: int, header: bool, pixels: bool) -> tuple[str, str, ImageHeader | None]:
+    """The kind of what is wrong with an image, why, and its header, if that is wanted."""
     path = dataset.find_image(index)
     if path is None:
         return "missing image", "", None
-    if depth == "none":
-        return "", "", None
     try:
-        header = read_header(path)
-        if depth == "decode":
+        found = read_header(path) if header else None
+        if pixels:
             read_image(path)
-    except UserError as error:
+    except FileError as error:
         return "unreadable image", str(error), None
-    return "", "", header
+    return "", "", found
 
 
 def _check_images(dataset: DetectionDataset, depth: str, workers: int, report: Report) -> np.ndarray:
     """Check the image files; returns [I] bool: the bad ones."""
-    number = len(dataset)
-    depths = np.full(number, depth, dtype=object)
-    if depth in ("quick", "headers"):
-        unread = ~dataset.file_sizes.all(axis=1)
-        if depth == "quick":
-            unread &= ~dataset.known_sizes().all(axis=1) | np.isin(np.arange(number), dataset.some_images())
-        depths[:] = np.where(unread, "headers", "none")
+    number, pixels = len(dataset), depth == "decode"
+    wanted = np.full(number, depth != "none") & ~(dataset.headers_read & (not pixels))  # headers
+    if depth == "quick":
+        wanted &= ~dataset.known_sizes.all(axis=1) | np.isin(np.arange(number), some_images(number))
     looks = []
     if is_main_process():  # Only decoding gains from threads: the rest is Python.
-        with ThreadPoolExecutor(workers if depth == "decode" and workers > 1 else 1) as pool:
-            looks = pool.map(lambda index: _look_at(dataset, index, depths[index]), range(number))
+        with ThreadPoolExecutor(workers if pixels else 1) as pool:
+            looks = pool.map(lambda index: _look_at(dataset, index, wanted[index], pixels), range(number))
             looks = list(progress(looks, "checking images", number))
     looks = from_main_process(looks)
     sizes, orientations = np.zeros((number, 2), dtype=np.int64), np.ones(number, dtype=np.int64)
     for index, (_, _, header) in enumerate(looks):
         if header is not None:
             *sizes[index], orientations[index] = header
-    dataset.match_headers(sizes, orientations)
+    place_boxes(dataset, sizes, orientations)
     kinds = np.array([kind for kind, *_ in looks], dtype=object)
 
     def folder(index: int) -> str | None:
@@ -193,7 +185,7 @@ def _check_images(dataset: DetectionDataset, depth: str, workers: int, report: R
 
 def _check_borders(dataset: DetectionDataset, report: Report) -> None:
     """Report boxes outside their images, and what their numbers may mean instead."""
-    sizes = dataset.known_sizes()
+    sizes = dataset.known_sizes
     known = np.flatnonzero(sizes[dataset.image_index].all(axis=1))
     boxes, limits = dataset.annotations[known, :4], sizes[dataset.image_index[known]]  # limits: height, width
     if not len(boxes):

@@ -15,7 +15,8 @@ import numpy as np
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.ground_truth import MAX_ID, GroundTruth, check_areas, from_coco
 from retinanet.data.layouts import find_places, find_set, refused
-from retinanet.data.reading import MAX_NAME, check_boxes, load_json, no_garbage_collection
+from retinanet.data.placing import move
+from retinanet.data.reading import MAX_NAME, load_json, no_garbage_collection
 from retinanet.data.report import Report
 from retinanet.errors import UserError, shown
 from retinanet.process import log
@@ -56,7 +57,7 @@ class CocoDataset(DetectionDataset):
     ):
         self.root_dir = Path(root_dir)
         self.set_name = set_name
-        report = Report() if report is None else report
+        report = report or Report()
         self.annotation_file, name = _find_file(self.root_dir, set_name, report)
         images, categories, self._truth = read_coco(self.annotation_file, report)
         folders = [str(self.root_dir / place.format(name)) for place in IMAGE_FOLDERS]
@@ -66,24 +67,25 @@ class CocoDataset(DetectionDataset):
         if crowds_are_objects:
             self._truth.is_crowd[:] = False
         _report_crowds(self.annotation_file, self._truth, images, report)
-        annotations, kept = _training_boxes(self.annotation_file, self._truth, report)
-        truth = self._truth.select(kept)
-        with np.errstate(invalid="ignore"):  # where these are not fatal, evaluation must not meet them either
-            sound = np.isfinite(annotations).all(axis=1) & (annotations[:, 2:4] >= annotations[:, :2]).all(axis=1)
-        self._truth = self._truth.select(sound)
+        boxes = self._truth.boxes_xywh
+        with np.errstate(all="ignore"):
+            corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+            # Where other boxes are not fatal, evaluation must not meet them either.
+            sound = np.isfinite(corners).all(axis=1) & (corners[:, 2:] >= corners[:, :2]).all(axis=1)
         super().__init__(
             [image["file_name"] for image in images],
-            annotations[kept],
-            truth.image_index,
+            np.column_stack([corners, self._truth.labels]),
+            self._truth.image_index,
             [category["name"] for category in categories],
             transform,
-            truth.is_crowd,
-            truth.ids,
+            self._truth.is_crowd,
+            self._truth.ids,
             report,
             self.annotation_file,
             _declared_sizes(self.annotation_file, images, report),
             [image["id"] for image in images],
         )
+        self._truth = self._truth.select(sound)
         self.coco_labels = {label: category["id"] for label, category in enumerate(categories)}
         self.coco_labels_inverse = {category_id: label for label, category_id in self.coco_labels.items()}
 
@@ -99,10 +101,21 @@ class CocoDataset(DetectionDataset):
         """The annotation file and the annotation's id."""
         return f"{self.annotation_file}: annotation {self.annotation_ids[row]}"
 
+    def box_as_written(self, row: int, box: np.ndarray) -> np.ndarray:
+        """x, y, width, height."""
+        return self._truth.boxes_xywh[row]
+
     def ground_truth(self) -> GroundTruth:
-        """The annotations as the file has them, with those that training drops."""
-        renumber = {"ids": np.arange(1, len(self._truth.ids) + 1)} if "annotation ids" in self.report.counts else {}
-        return self.placed(self._truth._replace(**renumber))
+        """The annotations as the file has them, with those that training drops, moved as those of training are."""
+        truth = self._truth
+        if "annotation ids" in self.report.counts:
+            truth = truth._replace(ids=np.arange(1, len(truth.ids) + 1))
+        if self.affine is None:
+            return truth
+        affine, boxes = self.affine[truth.image_index], truth.boxes_xywh
+        corners = move(np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]), affine)
+        areas = truth.areas * np.abs(np.linalg.det(affine[:, :, :2]))
+        return truth._replace(boxes_xywh=np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]), areas=areas)
 
     def select_images(self, keep: np.ndarray) -> None:
         """Leave all other images out, with their annotations; `keep` is [I] bool."""
@@ -131,7 +144,7 @@ def _find_file(root: Path, set_name: str, report: Report) -> tuple[Path, str]:
     if not sets:
         raise refused(root, " or ".join(FILES[::2]).format(*[set_name] * 2))
     path, *others = find_set(root, set_name, sets)
-    report.add_rows("other source", others, str, lambda _: f"is not read as the set {shown(set_name)}, but {path} is")
+    report.add_rows("other source", others, str, f"is not read as the set {shown(set_name)}, but {path} is")
     return path, names[path]
 
 
@@ -250,7 +263,7 @@ def _resolve_ids(
         )
     _, first, counts = np.unique(truth.ids, return_index=True, return_counts=True)
     unusable = first[(counts > 1) | (truth.ids[first] == 0)]  # pycocotools confuses them, and takes 0 for none
-    report.add_rows("annotation ids", unusable, where, lambda _: "the id is 0 or repeated; evaluation renumbers all")
+    report.add_rows("annotation ids", unusable, where, "the id is 0 or repeated; evaluation renumbers all")
     return truth._replace(image_index=found[0], labels=found[1]).select(known)
 
 
@@ -268,25 +281,12 @@ def _report_crowds(path: Path, truth: GroundTruth, images: list[dict], report: R
         *("crowd-only image", crowd_only),
         lambda index: f"{path}: image {images[index]['id']}",
         lambda index: f"{shown(images[index]['file_name'])} has crowds only, and is trained on as empty",
-        lambda _: "",
+        "",
     )
 
 
-def _training_boxes(path: Path, truth: GroundTruth, report: Report) -> tuple[np.ndarray, np.ndarray]:
-    """[N, 5] x1, y1, x2, y2, label; and [N] bool: whether training keeps each."""
-    boxes = truth.boxes_xywh
-    with np.errstate(all="ignore"):
-        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    groups = 2 * truth.image_index + truth.is_crowd  # an object is no duplicate of a crowd
-    kept = check_boxes(
-        *(report, corners, truth.labels, groups, lambda row: f"{path}: annotation {truth.ids[row]}"),
-        lambda row: "bbox [" + ", ".join(f"{number:.10g}" for number in boxes[row]) + "]",
-    )
-    return np.column_stack([corners, truth.labels]), kept
-
-
-def _declared_sizes(path: Path, images: list[dict], report: Report) -> np.ndarray | None:
-    """[I, 2] height and width, 0 where an image declares none, or one that cannot be; None if none does."""
+def _declared_sizes(path: Path, images: list[dict], report: Report) -> np.ndarray:
+    """[I, 2] height and width, 0 where an image declares none, or one that cannot be."""
     sizes = [(image.get("height"), image.get("width")) for image in images]
     good = [all(_is_id(side) and 0 < side < 2**31 for side in size) for size in sizes]
     bad = [index for index, is_good in enumerate(good) if not is_good and sizes[index] != (None, None)]
@@ -294,5 +294,4 @@ def _declared_sizes(path: Path, images: list[dict], report: Report) -> np.ndarra
         *("declared size", bad, lambda index: f"{path}: image {images[index]['id']}"),
         lambda index: f"height and width {shown(sizes[index])} are invalid; the image file's count",
     )
-    sizes = [size if is_good else (0, 0) for size, is_good in zip(sizes, good, strict=True)]
-    return np.array(sizes).astype(np.int64) if any(good) else None
+    return np.array([size if is_good else (0, 0) for size, is_good in zip(sizes, good, strict=True)]).astype(np.int64)

@@ -1,7 +1,4 @@
-"""CSV files of boxes, one a line: a data set, and its reader.
-
-Rows are converted some hundreds at a time, column by column; they are looked at one by one only where that fails.
-"""
+"""CSV files of boxes, one a line: a data set, and its reader."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -10,14 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from retinanet.data.classes import read_class_ids, unknown_class
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import explain_missing
-from retinanet.data.reading import MAX_NAME, check_boxes, unknown_class
+from retinanet.data.reading import MAX_NAME
 from retinanet.data.report import Report
-from retinanet.data.tables import NO_CLASS, look_closer, read_header, read_rows, to_columns
+from retinanet.data.tables import NO_CLASS, read_table
 from retinanet.errors import UserError, shown
-
-UNKNOWN, NEGATIVE = -1, -2  # in place of a label: a class that is not in the list; a line without a box
 
 
 class Boxes(NamedTuple):
@@ -26,7 +22,7 @@ class Boxes(NamedTuple):
     image_files: list[str]  # path of each image, in the order of their first lines
     image_lines: np.ndarray  # [I] int: these lines, from 1
     sizes: np.ndarray  # [I, 2] int: height and width; 0 where the file does not say
-    annotations: np.ndarray  # [N, 5] float64 (x1, y1, x2, y2, label)
+    annotations: np.ndarray  # [N, 5] float64 (x1, y1, x2, y2, label); label -1: a class that is not in the list
     image_index: np.ndarray  # [N] int: the image of each annotation
     lines: np.ndarray  # [N] int: the line of each annotation
     class_names: list[str]
@@ -60,9 +56,9 @@ class CSVDataset(DetectionDataset):
     ):
         self.train_file = Path(train_file)
         self.folder = str(self.train_file.parent)
-        report = Report() if report is None else report
+        report = report or Report()
         if class_list is not None:
-            class_names = read_classes(Path(class_list), report)
+            class_names = read_class_ids(Path(class_list), report)
         boxes = read_boxes(self.train_file, class_names, report)
         self.image_lines = boxes.image_lines
         super().__init__(
@@ -74,7 +70,7 @@ class CSVDataset(DetectionDataset):
             annotation_ids=boxes.lines,
             report=report,
             source=self.train_file,
-            declared_sizes=boxes.sizes if boxes.sizes.any() else None,
+            declared_sizes=boxes.sizes,
         )
 
     def image_name(self, index: int) -> str:
@@ -112,112 +108,91 @@ class CSVDataset(DetectionDataset):
 
 
 def read_boxes(path: Path, class_names: Sequence[str] | None, report: Report) -> Boxes:
-    """Read a CSV file of boxes.
-
-    Args:
-        path: the file.
-        class_names: name of each label; None: the classes of the file, sorted.
-        report: gets what is wrong; where it holds no errors, the annotations are good.
+    """Read a CSV file of boxes; `class_names` None: its own classes, sorted.
 
     Raises:
         UserError: the file is missing, empty, or not a CSV file in UTF-8, or its header lacks columns.
     """
-    labels = {name: label for label, name in enumerate(class_names or ())}
-    label_of = {NO_CLASS: NEGATIVE}  # of each class as it is written
-    positions: dict[str, int] = {}  # of each image's path, from the working directory or the root
-    image_files: list[str] = []
-    position_of: dict[str, int] = {}  # of each path as it is written
-    folder = os.path.abspath(path.parent)  # noqa: PTH100
-
-    def new_image(name: str, where: Callable[[], str]) -> int:
-        key = name and os.path.normpath(os.path.join(folder, name))  # noqa: PTH118
-        position = positions.setdefault(key, len(positions))
-        if position == len(image_files):
-            image_files.append(name)
-        elif image_files[position] != name:
-            report.add("repeated image", where(), f"{shown(name)} is {shown(image_files[position])}, and read once")
-        return position
-
-    def new_class(name: str, _: Callable[[], str]) -> int:
-        return labels.setdefault(name, len(labels)) if class_names is None and name else labels.get(name, UNKNOWN)
-
-    layout = None
-    parts = [(np.zeros((0, 4)), *[np.zeros(0, dtype=np.int64)] * 3, np.zeros((0, 2), dtype=np.int64))]
-    for numbers, rows in read_rows(path, 6, report):
-        layout = layout or read_header(path, numbers, rows, report)
-        try:
-            names, boxes, classes, sizes = to_columns(rows, layout)
-        except ValueError:
-            numbers, rows = look_closer(path, numbers, rows, layout, report)
-            if not rows:
-                continue
-            names, boxes, classes, sizes = to_columns(rows, layout)
-
-        def where(row: int, numbers: Sequence[int] = numbers) -> str:
-            return f"{path}:{numbers[row]}"
-
-        empty = np.isnan(boxes).all(axis=1) | (boxes == 0).all(axis=1)
-        if empty.any():
-            report.add_rows(
-                *("no objects", [row for row in np.flatnonzero(empty) if classes[row] != NO_CLASS], where),
-                lambda _: "is read as an image without objects, whose line is best written `path,,,,,`",
-                lambda _: "",
-            )
-            classes = [NO_CLASS if is_empty else name for name, is_empty in zip(classes, empty, strict=True)]
-        image_index = _encode(names, position_of, new_image, where, report)
-        label = _encode(classes, label_of, new_class, where, report)
-        report.add_rows(
-            *("unknown class", np.flatnonzero(label == UNKNOWN), where),
-            lambda row, classes=classes: unknown_class(classes[row], list(labels)),
-            lambda row, classes=classes: classes[row].strip(),
-        )
-        parts.append((boxes, label, image_index, np.asarray(numbers), sizes))
-    if not positions and not report.errors():
+    table = read_table(path, report)
+    boxes, lines = table.boxes, table.lines
+    if not len(lines) and not report.errors():
         raise UserError(f"{path}: lists no images")
-    boxes, label, image_index, lines, sizes = map(np.concatenate, zip(*parts, strict=True))
-    first = np.unique(image_index, return_index=True)[1]
-    image_lines = lines[first]
-    if "" in positions:
-        report.add("bad name", f"{path}:{image_lines[positions['']]}", "the image's path is empty")
+
+    def where(row: int) -> str:
+        return f"{path}:{lines[row]}"
+
+    has_box = ~(np.isnan(boxes).all(axis=1) | (boxes == 0).all(axis=1))
+    named = np.array([text != NO_CLASS for text in table.classes], dtype=bool)[table.class_codes]
+    message = "is read as an image without objects, whose line is best written `path,,,,,`"
+    report.add_rows("no objects", np.flatnonzero(~has_box & named), where, message, "")
+
+    used = table.class_codes[has_box]
+    _check_texts(table.classes, used, lambda row: where(np.flatnonzero(has_box)[row]), report)
+    names = [text.strip() for text in table.classes]
     if class_names is None:
-        class_names = sorted(labels)
-        order = np.array([class_names.index(name) for name in labels], dtype=np.int64)
-        label[label >= 0] = order[label[label >= 0]]
-    has_box = label != NEGATIVE
+        class_names = sorted({names[code] for code in np.unique(used)} - {""})
+    labels = {name: label for label, name in enumerate(class_names)}
+    label = np.array([labels.get(name, -1) for name in names], dtype=np.int64)[table.class_codes]
+    unknown = np.flatnonzero(has_box & (label < 0))
+    known = list(labels)
+    report.add_rows(
+        *("unknown class", unknown, where),
+        lambda row: unknown_class(names[table.class_codes[row]], known),
+        lambda row: names[table.class_codes[row]],
+    )
+
+    image_files, images = _find_images(path, table.paths, table.path_codes, where, report)
+    image_index = images[table.path_codes]
+    first = np.unique(image_index, return_index=True)[1]
     report.add_rows(
         *("negative with boxes", np.intersect1d(image_index[has_box], image_index[~has_box])),
-        lambda index: f"{path}:{image_lines[index]}",
+        lambda index: where(first[index]),
         lambda index: f"{shown(image_files[index])} has a line without a box, and others with boxes, which count",
     )
-    boxes, label, image_index, lines = (column[has_box] for column in (boxes, label, image_index, lines))
-    kept = check_boxes(report, boxes, label, image_index, lambda row: f"{path}:{lines[row]}") & (label != UNKNOWN)
-    if layout and not layout.header:
-        _check_corners(path, boxes, report)
-    annotations = np.column_stack([boxes, label])[kept]
-    return Boxes(image_files, image_lines, sizes[first], annotations, image_index[kept], lines[kept], [*class_names])
+    annotations = np.column_stack([boxes, label])[has_box]
+    if not table.has_header:
+        _check_corners(path, annotations[:, :4], report)
+    sizes, image_index, box_lines = table.sizes[first], image_index[has_box], lines[has_box]
+    return Boxes(image_files, lines[first], sizes, annotations, image_index, box_lines, [*class_names])
 
 
-def _encode(
-    texts: Sequence[str],
-    codes: dict[str, int],
-    new_code: Callable[[str, Callable[[], str]], int],
-    where: Callable[[int], str],
-    report: Report,
-) -> np.ndarray:
-    """The codes [n] of texts; new ones get theirs, without the spaces around them, from `new_code`."""
-    for text in dict.fromkeys(texts):
-        if text in codes:
-            continue
+def _find_images(
+    path: Path, texts: Sequence[str], codes: np.ndarray, where: Callable[[int], str], report: Report
+) -> tuple[list[str], np.ndarray]:
+    """The images that paths lead to, each once, and the position among them of each path."""
+    folder = os.path.abspath(path.parent)  # noqa: PTH100
+    positions: dict[str, int] = {}  # of each path from the root
+    files, found, repeated = [], [], []
+    for code, name in enumerate(map(str.strip, texts)):
+        key = name and os.path.normpath(os.path.join(folder, name))  # noqa: PTH118
+        found.append(positions.setdefault(key, len(files)))
+        if found[-1] == len(files):
+            files.append(name)
+        elif files[found[-1]] != name:
+            repeated.append(code)
+    first = _check_texts(texts, codes, where, report)
+    if "" in positions:
+        empty = next(code for code, text in enumerate(texts) if not text.strip())
+        report.add("bad name", where(first[empty]), "the image's path is empty")
+    report.add_rows(
+        *("repeated image", repeated, lambda code: where(first[code])),
+        lambda code: f"{shown(texts[code].strip())} is {shown(files[found[code]])}, and read once",
+    )
+    return files, np.array(found, dtype=np.int64)
 
-        def place(text: str = text) -> str:
-            return where(texts.index(text))
 
-        codes[text] = new_code(text.strip(), place)
-        if len(text) > MAX_NAME:
-            report.add("bad name", place(), f"{shown(text)} has {len(text):,} characters, more than {MAX_NAME:,}")
+def _check_texts(texts: Sequence[str], codes: np.ndarray, where: Callable[[int], str], report: Report) -> np.ndarray:
+    """Report texts that are too long or have spaces around them; returns the first row of each."""
+    used, rows = np.unique(codes, return_index=True)
+    first = np.zeros(len(texts), dtype=np.int64)
+    first[used] = rows
+    for code in used.tolist():
+        if len(text := texts[code]) > MAX_NAME:
+            message = f"{shown(text)} has {len(text):,} characters, more than {MAX_NAME:,}"
+            report.add("bad name", where(first[code]), message)
         elif text != text.strip():
-            report.add("spaces", place(), f"the spaces around {shown(text)} are ignored")
-    return np.fromiter(map(codes.__getitem__, texts), np.int64, len(texts))
+            report.add("spaces", where(first[code]), f"the spaces around {shown(text)} are ignored")
+    return first
 
 
 def _check_corners(path: Path, boxes: np.ndarray, report: Report) -> None:
@@ -227,39 +202,3 @@ def _check_corners(path: Path, boxes: np.ndarray, report: Report) -> None:
     if count > max(1, len(boxes) / 20) and (boxes[inverted] >= 0).all() and (boxes[inverted, 2:] > 0).all():
         message = f"{count:,} of {len(boxes):,} boxes have x2 <= x1 or y2 <= y1, but must be the corners x1,y1,x2,y2"
         report.add("looks like x, y, width, height", str(path), message)
-
-
-def read_classes(path: Path, report: Report) -> list[str]:
-    """Class names in the order of their ids, from `class_name,id` lines.
-
-    Raises:
-        UserError: the file is missing, empty, or not a CSV file in UTF-8.
-        DataError: classes are wrong; without them, reading the boxes would only repeat it.
-    """
-    names: dict[int, str] = {}
-    taken: set[str] = set()
-    for numbers, rows in read_rows(path, 2, report):
-        for number, fields in zip(numbers, rows, strict=True):
-            row, where = [field.strip() for field in fields], f"{path}:{number}"
-            if not any(row):
-                continue
-            if len(row) != 2:
-                message = f"expected `class_name,id`, found {len(row)} columns"
-            elif not (row[1].isascii() and row[1].isdecimal() and len(row[1]) < 10):
-                if not names and not report.errors() and row[1].lower() in ("id", "class_id", "label", "index"):
-                    report.add("header row", where, f"{shown(','.join(row))} are column names: line skipped")
-                    continue
-                hint = " (are the two columns swapped?)" if row[0].isdecimal() else ""
-                message = f"the class id must be a whole number, not {shown(row[1])}{hint}"
-            elif row[0] in taken or int(row[1]) in names or not row[0]:
-                message = f"class {shown(row[0])} or its id {row[1]} is repeated, or the class has no name"
-            else:
-                names[int(row[1])] = row[0]
-                taken.add(row[0])
-                continue
-            report.add("class list", where, message)
-    ids = sorted(names)
-    if not report.errors() and (not ids or ids != list(range(len(ids)))):
-        report.add("class list", str(path), f"class ids must run from 0 without gaps, found {shown(ids)}")
-    report.raise_errors()
-    return [names[label] for label in ids]

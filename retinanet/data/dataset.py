@@ -5,10 +5,8 @@ A sample is a dict: `img`, a uint8 RGB array [H, W, 3], and `annot`, a float32 a
 worker processes share instead of copying.
 """
 
-import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +16,14 @@ from torch.utils.data import Dataset
 
 from retinanet.data.ground_truth import GroundTruth, coco_content, from_arrays, quiet_coco
 from retinanet.data.images import explain_missing, read_header, read_image
-from retinanet.data.placing import find_placement, move, report_placement
-from retinanet.data.report import DROPPED, MIN_SIDE, FileError, Report
-from retinanet.errors import UserError, shown
+from retinanet.data.placing import place_boxes, place_by_some_headers, read_headers
+from retinanet.data.reading import check_boxes
+from retinanet.data.report import DROPPED, MIN_SIDE, Report
+from retinanet.errors import UserError
 from retinanet.process import log, progress
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
-
-SOME_IMAGES = 5000  # an eighth of a second to read their headers; all of a usual validation set
 
 
 class DetectionDataset(Dataset):
@@ -40,7 +37,8 @@ class DetectionDataset(Dataset):
         transform: sample -> sample, applied last.
         difficult: [N] bool: annotations that are neither trained on nor scored; default: none.
         annotation_ids: [N] int: the line or id of each in its file, for messages; default: 0, 1, ...
-        report: what was wrong with the files; its arguments say whether that stops here; default: nothing.
+        report: what was wrong with the files; gets what is wrong with the boxes, and its arguments say whether that
+            stops here. Default: the boxes are not checked.
         source: the annotations' file or folder, for messages; default: the class's name.
         declared_sizes: [I, 2] int: height and width of each image as annotated; 0: unknown. Boxes of images that were
             turned or resized since are moved, see `placing`.
@@ -50,14 +48,17 @@ class DetectionDataset(Dataset):
         annotations, annotation_ids, image_index: as given, without the difficult ones, in the order of the images.
         offsets: [I + 1] int: the annotations of image i are those from offsets[i] to offsets[i + 1].
         difficult_annotations, difficult_image_index, difficult_offsets: likewise, of the difficult ones.
-        file_sizes: [I, 2] int: height and width of the image files; 0: not read yet.
+        known_sizes: [I, 2] int: height and width of the image files, or else the declared ones; 0: not known yet.
+        headers_read: [I] bool: whether known_sizes are those of the file, and the boxes are moved accordingly.
+        misfit: [I] bool: images whose boxes must be those of another one.
+        affine: [I, 2, 3] of `placing`; None where no boxes were moved.
 
     Raises:
         DataError: the report holds errors.
     """
 
     # Attributes with an entry for each image.
-    per_image = ("image_files", "image_ids", "declared_sizes", "file_sizes", "affine")
+    per_image = ("image_files", "image_ids", "declared_sizes", "known_sizes", "headers_read", "misfit", "affine")
     in_files = True  # False where images are drawn or kept in memory
     box_format = "xyxy"  # of the annotation files
     has_coco_ids = False  # whether image_ids and coco_labels are those of a COCO file, instead of positions
@@ -76,31 +77,34 @@ class DetectionDataset(Dataset):
         declared_sizes: np.ndarray | None = None,
         image_ids: Sequence[int] | None = None,
     ):
-        self.report = Report() if report is None else report
-        annotations = np.asarray(annotations, dtype=np.float32).reshape(-1, 5)
-        image_index, number = np.asarray(image_index, dtype=np.int64), len(image_files)
-        difficult = np.zeros(len(annotations), dtype=bool) if difficult is None else np.asarray(difficult, dtype=bool)
-        ids = np.arange(len(annotations)) if annotation_ids is None else np.asarray(annotation_ids, dtype=np.int64)
-        order = np.argsort(image_index, kind="stable")
-        easy, hard = order[~difficult[order]], order[difficult[order]]
-        self.annotations, self.annotation_ids, self.image_index = annotations[easy], ids[easy], image_index[easy]
-        self.difficult_annotations, self.difficult_image_index = annotations[hard], image_index[hard]
+        number, size = len(image_files), len(annotations)
+        self.report = report or Report()
+        self.source = str(source or type(self).__name__)
+        self.transform = transform
         self.image_files = np.array(image_files)
-        self._find_offsets()
-        self.declared_sizes = declared_sizes
+        self.image_ids = list(range(number) if image_ids is None else image_ids)
         self.classes = {name: label for label, name in enumerate(class_names)}
         self.labels = dict(enumerate(class_names))
-        self.image_ids = list(range(number) if image_ids is None else image_ids)
         self.coco_labels = {label: label for label in self.labels}
-        self.transform = transform
-        self.source = str(source or type(self).__name__)
-        self.misfits: list[int] = []  # images whose boxes must be those of another one
-        self.affine: np.ndarray | None = None  # [I, 2, 3] of `placing`, where boxes were moved
-        self.file_sizes = np.zeros((number, 2), dtype=np.int64)
-        if declared_sizes is not None and self.in_files:
-            sizes, _ = headers = self.read_headers(self.some_images())
-            differs = (sizes != declared_sizes).any(axis=1) & sizes.all(axis=1) & declared_sizes.all(axis=1)
-            self.match_headers(*(self.read_headers(range(number)) if differs.any() else headers))
+        self.declared_sizes = np.zeros((number, 2), dtype=np.int64) if declared_sizes is None else declared_sizes
+        self.known_sizes = self.declared_sizes.copy()
+        self.headers_read, self.misfit = np.zeros((2, number), dtype=bool)
+        self.affine: np.ndarray | None = None
+
+        annotations = np.asarray(annotations).reshape(-1, 5)
+        self.image_index = index = np.asarray(image_index, dtype=np.int64)
+        self.annotation_ids = ids = np.arange(size) if annotation_ids is None else np.asarray(annotation_ids, np.int64)
+        hard = np.zeros(size, dtype=bool) if difficult is None else np.asarray(difficult, dtype=bool)
+        order = np.argsort(index, kind="stable")
+        if report is not None:  # a difficult box is no duplicate of another; messages name the boxes as in the files
+            kept = check_boxes(report, annotations, 2 * index + hard, self.annotation_name, self.box_as_written)
+            order = order[kept[order]]
+        easy, hard = order[~hard[order]], order[hard[order]]
+        self.annotations, self.annotation_ids, self.image_index = annotations[easy].astype("f4"), ids[easy], index[easy]
+        self.difficult_annotations, self.difficult_image_index = annotations[hard].astype("f4"), index[hard]
+        self._find_offsets()
+        if self.in_files and self.declared_sizes.any():
+            place_by_some_headers(self)
         if not self.report.tolerant:
             self.report.raise_errors()
         if dropped := [f"{kind} {self.report.counts[kind]:,}" for kind in self.report.kinds(DROPPED)]:
@@ -110,20 +114,16 @@ class DetectionDataset(Dataset):
         ends = np.arange(len(self) + 1)
         self.offsets = np.searchsorted(self.image_index, ends)
         self.difficult_offsets = np.searchsorted(self.difficult_image_index, ends)
+        self._coco: COCO | None = None
 
     def __len__(self) -> int:
         return len(self.image_files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = self.load_image(index)
-        declared = None if self.declared_sizes is None or not self.in_files else self.declared_sizes[index]
-        if (
-            declared is not None
-            and (declared != image.shape[:2]).any()
-            and declared.all() > self.file_sizes[index].all()
-        ):
-            self.match_headers(*self.read_headers([index]))
-            if index in self.misfits:
+        image, declared = self.load_image(index), self.declared_sizes[index]
+        if self.in_files and declared.all() > self.headers_read[index] and (declared != image.shape[:2]).any():
+            place_boxes(self, *read_headers(self, [index]))
+            if self.misfit[index]:
                 raise UserError(str(self.report.examples["boxes of another size"][-1]))
         annotations = _clip_to_image(self.load_annotations(index), *image.shape[:2])
         sample = {"img": image, "annot": annotations, "index": index}
@@ -158,83 +158,42 @@ class DetectionDataset(Dataset):
         """[D, 5] float32: boxes not trained on and ignored in evaluation: VOC's `difficult`, COCO's crowds."""
         return self.difficult_annotations[self.difficult_offsets[index] : self.difficult_offsets[index + 1]].copy()
 
-    def known_sizes(self) -> np.ndarray:
-        """[I, 2] int: height and width of each image: those of the file, or else the declared ones; 0: unknown."""
-        declared = 0 if self.declared_sizes is None else self.declared_sizes
-        return np.where(self.file_sizes.all(axis=1)[:, None], self.file_sizes, declared)
-
-    @cached_property
+    @property
     def image_sizes(self) -> np.ndarray:
         """[I, 2] int: height and width of each image; those that are not known yet are read from the files, once."""
-        sizes = self.known_sizes()
-        for index in progress(np.flatnonzero(~sizes.all(axis=1)), "reading image sizes"):
-            sizes[index] = read_header(self.image_path(index))[:2]
-        return sizes
+        for index in progress(np.flatnonzero(~self.known_sizes.all(axis=1)), "reading image sizes"):
+            self.known_sizes[index] = read_header(self.image_path(index))[:2]
+        return self.known_sizes
 
-    def some_images(self) -> np.ndarray:
-        """The images whose headers are read where reading all would take too long."""
-        return np.unique(np.linspace(0, len(self) - 1, min(len(self), SOME_IMAGES)).astype(int))
-
-    def read_headers(self, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-        """[I, 2] height and width as the files have them, 0 where they are not read; and [I] orientations of EXIF."""
-        sizes, orientations = np.zeros((len(self), 2), dtype=np.int64), np.ones(len(self), dtype=np.int64)
-        for index in progress(indices, "reading image sizes"):
-            with contextlib.suppress(FileError):  # reported by whoever needs the image
-                if (path := self.find_image(index)) is not None:
-                    *sizes[index], orientations[index] = read_header(path)
-        return sizes, orientations
-
-    def match_headers(self, sizes: np.ndarray, orientations: np.ndarray) -> None:
-        """Move the boxes of images that were turned or resized since, by what `read_headers` gives."""
-        sizes = np.where(self.file_sizes.all(axis=1)[:, None], 0, sizes)  # others are settled
-        declared = np.zeros_like(sizes) if self.declared_sizes is None else self.declared_sizes
-        boxes = np.concatenate([self.annotations, self.difficult_annotations])[:, :4].astype(np.float64)
-        index = np.concatenate([self.image_index, self.difficult_image_index])
-        found = find_placement(declared, sizes, orientations, boxes, index)
-        self.file_sizes += sizes
-        self.__dict__.pop("image_sizes", None)
-        self.misfits += np.flatnonzero(found.misfit).tolist()
-        moved = found.turned | found.scaled
-        if moved.any():
-            boxes = move(boxes, found.affine[index])
-            self.annotations[:, :4], self.difficult_annotations[:, :4] = np.split(boxes, [len(self.annotations)])
-            before = found.affine if self.affine is None else self.affine
-            self.affine = np.where(moved[:, None, None], found.affine, before)
-        report_placement(found, declared, sizes, self.image_name, self.report)
+    def image_aspect_ratio(self, index: int) -> float:
+        """Width / height."""
+        sizes = self.known_sizes if self.known_sizes[index].all() else self.image_sizes
+        height, width = sizes[index]
+        return float(width / height)
 
     def ground_truth(self) -> GroundTruth:
         """All annotations, difficult ones as crowds, as COCO's evaluation takes them."""
         return from_arrays(self)
 
-    def placed(self, truth: GroundTruth) -> GroundTruth:
-        """Annotations as in the files -> with their boxes and areas moved as those of training are."""
-        if self.affine is None:
-            return truth
-        affine, boxes = self.affine[truth.image_index], truth.boxes_xywh
-        corners = move(np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]), affine)
-        areas = truth.areas * np.abs(np.linalg.det(affine[:, :, :2]))
-        return truth._replace(boxes_xywh=np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]), areas=areas)
+    @property
+    def coco(self) -> "COCO":
+        """The ground truth as pycocotools' COCO object, for evaluation."""
+        if self._coco is None:
+            self._coco = quiet_coco(coco_content(self))
+        return self._coco
 
     def select_images(self, keep: np.ndarray) -> None:
         """Leave all other images out, with their annotations; `keep` is [I] bool."""
-        new_index = np.cumsum(keep) - 1
         for name in self.per_image:
             value = getattr(self, name)
             setattr(self, name, value[keep] if isinstance(value, np.ndarray) else value and [*compress(value, keep)])
+        new_index = np.cumsum(keep) - 1
         good, hard = keep[self.image_index], keep[self.difficult_image_index]
         self.annotations, self.annotation_ids = self.annotations[good], self.annotation_ids[good]
         self.difficult_annotations = self.difficult_annotations[hard]
         self.image_index = new_index[self.image_index[good]]
         self.difficult_image_index = new_index[self.difficult_image_index[hard]]
         self._find_offsets()
-        self.misfits = [int(new_index[index]) for index in self.misfits if keep[index]]
-        for name in ("image_sizes", "coco"):  # cached properties
-            self.__dict__.pop(name, None)
-
-    @cached_property
-    def coco(self) -> "COCO":
-        """The ground truth as pycocotools' COCO object, for evaluation."""
-        return quiet_coco(coco_content(self))
 
     def image_name(self, index: int) -> str:
         """The file and place where an image is listed, for messages."""
@@ -244,10 +203,9 @@ class DetectionDataset(Dataset):
         """The file and place of an annotation, for messages."""
         return f"{self.image_name(self.image_index[row])}: box {self.annotation_ids[row]}"
 
-    def image_aspect_ratio(self, index: int) -> float:
-        """Width / height."""
-        height, width = self.image_sizes[index]
-        return float(width / height)
+    def box_as_written(self, row: int, box: np.ndarray) -> np.ndarray:
+        """The four numbers of an annotation as its file has them, for messages; `row` is that of the file."""
+        return box
 
     def num_classes(self) -> int:
         """Number of classes, without a background class."""
@@ -266,35 +224,3 @@ def _clip_to_image(annotations: np.ndarray, height: int, width: int) -> np.ndarr
     """Clip boxes [G, 5] to the image; those of which less than a pixel is left are dropped."""
     annotations[:, :4] = annotations[:, :4].clip(0, [width, height, width, height])
     return annotations[(annotations[:, 2:4] - annotations[:, :2] >= MIN_SIDE).all(axis=1)]
-
-
-def placeholder_names(num_classes: int) -> list[str]:
-    """Class names for weights that come without: `class 0`, `class 1`, ..."""
-    return [f"class {label}" for label in range(num_classes)]
-
-
-def class_difference(owner: str, names: Sequence[str], other: str, others: Sequence[str]) -> str:
-    """The message about classes that two owners do not share; empty where they have the same in the same order."""
-    texts = []
-    for who, missing in (
-        (owner, [name for name in others if name not in set(names)]),
-        (other, [name for name in names if name not in set(others)]),
-    ):
-        listed = ", ".join(map(shown, missing[:5])) + (f" and {len(missing) - 5:,} more" if len(missing) > 5 else "")
-        texts += [f"{who} lacks {listed}"] if missing else []
-    if not texts:
-        pairs = enumerate(zip(names, others, strict=True))
-        texts = [f"label {n} is {shown(a)} and {shown(b)}: the order differs" for n, (a, b) in pairs if a != b][:1]
-    return f"{owner} and {other} have different classes: {'; '.join(texts)}" if texts else ""
-
-
-def check_classes(owner: str, class_names: list[str], dataset: DetectionDataset) -> None:
-    """Make sure that a model (`owner`) and a data set have the same classes; placeholders need only be as many.
-
-    Raises:
-        UserError: they differ; the message names the classes that do.
-    """
-    names = list(dataset.labels.values())
-    difference = class_difference(owner, class_names, dataset.source, names)
-    if difference and class_names != placeholder_names(len(names)):
-        raise UserError(difference)

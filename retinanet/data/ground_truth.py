@@ -57,7 +57,7 @@ def coco_content(dataset: "DetectionDataset", file_names: Sequence[str] | None =
     names = file_names if for_file else dataset.image_files.tolist()
     images = [{"id": id_ + first_id, "file_name": name} for id_, name in zip(dataset.image_ids, names, strict=True)]
     sizes = dataset.image_sizes if for_file else dataset.declared_sizes
-    if sizes is not None:
+    if sizes.any():
         for image, (height, width) in zip(images, sizes.tolist(), strict=True):
             image |= {"height": height, "width": width}
     categories = [{"id": dataset.coco_labels[label] + first_id, "name": name} for label, name in dataset.labels.items()]

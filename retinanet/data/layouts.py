@@ -39,12 +39,6 @@ def find_places(root: Path, patterns: Iterable[str]) -> Iterator[tuple[str, str,
 def find_set(root: Path, set_name: str, sets: Mapping[str, Source], val_share: float | None = None) -> Source:
     """The set of a name, or else the one set of another name for the same, such as `valid` for `val`.
 
-    Args:
-        root: the data set's folder, for messages.
-        set_name: as the user names it.
-        sets: all that are there, by name.
-        val_share: must be None, because there are sets.
-
     Raises:
         UserError: it does not exist; the message lists the sets that do.
     """
@@ -72,13 +66,8 @@ def refused(root: Path, wanted: str) -> UserError:
 def choose_share(root: Path, set_name: str, val_share: float | None, names: Iterable[str]) -> list[str]:
     """The images of a set where a folder names none: all for training, or a share of them for validation.
 
-    The share is drawn by a hash of the names, so that it is the same in every command and run.
-
-    Args:
-        root: the folder, for messages.
-        set_name: `all`, or a name of the training or the validation set.
-        val_share: of the validation set; None: all images are for training.
-        names: of all images.
+    The share is drawn by a hash of the names, so that it is the same in every command and run; None: all are for
+    training.
 
     Raises:
         UserError: the set cannot be told.
@@ -104,18 +93,10 @@ def choose_share(root: Path, set_name: str, val_share: float | None, names: Iter
 
 def report_list(source: Path, folder: Path, lines: Sequence[str], found: Sequence[Hashable], report: Report) -> None:
     """Report the lines of a list whose images were not found, which is None in `found`, or found before."""
-    report.add_rows(
-        "missing image",
-        [line for line, image in zip(lines, found, strict=True) if image is None],
-        lambda _: str(source),
-        lambda line: f"image {shown(line)} does not exist in {folder}",
-        None if any(found) else lambda _: folder,
-    )
-    first = dict(zip(reversed(found), reversed(range(len(found))), strict=True))
-    repeated = [row for row, image in enumerate(found) if image is not None and first[image] != row]
-    report.add_rows(
-        "repeated image",
-        repeated,
-        lambda _: str(source),
-        lambda row: f"{shown(lines[row])} is listed twice, and read once",
-    )
+    missing = [line for line, image in zip(lines, found, strict=True) if image is None]
+    cause = None if any(found) else folder
+    message = "image {} does not exist in {}"
+    report.add_rows("missing image", missing, str(source), lambda line: message.format(shown(line), folder), cause)
+    first = {image: row for row, image in reversed([*enumerate(found)])}
+    repeated = [lines[row] for row, image in enumerate(found) if image is not None and first[image] != row]
+    report.add_rows("repeated image", repeated, str(source), lambda line: f"{shown(line)} is repeated, and read once")

@@ -4,13 +4,20 @@ Annotation files declare the sizes of their images. A file of another size is th
 orientation, which some tools ignore, or shrunk after the annotation; its boxes fit the declared size.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import contextlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from retinanet.data.report import Report
+from retinanet.data.images import read_header
+from retinanet.data.report import FileError
+from retinanet.process import progress
 
+if TYPE_CHECKING:
+    from retinanet.data.dataset import DetectionDataset
+
+SOME_IMAGES = 5000  # an eighth of a second to read their headers; all of a usual validation set
 SLACK = 5, 0.02  # pixels, or share of the image's side, whichever is more: boxes overhang by so much now and then
 
 
@@ -47,14 +54,8 @@ def find_placement(
     """Find out which images were turned or resized after their annotation.
 
     Images that were turned (or resized) are alike within a data set: where the boxes of one fit both sizes, those
-    of the others decide, and without any, the declared size does.
-
-    Args:
-        declared: [I, 2] height and width as the annotation files have them; 0: unknown.
-        sizes: [I, 2] as the image files have them, upright; 0: unknown.
-        orientations: [I] of EXIF, 1 to 8.
-        boxes: [N, 4] xyxy as annotated, pixels.
-        image_index: [N] the image of each.
+    of the others decide, and without any, the declared size does. Sizes [I, 2] are height and width, `declared` as
+    annotated, `sizes` as read, upright, 0: unknown; `boxes` [N, 4] are as annotated.
     """
 
     def fits(limits: np.ndarray) -> np.ndarray:
@@ -93,10 +94,44 @@ def find_placement(
     return Placement(affine, turned, scaled & ~turned, misfit, wrong, unsure)
 
 
-def report_placement(
-    found: Placement, declared: np.ndarray, sizes: np.ndarray, where: Callable[[int], str], report: Report
-) -> None:
-    """Report what was found, each kind once; `declared` and `sizes` are those of `find_placement`."""
+def some_images(number: int) -> np.ndarray:
+    """Of so many images those whose headers are read where reading all would take too long."""
+    return np.unique(np.linspace(0, number - 1, min(number, SOME_IMAGES)).astype(int))
+
+
+def read_headers(dataset: "DetectionDataset", indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+    """[I, 2] height and width as the files have them, 0 where they are not read; and [I] orientations of EXIF."""
+    sizes, orientations = np.zeros((len(dataset), 2), dtype=np.int64), np.ones(len(dataset), dtype=np.int64)
+    for index in progress(indices, "reading image sizes"):
+        with contextlib.suppress(FileError):  # reported by whoever needs the image
+            if (path := dataset.find_image(index)) is not None:
+                *sizes[index], orientations[index] = read_header(path)
+    return sizes, orientations
+
+
+def place_by_some_headers(dataset: "DetectionDataset") -> None:
+    """Place the boxes of a data set whose files declare sizes: by some headers, or by all if one of those differs."""
+    declared = dataset.declared_sizes
+    sizes, orientations = read_headers(dataset, some_images(len(dataset)))
+    if ((sizes != declared).any(axis=1) & sizes.all(axis=1) & declared.all(axis=1)).any():
+        sizes, orientations = read_headers(dataset, range(len(dataset)))
+    place_boxes(dataset, sizes, orientations)
+
+
+def place_boxes(dataset: "DetectionDataset", sizes: np.ndarray, orientations: np.ndarray) -> None:
+    """Move the boxes of images that were turned or resized since, by what `read_headers` gives, and report them."""
+    new = sizes.all(axis=1) & ~dataset.headers_read  # others are settled
+    sizes, declared = np.where(new[:, None], sizes, 0), dataset.declared_sizes
+    boxes = np.concatenate([dataset.annotations, dataset.difficult_annotations])[:, :4].astype(np.float64)
+    index = np.concatenate([dataset.image_index, dataset.difficult_image_index])
+    found = find_placement(declared, sizes, orientations, boxes, index)
+    dataset.known_sizes[new], dataset.headers_read[new] = sizes[new], True
+    dataset.misfit |= found.misfit
+    if (moved := found.turned | found.scaled).any():
+        boxes = move(boxes, found.affine[index])
+        dataset.annotations[:, :4], dataset.difficult_annotations[:, :4] = np.split(boxes, [len(dataset.annotations)])
+        before = found.affine if dataset.affine is None else dataset.affine
+        dataset.affine = np.where(moved[:, None, None], found.affine, before)
     for kind, mask, text in (
         ("turned boxes", found.turned, "its boxes are turned by EXIF as the image is"),
         ("scaled boxes", found.scaled, "its boxes are scaled to it"),
@@ -110,4 +145,4 @@ def report_placement(
             start = f"is declared as {width} x {height}, and " if declared[image].all() else ""
             return f"{start}has {file_width} x {file_height} pixels in its file; {text}"
 
-        report.add_rows(kind, np.flatnonzero(mask), where, explain, lambda _: "")
+        dataset.report.add_rows(kind, np.flatnonzero(mask), dataset.image_name, explain, "")

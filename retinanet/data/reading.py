@@ -1,17 +1,17 @@
-"""What the readers of all formats share: text and JSON files, class lists, and checks of boxes."""
+"""What the readers of all formats share: text and JSON files, and checks of boxes."""
 
 import contextlib
 import gc
 import json
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from retinanet.data.report import MIN_SIDE, FileError, Report
-from retinanet.errors import UserError, shown, suggestion
+from retinanet.errors import UserError
 
 MAX_BYTES = 2**33  # of a file of annotations
 MAX_NAME = 1024  # characters of an image's path
@@ -91,58 +91,40 @@ def load_json(path: Path) -> Any:
         raise UserError(f"{path}: is not valid JSON, or too deep or too large to be read ({reason})") from error
 
 
-def read_class_list(path: Path) -> list[str] | None:
-    """The class names of a file such as classes.txt, one a line; None where the file does not exist."""
-    if not path.is_file():
-        return None
-    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"{path}: needs one class name a line, each once")
-    return names
-
-
-def unknown_class(name: str, known: Sequence[str]) -> str:
-    """The message about a class that is not in the list."""
-    listed = ", ".join(known[:20]) + (f", and {len(known) - 20} more" if len(known) > 20 else "")
-    return f"class {shown(name.strip())} is not in the class list ({listed}){suggestion(name, known)}"
-
-
 def check_boxes(
     report: Report,
-    boxes: np.ndarray,
-    labels: np.ndarray,
-    image_index: np.ndarray,
+    annotations: np.ndarray,
+    groups: np.ndarray,
     where: Callable[[int], str],
-    show: Callable[[int], str] | None = None,
+    written: Callable[[int, np.ndarray], Iterable[float]] = lambda _, box: box,
 ) -> np.ndarray:
     """Report what is wrong with boxes in themselves, whatever the sizes of their images.
 
     Args:
         report: gets the problems.
-        boxes: [N, 4] float64 xyxy, pixels.
-        labels: [N] int.
-        image_index: [N] int: the image of each box.
+        annotations: [N, 5] float64 x1, y1, x2, y2, label; a label of -1, of an unknown class, is reported elsewhere.
+        groups: [N] int: boxes of different groups, such as images, are no duplicates.
         where: file and line of a box, or the like.
-        show: the four numbers of a box as in its file; default: those of `boxes`.
+        written: the numbers of a box as its file has them.
 
     Returns:
         [N] bool: the boxes that stay, where nothing is fatal.
     """
-    show = show or (lambda row: ",".join(f"{number:.10g}" for number in boxes[row]))
+    boxes, labels = annotations[:, :4], annotations[:, 4]
+
+    def show(row: int) -> str:
+        return ",".join(f"{number:.10g}" for number in written(row, boxes[row]))
+
     finite = (np.abs(boxes) <= MAX_COORDINATE).all(axis=1)  # NaN: false
     with np.errstate(invalid="ignore", over="ignore"):
         side = (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf)  # the shorter one
-    inverted = finite & (side < 0)
-    valid = finite & ~inverted
+    valid = finite & (side >= 0)
     small = valid & (side < MIN_SIDE)
     twin = valid & ~small & (labels >= 0)
-    twin[twin] = _repeated([*boxes[twin].T, labels[twin], image_index[twin]])
+    twin[twin] = _repeated([*boxes[twin].T, labels[twin], groups[twin]])
     tiny = valid & (np.abs(boxes) <= 1.05).all(axis=1)
-    normalised = tiny.any() and (
-        tiny.sum() == valid.sum() or (tiny.sum() > valid.sum() / 2 and (boxes[tiny] % 1).any())
-    )
-    all_tiny = tiny.sum() == valid.sum()
-    if normalised:
+    all_tiny = tiny.any() and tiny.sum() == valid.sum()
+    if all_tiny or (tiny.sum() > valid.sum() / 2 and (boxes[tiny] % 1).any()):
         first = int(np.flatnonzero(tiny)[0])
         message = (
             f"{'' if all_tiny else 'a guess: '}{tiny.sum():,} of {len(boxes):,} boxes, such as {show(first)}, lie "
@@ -151,8 +133,8 @@ def check_boxes(
         report.add("looks normalised" if all_tiny else "guess", where(first), message)
     for kind, mask, message in (
         ("not finite", ~finite, f"a box needs finite numbers of at most {MAX_COORDINATE:,.0f}, found"),
-        ("inverted box", inverted, "a box needs x1 < x2 and y1 < y2, or a width and height above 0, found"),
-        ("sub-pixel box", small & (not (normalised and all_tiny)), "is less than 1 pixel wide or high:"),
+        ("inverted box", finite & (side < 0), "a box needs x1 < x2 and y1 < y2, or a width and height above 0, found"),
+        ("sub-pixel box", small & ~all_tiny, "is less than 1 pixel wide or high:"),
         ("duplicate box", twin, "repeats a box of the same image and class:"),
     ):
         report.add_rows(kind, np.flatnonzero(mask), where, lambda row, message=message: f"{message} {show(row)}")

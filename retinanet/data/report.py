@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +39,13 @@ POLICIES = {"leak": WARNED, **{kind: policy for policy, kinds in KINDS.items() f
 def counted(number: int, noun: str) -> str:
     """1 box, 2 boxes; 1 image, 1,000 images."""
     return f"{number:,} {noun if number == 1 else noun + ('es' if noun[-1] in 'sx' else 's')}"
+
+
+Text = str | Callable[[Any], str]  # of all rows of a problem, or of each
+
+
+def _of_row(value: Any, row: Any) -> Any:
+    return value(row) if callable(value) else value
 
 
 class Problem(NamedTuple):
@@ -81,31 +88,24 @@ class Report:
             self.skipped.append((where, message))
         self._add(Problem(kind, where, message, count, cause))
 
-    def add_rows(
-        self,
-        kind: str,
-        rows: Sequence[int] | np.ndarray,
-        where: Callable[[int], str],
-        message: Callable[[int], str],
-        cause: Callable[[int], Hashable] | None = None,
-    ) -> None:
+    def add_rows(self, kind: str, rows: Sequence | np.ndarray, where: Text, message: Text, cause: Any = None) -> None:
         """Add a problem of many rows.
 
-        `where` and `message` are called for those that are kept as examples or listed as skipped, `message` once a
-        cause; `cause`, if given, for all rows: None for one of its own.
+        `where`, `message` and `cause` are those of all rows, or functions of a row, of which the first two are called
+        for what is kept as an example, or listed as skipped, alone, and `message` once a cause.
         """
         skipping = self.policy(kind) == SKIPPED
-        groups: dict[tuple, list[int]] = {}
-        for row in rows if cause or skipping else rows[:MAX_EXAMPLES]:
-            name = cause(row) if cause else None
+        groups: dict[tuple, list] = {}
+        for row in rows if cause is not None or skipping else rows[:MAX_EXAMPLES]:
+            name = _of_row(cause, row)
             groups.setdefault((name, name is None and len(groups)), []).append(row)
         rest = len(rows)
         for (name, _), group in islice(groups.items(), None if skipping else MAX_EXAMPLES):
-            problem = Problem(kind, where(group[0]), message(group[0]), len(group), name)
+            problem = Problem(kind, _of_row(where, group[0]), _of_row(message, group[0]), len(group), name)
             self._add(problem)
             rest -= len(group)
             if skipping:
-                self.skipped += [(where(row), problem.message) for row in group]
+                self.skipped += [(_of_row(where, row), problem.message) for row in group]
         if rest:
             self.counts[kind] += rest
 
@@ -154,11 +154,7 @@ class Report:
         return "\n".join(lines)
 
     def raise_errors(self, strict: bool = False) -> None:
-        """Stop where anything is fatal.
-
-        Raises:
-            DataError: its message lists all that is fatal.
-        """
+        """Raise a DataError that lists all that is fatal, if anything is."""
         if self.errors(strict):
             raise DataError(self, strict)
 

@@ -1,4 +1,7 @@
-"""CSV text -> columns, whatever the tool that wrote it calls them."""
+"""CSV text -> columns, whatever the tool that wrote it calls them.
+
+Rows are converted some hundreds at a time, column by column; they are looked at one by one only where that fails.
+"""
 
 import csv
 import io
@@ -43,6 +46,42 @@ class Layout(NamedTuple):
     note: str = ""  # the message about the header
 
 
+class Table(NamedTuple):
+    """The rows of a file, but for the malformed ones: N of them, whose texts are codes, the same for the same text."""
+
+    paths: list[str]  # the different texts, in the order of their first rows
+    path_codes: np.ndarray  # [N] int: positions in `paths`
+    boxes: np.ndarray  # [N, 4] float64; NaN in a row without a box
+    classes: list[str]
+    class_codes: np.ndarray
+    sizes: np.ndarray  # [N, 2] int: height and width; 0 where the file does not say
+    lines: np.ndarray  # [N] int, from 1
+    has_header: bool
+
+
+def read_table(path: Path, report: Report) -> Table:
+    """Read a file of boxes.
+
+    Raises:
+        UserError: it is missing, empty, or not a CSV file in UTF-8, or its header lacks columns.
+    """
+    layout, paths, classes = None, {}, {}
+    nothing = np.zeros(0, dtype=np.int64)
+    parts = [(nothing, np.zeros((0, 4)), nothing, np.zeros((0, 2), dtype=np.int64), nothing)]
+    for numbers, rows in read_rows(path, 6, report):
+        layout = layout or _read_header(path, numbers, rows, report)
+        try:
+            columns = _to_columns(rows, layout, paths, classes)
+        except ValueError:
+            numbers, rows = _look_closer(path, numbers, rows, layout, report)
+            if not rows:
+                continue
+            columns = _to_columns(rows, layout, paths, classes)
+        parts.append((*columns, np.asarray(numbers)))
+    path_codes, boxes, class_codes, sizes, lines = map(np.concatenate, zip(*parts, strict=True))
+    return Table([*paths], path_codes, boxes, [*classes], class_codes, sizes, lines, bool(layout and layout.header))
+
+
 def read_rows(path: Path, num_columns: int, report: Report) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
     """The rows of a file, some hundreds at a time, with their line numbers from 1.
 
@@ -72,10 +111,35 @@ def read_rows(path: Path, num_columns: int, report: Report) -> Iterator[tuple[Se
         raise UserError(f"{path}:{reader.line_num}: is not a CSV file: {message}") from error
 
 
-def to_columns(
-    rows: Sequence[Sequence[str]], layout: Layout
-) -> tuple[Sequence[str], np.ndarray, Sequence[str], np.ndarray]:
-    """Names, boxes [n, 4], classes and sizes [n, 2] of rows.
+def _read_header(path: Path, numbers: Sequence[int], rows: Sequence[list[str]], report: Report) -> Layout:
+    """The columns that the first row names, if it is one of names, or else the usual ones."""
+    row = next((row for row in rows if any(map(str.strip, row))), [])
+    names = [re.sub(r"[\s-]+", "_", field.strip().lower()) for field in row]
+    roles = COLUMNS | SIZES
+    # Of several columns that may be the same, the one whose name comes first in the table.
+    places = {role: names.index(name) for role in roles for name in reversed(roles[role]) if name in names}
+    lacking = [role for role in COLUMNS if role not in places]
+    where, found = f"{path}:{numbers[rows.index(row)] if row else 1}", shown(",".join(row))
+    if any(map(_is_number, row)) or sum(map(bool, names)) < 2:
+        return Layout()
+    if lacking and any(re.search(r"(^|_)w(idth)?$", name) for name in names):
+        report.add("looks like x, y, width, height", where, f"the columns are {found}, but must be x1,y1,x2,y2")
+        raise DataError(report)
+    if len(lacking) > 4:
+        return Layout()
+    if lacking:
+        choices = "; ".join(f"{role} (such as {', '.join(COLUMNS[role][1:4])})" for role in lacking)
+        raise UserError(f"{where}: the header {found} has no column for {choices}")
+    ignored = ", ".join(field for place, field in enumerate(row) if place not in places.values() and field)
+    sizes = [places[side] for side in SIZES] if SIZES.keys() <= places.keys() else []
+    note = f"{found} are column names" + f"; not read: {shown(ignored)}" * bool(ignored)
+    return Layout([places[role] for role in COLUMNS], sizes, len(row), row, note)
+
+
+def _to_columns(
+    rows: Sequence[list[str]], layout: Layout, path_codes: dict[str, int], class_codes: dict[str, int]
+) -> tuple[np.ndarray, ...]:
+    """The codes of paths [n], boxes [n, 4], the codes of classes [n] and sizes [n, 2] of rows.
 
     Raises:
         ValueError: one of the rows is malformed.
@@ -83,15 +147,23 @@ def to_columns(
     columns = list(zip(*rows, strict=True))
     if len(columns) != layout.number:
         raise ValueError
-    names, *numbers, classes = (columns[place] for place in layout.places)
+    paths, *numbers, classes = (columns[place] for place in layout.places)
     if any("_" in "".join(column) for column in numbers):  # float() takes 1_0 for 10
         raise ValueError
     boxes = np.stack([np.fromiter(map(float, column), np.float64, len(rows)) for column in numbers], axis=1)
     sides = [[int(side) if SIDE.fullmatch(side) else 0 for side in columns[place]] for place in layout.sizes]
-    return names, boxes, classes, np.array(sides or np.zeros((2, len(rows)))).T.astype(np.int64)
+    sizes = np.array(sides or np.zeros((2, len(rows)))).T.astype(np.int64)
+    return _encode(paths, path_codes), boxes, _encode(classes, class_codes), sizes
 
 
-def look_closer(
+def _encode(texts: Sequence[str], codes: dict[str, int]) -> np.ndarray:
+    """The codes [n] of texts; new ones get the next."""
+    for text in dict.fromkeys(texts):
+        codes.setdefault(text, len(codes))
+    return np.fromiter(map(codes.__getitem__, texts), np.int64, len(texts))
+
+
+def _look_closer(
     path: Path, numbers: Sequence[int], rows: Sequence[list[str]], layout: Layout, report: Report
 ) -> tuple[list[int], list[list[str]]]:
     """The line numbers of good rows, and these; rows without a box have `nan` in place of its numbers."""
@@ -123,39 +195,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return "_" not in text
-
-
-def read_header(path: Path, numbers: Sequence[int], rows: Sequence[list[str]], report: Report) -> Layout:
-    """The columns that the first row names, if it is one of names, or else the usual ones.
-
-    Raises:
-        UserError: it lacks columns.
-    """
-    row = next((row for row in rows if any(map(str.strip, row))), [])
-    names = [re.sub(r"[\s-]+", "_", field.strip().lower()) for field in row]
-    if any(map(_is_number, row)) or sum(map(bool, names)) < 2:
-        return Layout()
-    where, found = f"{path}:{numbers[rows.index(row)]}", shown(",".join(row))
-    # Of several columns that may be the same, the one whose name comes first in the table.
-    places = {
-        role: min(map(names.index, known), key=lambda place: choices.index(names[place]))
-        for role, choices in {**COLUMNS, **SIZES}.items()
-        if (known := set(names) & set(choices))
-    }
-    lacking = [role for role in COLUMNS if role not in places]
-    if lacking and any(re.search(r"(^|_)w(idth)?$", name) for name in names):
-        report.add("looks like x, y, width, height", where, f"the columns are {found}, but must be x1,y1,x2,y2")
-        raise DataError(report)
-    unnamed = len(row) == 6 and len(lacking) >= 4 and all(name[:1].isalpha() for name in names[1:5])
-    if lacking and not unnamed:
-        if len(lacking) > 4:
-            return Layout()
-        choices = "; ".join(f"{role} (such as {', '.join(COLUMNS[role][1:4])})" for role in lacking)
-        raise UserError(f"{where}: the header {found} has no column for {choices}")
-    ignored = ", ".join(field for place, field in enumerate(row) if place not in places.values() and field)
-    text = ": line skipped" if unnamed else f"; not read: {shown(ignored)}" if ignored else ""
-    note = f"{found} are column names{text}"
-    if unnamed:
-        return Layout(header=row, note=note)
-    sizes = [places[side] for side in SIZES] if SIZES.keys() <= places.keys() else []
-    return Layout([places[role] for role in COLUMNS], sizes, len(row), row, note)

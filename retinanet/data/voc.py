@@ -1,5 +1,6 @@
 """Pascal VOC's layout and its kin: one XML file an image."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -7,10 +8,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from retinanet.data.classes import read_class_list, unknown_class
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import IMAGE_SUFFIXES, list_images, walk
 from retinanet.data.layouts import choose_share, find_set, refused, report_list
-from retinanet.data.reading import check_boxes, read_bytes, read_class_list, read_text, unknown_class
+from retinanet.data.reading import read_bytes, read_text
 from retinanet.data.report import FileError, Report
 from retinanet.errors import UserError
 
@@ -58,72 +60,47 @@ class VOCDataset(DetectionDataset):
     ):
         self.root_dir = Path(root_dir)
         self.set_name = set_name
-        report = Report() if report is None else report
+        report = report or Report()
         list_file, base = _find_set(self.root_dir, set_name, val_share)
-        xml_folder, image_folder = _subfolder(base, XML_FOLDERS), _subfolder(base, IMAGE_FOLDERS)
-        xml_files = {path.relative_to(xml_folder).with_suffix("").as_posix(): path for path in walk(xml_folder, XML)}
-        lines = [(name, [name]) for name in xml_files] if list_file is None else _read_list(list_file)
+        folder = _subfolder(base, XML_FOLDERS)
+        xml_files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in walk(folder, XML)}
+        read = functools.cache(_read_xml)
         if class_names is None:
             class_names = read_class_list(self.root_dir / "classes.txt")
-        scope = {xml_files[name] for _, names in lines for name in names if name in xml_files}
-        if class_names is None:  # the classes of all sets, so that they agree
-            scope = {*xml_files.values(), *(() if base == self.root_dir else walk(self.root_dir, XML))}
-        contents = {path: _read_xml(path) for path in scope}
-        if class_names is None:
-            used = {name for content in contents.values() for name, *_ in content.objects} - {""}
+        if class_names is None:  # those of all sets, so that these agree
+            all_files = {*xml_files.values(), *(() if base == self.root_dir else walk(self.root_dir, XML))}
+            used = {name for path in all_files for name, *_ in read(path).objects} - {""}
             class_names = VOC_CLASSES if used <= set(VOC_CLASSES) else sorted(used)
-        wanted = {name for _, names in lines for name in names}
-        images = list_images(image_folder, wanted, {content.file_name for content in contents.values()})
-        found = []
-        for _, names in lines:
-            path = next((xml_files[name] for name in names if name in xml_files), None)
-            also = [Path(contents[path].file_name).stem] if path else []
-            found.append((next((name for name in [*names, *also] if name in images), None), path))
-        report_list(
-            list_file or xml_folder, image_folder, [line for line, _ in lines], [name for name, _ in found], report
-        )
-        pairs = {name: path for name, path in found if name is not None}
-        if list_file:
-            _check_xml(pairs, xml_folder, report)
-        else:
-            others = sorted(images.keys() - pairs)
-            message = "has no XML file, and is left out; without objects, it needs one without <object>"
-            report.add_rows("stray file", others, lambda name: str(images[name]), lambda _: message, lambda _: message)
-            if base == self.root_dir:  # there are no sets
-                pairs = {name: pairs[name] for name in choose_share(base, set_name, val_share, pairs)}
-        for name in [name for name, path in pairs.items() if path and contents[path].fault]:
-            path = pairs.pop(name)
-            report.add("bad entry", str(path), contents[path].fault)
-        files = list(pairs.values())
+        pairs = _pair_files(list_file, folder, xml_files, _subfolder(base, IMAGE_FOLDERS), read, report)
+        if not list_file and base == self.root_dir:  # there are no sets
+            names = {image.relative_to(base).as_posix(): image for image in pairs}
+            pairs = {names[name]: pairs[names[name]] for name in choose_share(base, set_name, val_share, names)}
+        faults = {path: read(path).fault for path in pairs.values() if path and read(path).fault}
+        for path, fault in faults.items():
+            report.add("bad entry", str(path), fault)
+        pairs = {image: path for image, path in pairs.items() if path not in faults}
+        contents = [read(path) if path else _Content() for path in pairs.values()]
+        self.annotation_files = [*pairs.values()]
         rows = [
             (index, *row)
-            for index, path in enumerate(files)
-            for row in (_read_objects(path, contents[path], class_names, report) if path else ())
+            for index, (path, content) in enumerate(zip(self.annotation_files, contents, strict=True))
+            for row in _read_objects(path, content, class_names, report)
         ]
         table = np.array(rows, dtype=np.float64).reshape(-1, 8)
         image_index, numbers, difficult = table[:, :3].T.astype(np.int64)
-        boxes, labels = table[:, 3:7], table[:, 7]
-        boxes[:, :2] = np.maximum(boxes[:, :2] - 1, 0)  # some tools count from 0 nevertheless
-        groups = 2 * image_index + difficult  # a difficult box is no duplicate of another
-
-        def where(row: int) -> str:
-            return f"{files[image_index[row]]}: object {numbers[row]}"
-
-        kept = check_boxes(report, boxes, labels, groups, where)
-        sizes = np.array([contents[path].size if path else (0, 0) for path in files], dtype=np.int64).reshape(-1, 2)
+        table[:, 3:5] = np.maximum(table[:, 3:5] - 1, 0)  # some tools count from 0 nevertheless
         super().__init__(
-            [str(images[name]) for name in pairs],
-            table[kept, 3:],
-            image_index[kept],
+            [str(image) for image in pairs],
+            table[:, 3:],
+            image_index,
             class_names,
             transform,
-            difficult[kept],
-            numbers[kept],
+            difficult,
+            numbers,
             report,
-            list_file or xml_folder,
-            sizes if sizes.any() else None,
+            list_file or folder,
+            np.array([content.size for content in contents], dtype=np.int64).reshape(-1, 2),
         )
-        self.annotation_files = files
 
     def annotation_name(self, row: int) -> str:
         """The annotation file and the object's number there."""
@@ -163,21 +140,40 @@ def _read_list(path: Path) -> list[tuple[str, list[str]]]:
     return lines
 
 
-def _check_xml(pairs: Mapping[str, Path | None], folder: Path, report: Report) -> None:
-    """An image of a list without an XML file has no objects, as some tools mean it, unless most of them have none."""
-    without = [name for name, path in pairs.items() if path is None]
-    if len(without) > len(pairs) / 2:
+def _pair_files(
+    list_file: Path | None,
+    folder: Path,
+    xml_files: Mapping[str, Path],
+    image_folder: Path,
+    read: Callable[[Path], "_Content"],
+    report: Report,
+) -> dict[Path, Path | None]:
+    """Each image of a list, or of all XML files, and its XML file: of the same name, or naming it as its own."""
+    lines = _read_list(list_file) if list_file else [(name, [name]) for name in xml_files]
+    files = [next((xml_files[name] for name in names if name in xml_files), None) for _, names in lines]
+    named = {path: read(path).file_name for path in files if path}
+    wanted = {name for _, names in lines for name in names}
+    images = list_images(image_folder, wanted, set(named.values()))
+    found = []
+    for (_, names), path in zip(lines, files, strict=True):
+        also = [Path(named[path]).stem] if path else []
+        found.append(next((images[name] for name in [*names, *also] if name in images), None))
+    report_list(list_file or folder, image_folder, [line for line, _ in lines], found, report)
+    pairs = {image: path for image, path in zip(found, files, strict=True) if image}
+    without = [image for image, path in pairs.items() if path is None]
+    if not list_file:
+        message = "has no XML file, and is left out; without objects, it needs one without <object>"
+        report.add_rows("stray file", sorted(set(images.values()) - set(pairs)), str, message, message)
+    elif len(without) > len(pairs) / 2:
         message = (
-            f"does not exist, and so it is with {len(without):,} of the {len(pairs):,} images that are listed; "
-            "an image without objects needs an XML file without <object>"
+            f"{len(without):,} of the {len(pairs):,} images that are listed have no XML file, such as "
+            f"{without[0].name}; an image without objects needs one without <object>"
         )
-        report.add("bad entry", str(folder / f"{without[0]}.xml"), message, "no XML", len(without))
+        report.add("bad entry", str(folder), message, "no XML", len(without))
     else:
-        report.add_rows(
-            *("no annotations", without, lambda name: str(folder / f"{name}.xml")),
-            lambda _: "does not exist: its image counts as one without objects",
-            lambda _: "no XML",
-        )
+        message = "has no XML file, and counts as an image without objects"
+        report.add_rows("no annotations", without, str, message, "no XML")
+    return pairs
 
 
 class _Content(NamedTuple):

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from retinanet.data.classes import class_difference, read_class_list
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import IMAGE_SUFFIXES, list_images, read_header, walk
 from retinanet.data.layouts import SAME_NAMES, choose_share, find_places, find_set, refused, report_list
-from retinanet.data.reading import check_boxes, read_class_list, read_text
+from retinanet.data.reading import read_text
 from retinanet.data.report import FileError, Report
 from retinanet.errors import UserError, shown
 from retinanet.process import log, progress
@@ -56,47 +57,39 @@ class YoloDataset(DetectionDataset):
     ):
         self.root_dir = root = Path(root_dir)
         self.set_name = set_name
-        report = Report() if report is None else report
+        report = report or Report()
         settings = _read_settings(root)
-        label_files, source = _find_files(root, set_name, val_share, settings, report)
-        folders = dict.fromkeys([root, source, *(file.parent for file in label_files.values())])
-        class_names = _class_names(root, folders, settings)
+        files, source = _find_files(root, set_name, val_share, settings, report)
+        class_names = _class_names(root, [root, source, *(file.parent for file in files.values())], settings)
         key_numbers = sum(_key_numbers(path, content) for path, content in settings.items())
-        images, files, sizes, table = [], [], [], []
-        for path, file in progress(label_files.items(), "reading YOLO files", len(label_files)):
+        images, sizes, rows, self.label_files = [], [], [], []
+        for path, file in progress(files.items(), "reading YOLO files", len(files)):
             try:
                 lines = read_text(file).splitlines() if file.is_file() else []
-                rows = [(len(files), *row) for row in _read_boxes(file, lines, len(class_names), key_numbers, report)]
+                boxes = [(len(images), *box) for box in _read_boxes(file, lines, len(class_names), key_numbers, report)]
                 sizes.append(read_header(path)[:2])
             except FileError as error:
                 kind = "bad entry" if error.where.startswith(str(file)) else "unreadable image"
                 report.add(kind, error.where, error.message)
                 continue
-            table += rows
+            rows += boxes
             images.append(str(path))
-            files.append(file)
-        table = np.array(table, dtype=np.float64).reshape(-1, 7)
+            self.label_files.append(file)
+        table = np.array(rows, dtype=np.float64).reshape(-1, 7)
         image_index, numbers = table[:, :2].T.astype(np.int64)
-        boxes, classes = table[:, 2:6], table[:, 6]
         sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)
-        boxes *= np.tile(sizes[image_index, ::-1], 2)
-
-        def where(row: int) -> str:
-            return f"{files[image_index[row]]}:{numbers[row]}"
-
-        kept = check_boxes(report, boxes, classes, image_index, where)
+        table[:, 2:6] *= np.tile(sizes[image_index, ::-1], 2)
         super().__init__(
             images,
-            table[kept, 2:],
-            image_index[kept],
+            table[:, 2:],
+            image_index,
             class_names,
             transform,
-            annotation_ids=numbers[kept],
+            annotation_ids=numbers,
             report=report,
             source=source,
             declared_sizes=sizes,
         )
-        self.label_files = files
 
     def annotation_name(self, row: int) -> str:
         """The label file and the box's line there."""
@@ -119,13 +112,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         import yaml  # an extra: nothing else needs it
     except ModuleNotFoundError as error:
+        message = "is not read, because PyYAML is not installed (pip install 'retinanet[yolo]')"
         if any((path.parent / name).is_file() for name in CLASS_LISTS):
-            log.warning("%s is not read: PyYAML is not installed (pip install 'retinanet[yolo]')", path)
+            log.warning("%s: %s", path, message)
             return {}
-        raise UserError(
-            f"{path}: PyYAML is needed to read it (pip install 'retinanet[yolo]'), unless "
-            f"{path.parent / 'classes.txt'} lists the class names, one a line"
-        ) from error
+        raise UserError(f"{path}: {message}, and no {path.parent / 'classes.txt'} lists the class names") from error
     try:
         content = yaml.load(read_text(path), yaml.BaseLoader)  # texts alone: `no` does not become False
     except (yaml.YAMLError, RecursionError) as error:
@@ -181,28 +172,33 @@ def _find_files(
     sources, *others = find_set(root, set_name, sets, val_share) if sets else flat
     others = {other[0] for other in others if sources[0].is_dir() and not other[0].samefile(sources[0])}
     message = f"is not read as the set {shown(set_name)}, but {sources[0]} is"
-    report.add_rows("other source", sorted(others), str, lambda _: message)
+    report.add_rows("other source", sorted(others), str, message)
     images = dict.fromkeys(path for source in sources for path in _list_source(root, source, report))
     if not images:
         report.raise_errors()
         raise UserError(f"{sources[0]}: holds no images") if sets else refused(root, f"images/{set_name}")
     folders = {folder: _label_folder(folder) for folder in {*sources, *(path.parent for path in images)}}
     files = {path: folders[path.parent] / f"{path.stem}.txt" for path in images}
-    owners = {file: path for path, file in files.items()}
-    for path, file in files.items():
-        if owners[file] != path:
-            raise UserError(f"{owners[file]}: differs from {path.name} only in its suffix; remove one of them")
-    for source in filter(Path.is_dir, sources):
-        texts = list(walk(folders[source], {".txt"}))
-        if not texts and folders[source] == source:
-            message = "does not exist; it must hold the boxes, unless they lie beside the images"
-            raise UserError(f"{_label_folder(source, must_exist=False)}: {message}")
-        strangers = [path for path in texts if path not in owners and path.name not in CLASS_LISTS]
-        report.add_rows("stray file", strangers, str, lambda path: f"no image of the set has the name {path.stem}")
+    _check_files(files, {source: folders[source] for source in sources if source.is_dir()}, report)
     if not sets:
         names = {path.relative_to(root).as_posix(): path for path in images}
         files = {names[name]: files[names[name]] for name in choose_share(root, set_name, val_share, names)}
     return files, folders[sources[0]] if sources[0].is_dir() else sources[0]
+
+
+def _check_files(files: Mapping[Path, Path], folders: Mapping[Path, Path], report: Report) -> None:
+    """Stop where two images have one text file, or a folder has none; report text files of no image."""
+    owners = {file: path for path, file in files.items()}
+    for path, file in files.items():
+        if owners[file] != path:
+            raise UserError(f"{owners[file]}: differs from {path.name} only in its suffix; remove one of them")
+    for folder, labels in folders.items():
+        texts = list(walk(labels, {".txt"}))
+        if not texts and labels == folder:
+            message = "does not exist; it must hold the boxes, unless they lie beside the images"
+            raise UserError(f"{_label_folder(folder, must_exist=False)}: {message}")
+        strangers = [path for path in texts if path not in owners and path.name not in CLASS_LISTS]
+        report.add_rows("stray file", strangers, str, lambda path: f"no image of the set has the name {path.stem}")
 
 
 def _list_source(root: Path, source: Path, report: Report) -> list[Path]:
@@ -210,10 +206,10 @@ def _list_source(root: Path, source: Path, report: Report) -> list[Path]:
     if source.is_dir():
         return list(list_images(source).values())
     lines = [line.strip() for line in read_text(source).splitlines() if line.strip()]
-    found = [next(iter(_places(line, root, source.parent)), None) for line in lines]
-    images = {os.path.normpath(path): path for path in found if path}
-    report_list(source, root, lines, [path and os.path.normpath(path) for path in found], report)
-    return list(images.values())
+    places = [next(iter(_places(line, root, source.parent)), None) for line in lines]
+    found = [path and Path(os.path.normpath(path)) for path in places]
+    report_list(source, root, lines, found, report)
+    return [path for path in found if path]
 
 
 def _label_folder(folder: Path, must_exist: bool = True) -> Path:
@@ -226,7 +222,7 @@ def _label_folder(folder: Path, must_exist: bool = True) -> Path:
 
 def _class_names(root: Path, folders: Iterable[Path], settings: Mapping[Path, dict]) -> list[str]:
     """The class names, on which all files that name them must agree."""
-    paths = [folder / name for folder in folders for name in CLASS_LISTS]
+    paths = [folder / name for folder in dict.fromkeys(folders) for name in CLASS_LISTS]
     named = [names for content in settings.values() if isinstance(names := content.get("names"), str)]
     paths += [path for text in named for path in _resolve(text, root, root)]
     sources = {path: names for path in paths if (names := read_class_list(path))}
@@ -237,13 +233,8 @@ def _class_names(root: Path, folders: Iterable[Path], settings: Mapping[Path, di
         raise UserError(f"{root}: has neither classes.txt nor data.yaml, which name the classes")
     (first, names), *others = sources.items()
     for path, other in others:
-        if other != names:
-            pairs = itertools.zip_longest(names, other)
-            label, (mine, its) = next((label, pair) for label, pair in enumerate(pairs) if pair[0] != pair[1])
-            raise UserError(
-                f"{first} and {path} name different classes: class {label} is {shown(mine)} and {shown(its)}; "
-                "correct or remove the wrong file"
-            )
+        if difference := class_difference(str(first), names, str(path), other):
+            raise UserError(f"{difference}; correct or remove the wrong file")
     return names
 
 
@@ -276,17 +267,15 @@ def _read_boxes(
             continue
         where = f"{path}:{number}"
         try:
-            label, *numbers = map(float, line.split())
+            label, *values = map(float, line.split())
         except ValueError as error:
             report.add("not a number", where, f"expected numbers ({error})")
             continue
-        values = np.array(numbers)
-        if len(values) == 4 or (key_numbers and len(values) == 4 + key_numbers):
-            centre, half = values[:2], values[2:4] / 2
-            corners = np.concatenate([centre - half, centre + half])
+        if len(values) in (4, 4 + key_numbers):
+            x, y, width, height = values[:4]
+            points = corners = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
         elif len(values) >= 6 and len(values) % 2 == 0 and not key_numbers:
-            points = values.reshape(-1, 2)
-            corners = np.concatenate([points.min(axis=0), points.max(axis=0)])
+            points, corners = values, [min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])]
         else:
             message = f"expected `class x y width height`, found {len(values) + 1} numbers"
             report.add("wrong column count", where, message)
@@ -294,7 +283,7 @@ def _read_boxes(
         if label not in range(num_classes):
             report.add("unknown class", where, f"class {label:g} is not one of 0 to {num_classes - 1}", label)
         # Values slightly outside are rounded ones; values far outside are pixels instead of fractions.
-        elif not ((corners > -0.5) & (corners < 1.5)).all():
+        elif not all(-0.5 < value < 1.5 for value in points):
             report.add("bad entry", where, "a box must be in fractions of the image's size, from 0 to 1")
         else:
             yield number, *corners, label

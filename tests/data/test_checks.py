@@ -6,7 +6,7 @@ from helpers import gradient, save, truncate, write_coco_data, write_csv_data
 
 import train
 from retinanet.commands import check, convert
-from retinanet.data import checks, dataset
+from retinanet.data import checks, placing
 from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset
 from retinanet.data.report import DataError, Report
@@ -74,7 +74,7 @@ def test_the_cheap_check_reads_some_headers_of_images_whose_sizes_are_declared(t
     for name in ("a.png", "b.png", "empty.png"):
         (tmp_path / "images" / "val2017" / name).write_text("not an image")
     assert checks.check_dataset(CocoDataset(root, "val2017")).counts["unreadable image"] == 3
-    monkeypatch.setattr(dataset, "SOME_IMAGES", 2)
+    monkeypatch.setattr(placing, "SOME_IMAGES", 2)
     assert checks.check_dataset(CocoDataset(root, "val2017")).counts["unreadable image"] == 2
 
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from helpers import exif, gradient, save, write_coco_data, write_csv_data
 
+from retinanet.data.classes import check_classes, placeholder_names
 from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset
-from retinanet.data.dataset import DetectionDataset, check_classes, placeholder_names
+from retinanet.data.dataset import DetectionDataset
 from retinanet.data.ground_truth import coco_content
 from retinanet.errors import UserError
 
@@ -37,7 +38,7 @@ def test_any_data_set_has_ground_truth_for_coco():
 
 def test_ids_count_from_1_in_a_file_for_other_tools():
     data = make_dataset()
-    data.image_sizes = np.full((2, 2), 20)
+    data.known_sizes[:] = 20
     content = coco_content(data, ["x.png", "y.png"])
     assert content["images"][1] == {"id": 2, "file_name": "y.png", "height": 20, "width": 20}
     assert [(a["image_id"], a["category_id"]) for a in content["annotations"]] == [(1, 1), (2, 1), (2, 2)]

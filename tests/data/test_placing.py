@@ -8,7 +8,7 @@ from PIL import Image
 
 import train
 from retinanet.commands import check, convert
-from retinanet.data import checks, dataset
+from retinanet.data import checks, dataset, placing
 from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset
 from retinanet.data.placing import find_placement, move
@@ -120,11 +120,11 @@ def test_boxes_that_fit_only_another_shape_are_fatal(tmp_path):
     with pytest.raises(DataError, match="image 1: is declared as 120 x 80, and has 60 x 60 pixels in its file"):
         CocoDataset(tmp_path, "train")
     data = CocoDataset(tmp_path, "train", report=Report(tolerant=True))
-    assert checks.check_dataset(data).errors() == ["boxes of another size"] and data.misfits == [0]
+    assert checks.check_dataset(data).errors() == ["boxes of another size"] and data.misfit.tolist().index(True) == 0
 
 
 def test_what_the_sample_of_headers_misses_is_moved_when_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "SOME_IMAGES", 2)  # the first and the last
+    monkeypatch.setattr(placing, "SOME_IMAGES", 2)  # the first and the last
     (tmp_path / "train").mkdir()
     for index, factor in enumerate((1, 0.5, 1, 1)):
         draw(tmp_path / "train" / f"{index}.png", factor=factor)
@@ -138,12 +138,12 @@ def test_what_the_sample_of_headers_misses_is_moved_when_it_is_read(tmp_path, mo
         data[2]
     data = CocoDataset(tmp_path, "train")
     counts = checks.check_dataset(data, "headers").counts
-    assert counts["scaled boxes"] == counts["boxes of another size"] == 1 and data.misfits == [2]
+    assert counts["scaled boxes"] == counts["boxes of another size"] == 1 and data.misfit.tolist().index(True) == 2
     assert data.load_annotations(1)[0].tolist() == [5, 10, 25, 15, 0]
 
 
 def test_one_differing_header_of_the_sample_makes_all_be_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "SOME_IMAGES", 2)
+    monkeypatch.setattr(placing, "SOME_IMAGES", 2)
     (tmp_path / "train").mkdir()
     for index in range(4):
         draw(tmp_path / "train" / f"{index}.png", factor=0.5)

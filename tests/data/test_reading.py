@@ -5,9 +5,10 @@ import pytest
 
 from retinanet.data import reading
 from retinanet.data.checks import check_dataset
+from retinanet.data.classes import read_class_list
 from retinanet.data.csv import CSVDataset
 from retinanet.data.images import read_header, read_image
-from retinanet.data.reading import check_boxes, load_json, read_bytes, read_class_list, read_text
+from retinanet.data.reading import check_boxes, load_json, read_bytes, read_text
 from retinanet.data.report import Report
 from retinanet.errors import UserError
 
@@ -60,7 +61,9 @@ def kept(*boxes, labels=None, image_index=None):
     report, number = Report(), len(boxes)
     labels = np.zeros(number, int) if labels is None else np.array(labels)
     image_index = np.zeros(number, int) if image_index is None else np.array(image_index)
-    mask = check_boxes(report, np.array(boxes, float), labels, image_index, lambda row: f"line {row}")
+    mask = check_boxes(
+        report, np.column_stack([np.array(boxes, float), labels]), image_index, lambda row: f"line {row}"
+    )
     return mask.tolist(), report
 
 

@@ -113,7 +113,9 @@ def test_without_pyyaml_the_message_says_what_to_do(tmp_path, monkeypatch):
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_yaml)
-    with pytest.raises(UserError, match=r"data\.yaml: PyYAML is needed .*retinanet\[yolo\].*classes\.txt"):
+    with pytest.raises(
+        UserError, match=r"data\.yaml: is not read, because PyYAML is not .*retinanet\[yolo\].*classes\.txt"
+    ):
         YoloDataset(root)
 
 
@@ -211,7 +213,7 @@ def test_sources_that_name_other_classes_are_an_error_that_names_both(tmp_path, 
     pytest.importorskip("yaml")
     root = write_yolo(tmp_path, {"a": BOX})
     (root / file).write_text(text)
-    with pytest.raises(UserError, match=rf"classes\.txt and .*{file} name different classes: class \d is '?\w+'? and"):
+    with pytest.raises(UserError, match=rf"classes\.txt and .*{file} have different classes: .*(lacks|order differs)"):
         YoloDataset(root)
 
 
