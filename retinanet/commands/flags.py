@@ -12,7 +12,6 @@ from torchvision.transforms import Compose
 from retinanet.anchors import Anchors
 from retinanet.data.checks import leave_out_bad_images
 from retinanet.data.classes import placeholder_names
-from retinanet.data.classes import placeholder_names
 from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset, read_boxes
 from retinanet.data.dataset import DetectionDataset
