@@ -21,6 +21,7 @@ setup(
     extras_require={
         "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
         "yolo": ["pyyaml>=6"],
+        "jpeg": ["torchcodec>=0.16"],
         "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-cov>=5", "pytest-xdist>=3.6", "ruff>=0.9"],
         "plots": ["matplotlib>=3.8"],
         "tensorboard": ["tensorboard>=2.16"],

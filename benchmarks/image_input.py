@@ -1,5 +1,6 @@
-"""From a JPEG file to a sample, on one core: ours beside torchvision's bare decoder and resize."""
+"""From a JPEG file to a sample, on one core: ours beside a bare decoder and resize, and each decoder alone."""
 
+import io
 import tempfile
 from pathlib import Path
 
@@ -8,11 +9,17 @@ import torch
 from PIL import Image
 from side_by_side import make_parser, measure, report
 from skimage.data import astronaut
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms.v2.functional import resize
 
+from retinanet.data import images
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.transforms import Augmenter, Resizer
+
+
+def pillow(data: torch.Tensor) -> np.ndarray:
+    """[H, W, 3] from the bytes of a file."""
+    with Image.open(io.BytesIO(data.numpy())) as image:
+        return np.asarray(image)
 
 
 def main() -> None:
@@ -29,12 +36,16 @@ def main() -> None:
         dataset = DetectionDataset(
             [str(path)], boxes, np.zeros(1, dtype=int), ["person"], lambda sample: resizer(augmenter(sample))
         )
-        programs = {
-            "ours: read, flip, resize, pad": lambda: dataset[0],
-            "bare: decode_jpeg, resize": lambda: resize(
-                decode_jpeg(read_file(str(path)), ImageReadMode.RGB), [608, 811], antialias=True
-            ),
-        }
+        decoders = images.JPEG_DECODERS or {"Pillow": lambda data: torch.from_numpy(pillow(data)).permute(2, 0, 1)}
+        first, decode = next(iter(decoders.items()))
+
+        def bare() -> torch.Tensor:
+            return resize(decode(torch.from_numpy(np.fromfile(path, np.uint8))), [608, 811], antialias=True)
+
+        data = torch.from_numpy(np.fromfile(path, np.uint8))
+        programs = {"ours: read, flip, resize, pad": lambda: dataset[0], f"bare: {first}, resize": bare}
+        programs |= {f"decode: {name}": lambda decode=decode: decode(data) for name, decode in decoders.items()}
+        programs["decode: Pillow"] = lambda: pillow(data)
         seconds = measure(programs, args.repeats)
     names = list(programs)
     report("640 x 480 JPEG -> 608-px sample, one core", seconds, {(names[0], names[1]): 1.3}, args.json)

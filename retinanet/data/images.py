@@ -10,24 +10,33 @@ import struct
 import unicodedata
 import warnings
 import zlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
 
 from retinanet.data.report import FileError
 from retinanet.errors import UserError, shown
 
-# Pillow warns of large, palette and oddly tagged images, which are read, without their names.
+# Pillow warns of large, palette and oddly tagged images, which are read, without their names; torchvision of its end.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torchvision\.io")
 
-try:
+# What decodes JPEG, bytes [N] uint8 -> [3, H, W] uint8, best first, where it is installed. Pillow gives the same
+# pixels, more slowly.
+JPEG_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {}
+with contextlib.suppress(Exception):  # whatever its libraries of other versions raise
+    from torchcodec.decoders import decode_image
+
+    JPEG_DECODERS["torchcodec"] = functools.partial(decode_image, mode="RGB")
+with contextlib.suppress(ImportError):  # torchvision 0.29 announces that it will go
     from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # torchvision 0.29 announces that it will go; Pillow gives the same pixels, more slowly
-    decode_jpeg = None
+
+    JPEG_DECODERS["torchvision"] = functools.partial(decode_jpeg, mode=ImageReadMode.RGB)
 
 # Formats that are read. Pillow knows more; some of them start other programs, or hold other files.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -108,13 +117,17 @@ def read_image(path: str | Path) -> np.ndarray:
         FileError: the file is missing, truncated, larger than MAX_PIXELS, or not an image.
     """
     with _naming(path):
-        data = np.fromfile(path, dtype=np.uint8)
+        data = bytearray(Path(path).read_bytes())
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_pixels(path, image)
             orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns TIFF files by itself
-            is_whole = image.format in ("JPEG", "MPO") and data[-2:].tobytes() == b"\xff\xd9"
-            if is_whole and orientation == 1 and decode_jpeg is not None:  # the fast way
-                pixels = decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB)
+            is_whole = image.format in ("JPEG", "MPO") and data.endswith(b"\xff\xd9")
+            if is_whole and orientation == 1 and JPEG_DECODERS:
+                decode = next(iter(JPEG_DECODERS.values()))
+                if "exif" in image.info:  # TorchCodec turns images by it, even where it is invalid: hidden
+                    start = data.index(b"Exif\0\0")
+                    data[start : start + 8] = bytes(8)
+                pixels = decode(torch.frombuffer(data, dtype=torch.uint8))
                 return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
             image.load()
             return to_rgb(image if orientation == 1 else image.transpose(TURNS[orientation]))

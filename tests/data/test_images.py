@@ -1,3 +1,4 @@
+import builtins
 import importlib.util
 import io
 import struct
@@ -30,6 +31,14 @@ def png(path, width, height, bits, data):
     end = png_chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(data)) + end)
     return path
+
+
+def fresh_module():
+    """The module of images, imported again."""
+    spec = importlib.util.spec_from_file_location("fresh", images.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # Pixels
@@ -81,18 +90,36 @@ def test_16_bit_rgb_keeps_its_upper_8_bits(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
-def test_both_readers_of_jpeg_give_the_pixels_of_pillow(tmp_path, monkeypatch, mode):
+def test_all_decoders_of_jpeg_give_the_pixels_of_pillow(tmp_path, monkeypatch, mode):
     path = tmp_path / "a.jpg"
     source = Image.fromarray(gradient(33, 50)).convert(mode)
     source.save(path, quality=95)
     with Image.open(path) as saved:
         assert saved.mode == mode
         expected = np.asarray(saved.convert("RGB"))
-    fast = read_image(path)
-    assert np.abs(fast.astype(int) - expected).max() <= 2
-    assert np.abs(fast.astype(int) - np.asarray(source.convert("RGB"))).mean() < 3  # and not inverted
-    monkeypatch.setattr(images, "decode_jpeg", None)
-    np.testing.assert_array_equal(read_image(path), fast)
+    assert np.abs(expected.astype(int) - np.asarray(source.convert("RGB"))).mean() < 3  # and not inverted
+    used = []
+    for name, decoder in images.JPEG_DECODERS.items():
+        decoders = {name: lambda data, name=name, decoder=decoder: used.append(name) or decoder(data)}
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "JPEG_DECODERS", decoders)
+            np.testing.assert_array_equal(read_image(path), expected, name)
+    assert used == list(images.JPEG_DECODERS)
+    monkeypatch.setattr(images, "JPEG_DECODERS", {})
+    np.testing.assert_array_equal(read_image(path), expected)
+
+
+@pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError, AttributeError])
+def test_a_decoder_that_cannot_be_imported_is_not_there(monkeypatch, error):
+    real_import = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("torchcodec"):
+            raise error("libavutil.so.60: cannot open shared object file")
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert list(fresh_module().JPEG_DECODERS) == ["torchvision"]
 
 
 def test_images_can_be_written_to(tmp_path):
@@ -268,14 +295,12 @@ def test_the_limits_are_ours(tmp_path, read, monkeypatch):
 def test_pillow_does_not_warn_of_images_that_are_read(tmp_path):
     png(tmp_path / "map.png", 10_000, 9_500, 8, b"")
     Image.fromarray(GRADIENT).quantize(16).save(tmp_path / "palette.png", transparency=bytes(range(16)))
-    spec = importlib.util.spec_from_file_location("fresh", images.__file__)  # pytest undoes the filters of imports
-    fresh = importlib.util.module_from_spec(spec)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for read, name in ((read_header, "map.png"), (read_image, "palette.png")):
             read(tmp_path / name)
         assert len(caught) == 2
-        spec.loader.exec_module(fresh)
+        fresh = fresh_module()  # pytest undoes the filters of imports
         fresh.read_header(tmp_path / "map.png")
         fresh.read_image(tmp_path / "palette.png")
     assert len(caught) == 2
