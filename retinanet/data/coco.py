@@ -45,6 +45,7 @@ class CocoDataset(DetectionDataset):
     """
 
     box_format = "xywh"
+    annotation_format = "{}: annotation {}"
     has_coco_ids = True
 
     def __init__(
@@ -96,10 +97,6 @@ class CocoDataset(DetectionDataset):
     def image_name(self, index: int) -> str:
         """The annotation file and the image's id."""
         return f"{self.annotation_file}: image {self.image_ids[index]}"
-
-    def annotation_name(self, row: int) -> str:
-        """The annotation file and the annotation's id."""
-        return f"{self.annotation_file}: annotation {self.annotation_ids[row]}"
 
     def box_as_written(self, row: int, box: np.ndarray) -> np.ndarray:
         """x, y, width, height."""
@@ -190,13 +187,13 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_ID and value % 1 == 0
 
 
-def _is_real(value: Any) -> bool:
-    """NaN and infinity are real here: they are reported with the boxes."""
-    return isinstance(value, float) or _is_id(value)
-
-
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MAX_NAME and "\0" not in value
+
+
+def _is_box(value: Any) -> bool:
+    """NaN and infinity are reported with the boxes."""
+    return isinstance(value, list) and len(value) == 4 and all(isinstance(x, float) or _is_id(x) for x in value)
 
 
 # What an entry of each list must have, and what it must be.
@@ -208,10 +205,7 @@ ENTRY_CHECKS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
         "id": _ID,
         "image_id": _ID,
         "category_id": _ID,
-        "bbox": (
-            lambda value: isinstance(value, list) and len(value) == 4 and all(map(_is_real, value)),
-            "four numbers: x, y, width, height",
-        ),
+        "bbox": (_is_box, "four numbers: x, y, width, height"),
         "iscrowd": (lambda value: value is None or value in (0, 1), "0 or 1"),
     },
 }

@@ -45,6 +45,7 @@ class CSVDataset(DetectionDataset):
     """
 
     per_image = (*DetectionDataset.per_image, "image_lines")
+    annotation_format = "{}:{}"
 
     def __init__(
         self,
@@ -76,10 +77,6 @@ class CSVDataset(DetectionDataset):
     def image_name(self, index: int) -> str:
         """The CSV file and the image's first line there."""
         return f"{self.train_file}:{self.image_lines[index]}"
-
-    def annotation_name(self, row: int) -> str:
-        """The CSV file and the box's line there."""
-        return f"{self.train_file}:{self.annotation_ids[row]}"
 
     def expected_path(self, index: int) -> str:
         """The image's file, relative to the CSV file."""
@@ -130,7 +127,7 @@ def read_boxes(path: Path, class_names: Sequence[str] | None, report: Report) ->
     _check_texts(table.classes, used, lambda row: where(np.flatnonzero(has_box)[row]), report)
     names = [text.strip() for text in table.classes]
     if class_names is None:
-        class_names = sorted({names[code] for code in np.unique(used)} - {""})
+        class_names = sorted({names[code] for code in np.flatnonzero(np.bincount(used))} - {""})
     labels = {name: label for label, name in enumerate(class_names)}
     label = np.array([labels.get(name, -1) for name in names], dtype=np.int64)[table.class_codes]
     unknown = np.flatnonzero(has_box & (label < 0))
@@ -143,7 +140,7 @@ def read_boxes(path: Path, class_names: Sequence[str] | None, report: Report) ->
 
     image_files, images = _find_images(path, table.paths, table.path_codes, where, report)
     image_index = images[table.path_codes]
-    first = np.unique(image_index, return_index=True)[1]
+    first = _first_rows(image_index, len(image_files))
     report.add_rows(
         *("negative with boxes", np.intersect1d(image_index[has_box], image_index[~has_box])),
         lambda index: where(first[index]),
@@ -183,15 +180,20 @@ def _find_images(
 
 def _check_texts(texts: Sequence[str], codes: np.ndarray, where: Callable[[int], str], report: Report) -> np.ndarray:
     """Report texts that are too long or have spaces around them; returns the first row of each."""
-    used, rows = np.unique(codes, return_index=True)
-    first = np.zeros(len(texts), dtype=np.int64)
-    first[used] = rows
-    for code in used.tolist():
+    first = _first_rows(codes, len(texts))
+    for code in np.flatnonzero(first < len(codes)):
         if len(text := texts[code]) > MAX_NAME:
             message = f"{shown(text)} has {len(text):,} characters, more than {MAX_NAME:,}"
             report.add("bad name", where(first[code]), message)
         elif text != text.strip():
             report.add("spaces", where(first[code]), f"the spaces around {shown(text)} are ignored")
+    return first
+
+
+def _first_rows(codes: np.ndarray, number: int) -> np.ndarray:
+    """[number] the first row of each code; len(codes) where it is in none."""
+    first = np.full(number, len(codes))
+    np.minimum.at(first, codes, np.arange(len(codes)))
     return first
 
 

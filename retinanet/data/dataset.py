@@ -43,6 +43,7 @@ class DetectionDataset(Dataset):
         declared_sizes: [I, 2] int: height and width of each image as annotated; 0: unknown. Boxes of images that were
             turned or resized since are moved, see `placing`.
         image_ids: of each image, for COCO's evaluation; default: 0, 1, ...
+        annotation_files: of each image, for messages; default: `source`.
 
     Attributes:
         annotations, annotation_ids, image_index: as given, without the difficult ones, in the order of the images.
@@ -58,7 +59,11 @@ class DetectionDataset(Dataset):
     """
 
     # Attributes with an entry for each image.
-    per_image = ("image_files", "image_ids", "declared_sizes", "known_sizes", "headers_read", "misfit", "affine")
+    per_image = (
+        *("image_files", "image_ids", "annotation_files"),
+        *("declared_sizes", "known_sizes", "headers_read", "misfit", "affine"),
+    )
+    annotation_format = "{}: box {}"  # in messages: of its file and its id there
     in_files = True  # False where images are drawn or kept in memory
     box_format = "xyxy"  # of the annotation files
     has_coco_ids = False  # whether image_ids and coco_labels are those of a COCO file, instead of positions
@@ -76,10 +81,12 @@ class DetectionDataset(Dataset):
         source: str | Path | None = None,
         declared_sizes: np.ndarray | None = None,
         image_ids: Sequence[int] | None = None,
+        annotation_files: Sequence[Path | None] | None = None,
     ):
         number, size = len(image_files), len(annotations)
         self.report = report or Report()
         self.source = str(source or type(self).__name__)
+        self.annotation_files = annotation_files
         self.transform = transform
         self.image_files = np.array(image_files)
         self.image_ids = list(range(number) if image_ids is None else image_ids)
@@ -201,7 +208,8 @@ class DetectionDataset(Dataset):
 
     def annotation_name(self, row: int) -> str:
         """The file and place of an annotation, for messages."""
-        return f"{self.image_name(self.image_index[row])}: box {self.annotation_ids[row]}"
+        file = self.annotation_files[self.image_index[row]] if self.annotation_files else self.source
+        return self.annotation_format.format(file, self.annotation_ids[row])
 
     def box_as_written(self, row: int, box: np.ndarray) -> np.ndarray:
         """The four numbers of an annotation as its file has them, for messages; `row` is that of the file."""

@@ -21,23 +21,14 @@ MAX_ID = 2**53  # whole numbers below it are floats, too
 
 
 class GroundTruth(NamedTuple):
-    """Annotations as columns, exactly as an evaluation takes them: float64, with those that training drops.
+    """Annotations as columns, exactly as an evaluation takes them: float64, with those that training drops."""
 
-    Attributes:
-        ids: [N] int, of the annotations.
-        image_index: [N] int: the image of each.
-        labels: [N] int, 0-based.
-        boxes_xywh: [N, 4] float64, pixels of the original image.
-        areas: [N] float64, which decide whether an object is small, medium or large.
-        is_crowd: [N] bool: boxes of many objects, which evaluation ignores.
-    """
-
-    ids: np.ndarray
-    image_index: np.ndarray
-    labels: np.ndarray
-    boxes_xywh: np.ndarray
-    areas: np.ndarray
-    is_crowd: np.ndarray
+    ids: np.ndarray  # [N] int, of the annotations
+    image_index: np.ndarray  # [N] int: the image of each
+    labels: np.ndarray  # [N] int, 0-based
+    boxes_xywh: np.ndarray  # [N, 4] float64, pixels of the original image
+    areas: np.ndarray  # [N] float64, which decide whether an object is small, medium or large
+    is_crowd: np.ndarray  # [N] bool: boxes of many objects, which evaluation ignores
 
     def select(self, chosen: np.ndarray) -> "GroundTruth":
         """Those of some indices, or of a mask."""
@@ -47,10 +38,8 @@ class GroundTruth(NamedTuple):
 def coco_content(dataset: "DetectionDataset", file_names: Sequence[str] | None = None) -> dict[str, Any]:
     """The content of a COCO annotation file for any data set; difficult boxes become crowds.
 
-    Args:
-        dataset: gives images and classes.
-        file_names: of the images, where the content is for a file: then ids that are not COCO's own count from 1
-            instead of 0, sizes are those of the image files, and boxes are rounded to thousandths of a pixel.
+    With `file_names` of the images, it is for a file: then ids that are not COCO's own count from 1 instead of 0,
+    sizes are those of the image files, and boxes are rounded to thousandths of a pixel.
     """
     for_file = file_names is not None
     first_id = int(for_file and not dataset.has_coco_ids)
@@ -109,12 +98,9 @@ def check_areas(path: Path, truth: GroundTruth, report: Report) -> GroundTruth:
         good = (truth.areas > 0) & (truth.areas <= (widths + 1) * (heights + 1))  # some tools count pixels
         areas = np.where(good, truth.areas, widths * heights)
     report.add_rows(
-        "declared area",
-        np.flatnonzero(~good & ~np.isnan(truth.areas)),
+        *("declared area", np.flatnonzero(~good & ~np.isnan(truth.areas))),
         lambda row: f"{path}: annotation {truth.ids[row]}",
-        lambda row: (
-            f"area {truth.areas[row]:g} is not that of a box of {widths[row]:g} x {heights[row]:g}, which counts"
-        ),
+        lambda row: f"{truth.areas[row]:g} is no area of a box of {widths[row]:g} x {heights[row]:g}, which counts",
     )
     return truth._replace(areas=areas)
 

@@ -163,20 +163,17 @@ def read_header(path: str | Path) -> ImageHeader:
     return ImageHeader(*((width, height) if turned else (height, width)), orientation)
 
 
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 @functools.lru_cache(maxsize=16)
 def _plain_names(folder: str) -> dict[str, str]:
     """The names in a folder by what is left without letter case and Unicode forms."""
-    with contextlib.suppress(OSError, ValueError):
+    try:
         return {_plain(name): name for name in os.listdir(folder)}  # noqa: PTH208
-    return {}
-
-
-def _nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
-def _plain(name: str) -> str:
-    return _nfc(name).casefold()
+    except (OSError, ValueError):
+        return {}
 
 
 def explain_missing(name: str, folder: str = "") -> str:
@@ -190,7 +187,8 @@ def explain_missing(name: str, folder: str = "") -> str:
             lost = "" if os.path.isdir(parent or ".") else f"; nor does its folder, {shown(parent)}"  # noqa: PTH112
             return f"image {shown(name)} does not exist{lost}" + "; is it a Windows path?" * ("\\" in name)
         found = os.path.join(found, near)  # noqa: PTH118
-    form = ", in another Unicode form (NFC or NFD)" if found != path and _nfc(found) == _nfc(path) else ""
+    same = found != path and len({unicodedata.normalize("NFC", name) for name in (found, path)}) == 1
+    form = ", in another Unicode form (NFC or NFD)" if same else ""
     return f"image {shown(name)} does not exist, but {shown(found)} does{form}"
 
 
@@ -215,13 +213,10 @@ def walk(folder: Path, suffixes: Container[str]) -> Iterator[Path]:
 def list_images(folder: Path, wanted: Container[str] | None = None, preferred: Container[str] = ()) -> dict[str, Path]:
     """The images of a folder and its subfolders, by their relative paths without suffix, sorted.
 
-    Args:
-        folder: that is searched.
-        wanted: the names that must be unique; by default all.
-        preferred: file names that win where two images of a name differ in their suffixes.
+    Where two images of a name differ in their suffixes, one whose file name is `preferred` wins.
 
     Raises:
-        UserError: the folder cannot be read, or two images of a wanted name differ only in their suffixes.
+        UserError: the folder cannot be read, or two images of a `wanted` name (default: any) differ only in suffix.
     """
     try:
         next(folder.iterdir(), None)

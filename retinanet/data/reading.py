@@ -77,15 +77,14 @@ def load_json(path: Path) -> Any:
     Raises:
         UserError: it is missing, too large, too deep, or not JSON.
     """
+    content = read_bytes(path)
     try:
-        return json.loads(read_bytes(path))
+        return json.loads(content)
     except json.JSONDecodeError as error:
         hint = "; does the file hold two documents?" if error.msg == "Extra data" else ""
         raise UserError(f"{path}:{error.lineno}: is not valid JSON ({error}){hint}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not in UTF-8 ({error.reason} at byte {error.start})") from error
-    except UserError:
-        raise
     except (ValueError, RecursionError, MemoryError) as error:
         reason = error or type(error).__name__
         raise UserError(f"{path}: is not valid JSON, or too deep or too large to be read ({reason})") from error

@@ -15,11 +15,7 @@ WHITE = 255
 
 
 def draw_shapes(size: int, seed: int | list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one image of one to four shapes that do not overlap.
-
-    Args:
-        size: height and width, pixels.
-        seed: decides everything in the image.
+    """Draw one image of one to four shapes that do not overlap; the seed decides everything in it.
 
     Returns:
         The image [size, size, 3] uint8, and its boxes [G, 5] float32 (x1, y1, x2, y2, label), exact to the pixel.
@@ -50,14 +46,7 @@ def draw_shapes(size: int, seed: int | list[int]) -> tuple[np.ndarray, np.ndarra
 
 
 class ShapesDataset(DetectionDataset):
-    """Images of shapes, kept in memory.
-
-    Args:
-        num_images: number of images.
-        seed: sets of different seeds share no image.
-        size: height and width of an image, pixels.
-        transform: sample -> sample.
-    """
+    """Square images of shapes, kept in memory; sets of different seeds share no image."""
 
     in_files = False
 

@@ -47,7 +47,7 @@ class VOCDataset(DetectionDataset):
         UserError: files are missing or wrong; the message lists all that is wrong.
     """
 
-    per_image = (*DetectionDataset.per_image, "annotation_files")
+    annotation_format = "{}: object {}"
 
     def __init__(
         self,
@@ -80,10 +80,9 @@ class VOCDataset(DetectionDataset):
             report.add("bad entry", str(path), fault)
         pairs = {image: path for image, path in pairs.items() if path not in faults}
         contents = [read(path) if path else _Content() for path in pairs.values()]
-        self.annotation_files = [*pairs.values()]
         rows = [
             (index, *row)
-            for index, (path, content) in enumerate(zip(self.annotation_files, contents, strict=True))
+            for index, (path, content) in enumerate(zip(pairs.values(), contents, strict=True))
             for row in _read_objects(path, content, class_names, report)
         ]
         table = np.array(rows, dtype=np.float64).reshape(-1, 8)
@@ -100,11 +99,8 @@ class VOCDataset(DetectionDataset):
             report,
             list_file or folder,
             np.array([content.size for content in contents], dtype=np.int64).reshape(-1, 2),
+            annotation_files=[*pairs.values()],
         )
-
-    def annotation_name(self, row: int) -> str:
-        """The annotation file and the object's number there."""
-        return f"{self.annotation_files[self.image_index[row]]}: object {self.annotation_ids[row]}"
 
 
 def _find_set(root: Path, set_name: str, val_share: float | None) -> tuple[Path | None, Path]:

@@ -34,8 +34,7 @@ class YoloDataset(DetectionDataset):
 
     Args:
         root_dir: holds a set's images where `data.yaml` or `obj.data` say, or in one of PLACES, or else the images of
-            all sets; their text files in `labels` in place of `images`, or beside them; and the classes' names in
-            `data.yaml` or one of CLASS_LISTS.
+            all sets; their text files in `labels` in place of `images`, or beside them; and the classes' names.
         set_name: such as `train`.
         transform: sample -> sample.
         val_share: of the images that are for validation, in a folder without sets.
@@ -45,7 +44,7 @@ class YoloDataset(DetectionDataset):
         UserError: a file is missing, or lines are wrong; the message lists them all, with file and line.
     """
 
-    per_image = (*DetectionDataset.per_image, "label_files")
+    annotation_format = "{}:{}"
 
     def __init__(
         self,
@@ -62,7 +61,7 @@ class YoloDataset(DetectionDataset):
         files, source = _find_files(root, set_name, val_share, settings, report)
         class_names = _class_names(root, [root, source, *(file.parent for file in files.values())], settings)
         key_numbers = sum(_key_numbers(path, content) for path, content in settings.items())
-        images, sizes, rows, self.label_files = [], [], [], []
+        images, label_files, sizes, rows = [], [], [], []
         for path, file in progress(files.items(), "reading YOLO files", len(files)):
             try:
                 lines = read_text(file).splitlines() if file.is_file() else []
@@ -74,7 +73,7 @@ class YoloDataset(DetectionDataset):
                 continue
             rows += boxes
             images.append(str(path))
-            self.label_files.append(file)
+            label_files.append(file)
         table = np.array(rows, dtype=np.float64).reshape(-1, 7)
         image_index, numbers = table[:, :2].T.astype(np.int64)
         sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)
@@ -89,11 +88,8 @@ class YoloDataset(DetectionDataset):
             report=report,
             source=source,
             declared_sizes=sizes,
+            annotation_files=label_files,
         )
-
-    def annotation_name(self, row: int) -> str:
-        """The label file and the box's line there."""
-        return f"{self.label_files[self.image_index[row]]}:{self.annotation_ids[row]}"
 
 
 def _read_settings(root: Path) -> dict[Path, dict[str, Any]]:
@@ -121,9 +117,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(read_text(path), yaml.BaseLoader)  # texts alone: `no` does not become False
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: is not valid YAML, or too deep ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: needs `names`: a list, or a mapping from 0, 1, 2, ... to names")
-    return content
+    return content if isinstance(content, dict) else {"names": None}
 
 
 def _places(text: str, root: Path, *bases: Path) -> list[Path]:

@@ -26,7 +26,7 @@ def test_annotations_are_kept_in_the_order_of_their_images():
     assert data.load_annotations(0).tolist() == [[1, 2, 3, 4, 0]]
     assert data.load_annotations(1).tolist() == [[*BOX, 0]]
     assert data.load_difficult(0).shape == (0, 5) and data.load_difficult(1).tolist() == [[*BOX, 1]]
-    assert data.annotation_name(1) == "1.png: box 1"
+    assert data.annotation_name(1) == "DetectionDataset: box 1"
 
 
 def test_any_data_set_has_ground_truth_for_coco():
