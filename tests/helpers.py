@@ -1,6 +1,7 @@
 """Small data sets, on disk and in memory, and detections."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,13 @@ def truncate(path, share=0.5):
     """Truncate a file."""
     content = Path(path).read_bytes()
     Path(path).write_bytes(content[: int(len(content) * share)])
+
+
+def broken_pipe():
+    """A text file that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
 
 
 class Ratios:

@@ -1,14 +1,11 @@
 import io
-import multiprocessing
-import os
 import random
-import signal
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
+from helpers import broken_pipe
 
 from retinanet import process
 from retinanet.errors import UserError
@@ -61,6 +58,11 @@ def test_a_users_mistake_is_one_message_and_status_1(capsys, error, message):
     assert capsys.readouterr() == ("", message)
 
 
+def test_flags_that_the_machine_cannot_follow_are_a_usage_error(capsys):
+    assert raising(process.UsageError("--precision fp16: no"))([]) == 2
+    assert capsys.readouterr() == ("", "error: --precision fp16: no\n")
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyError, RuntimeError, SystemExit, OSError])
 def test_every_other_error_passes(error):
     with pytest.raises(error):
@@ -103,13 +105,6 @@ def test_progress_gives_the_items_and_is_silent_without_a_terminal(capsys):
 
 def test_progress_is_for_rank_0(rank_1):
     assert process.progress(range(3), "counting").disable
-
-
-def broken_pipe():
-    """A text file that nobody reads."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    return open(writer, "w")
 
 
 def test_messages_that_nobody_reads_go_nowhere(logger, monkeypatch, capsys):
@@ -186,9 +181,12 @@ def test_random_states_are_restored_from_a_file(tmp_path):
 # Devices
 
 
-def test_auto_is_this_processs_gpu_or_else_the_cpu(monkeypatch):
+def test_auto_is_this_processs_gpu_or_apples_or_else_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert process.choose_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert process.choose_device("auto") == process.choose_device("mps") == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert process.choose_device("auto") == torch.device("cuda:0")
@@ -203,13 +201,15 @@ def test_auto_is_this_processs_gpu_or_else_the_cpu(monkeypatch):
     [
         ("cuda", 0, r"--device cuda: torch sees no CUDA device; try --device cpu"),
         ("toaster", 0, "--device toaster: "),
-        ("meta", 0, "--device meta: only cpu and cuda"),
+        ("meta", 0, "--device meta: only cpu, cuda and mps"),
+        ("mps", 0, "--device mps: torch sees no GPU of Apple's; try --device cpu"),
         ("cuda:2", 2, r"GPU 2 does not exist, as this machine has 2: .*--nproc_per_node"),
     ],
 )
 def test_a_device_that_does_not_exist_is_an_error(monkeypatch, name, gpus, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError, match=message):
         process.choose_device(name)
 
@@ -226,10 +226,18 @@ def test_auto_precision_is_bf16_where_the_cpu_has_it(monkeypatch, avx512, amx, e
     assert process.choose_precision("bf16", torch.device("cpu")) == torch.bfloat16
 
 
-@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_precision_is_bf16_where_the_gpu_has_it(monkeypatch, native, expected):
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_precision_is_bf16_where_the_gpu_has_it_or_else_fp16(monkeypatch, native, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     assert process.choose_precision("auto", torch.device("cuda")) == expected
+    assert process.choose_precision("fp16", torch.device("cuda")) == torch.float16
+
+
+def test_precisions_that_a_device_has_not_are_usage_errors():
+    assert process.choose_precision("auto", torch.device("mps")) == torch.float32
+    for device, name, reason in (("cpu", "fp16", "for GPUs alone"), ("mps", "bf16", "on mps, only fp32")):
+        with pytest.raises(process.UsageError, match=f"^--precision {name}: {reason}"):
+            process.choose_precision(name, torch.device(device))
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -239,6 +247,12 @@ def test_a_network_computes_in_the_precision_that_was_chosen(precision):
 
 
 # Ranks
+
+
+def test_the_ranks_of_a_job_cannot_be_on_mps(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(UserError, match="use one process, or --device cpu"):
+        process.init_distributed(torch.device("mps"))
 
 
 def test_ranks_are_those_of_torch(rank_1):
@@ -251,57 +265,3 @@ def test_alone_this_is_rank_0_of_1_and_exchange_changes_nothing():
     assert process.get_rank() == 0 and process.get_world_size() == 1 and process.is_main_process()
     assert process.gather_objects("a") == ["a"] and process.from_main_process("a") == "a"
     assert process.gather_tensors(torch.tensor([1.0, 2.0])).tolist() == [[1, 2]]
-
-
-# Signals
-
-
-def test_the_first_signal_is_noted_and_handlers_are_put_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with process.StopSignals() as stop:
-        assert stop.signum == 0
-        for signum in (signal.SIGINT, signal.SIGTERM):  # so close together they count as one
-            os.kill(os.getpid(), signum)
-        assert stop.signum == signal.SIGINT
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_a_signal_is_noted_where_nobody_reads_the_message(monkeypatch):
-    with process.StopSignals() as stop, broken_pipe() as stderr:
-        monkeypatch.setattr(sys, "stderr", stderr)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signum == signal.SIGTERM
-
-
-def start_rank(connection):
-    """A process of torchrun: it starts a rank, which ends with it, and then does nothing."""
-
-    def rank():
-        process._end_with_parent()
-        connection.send("ready")
-        time.sleep(60)
-
-    multiprocessing.get_context("fork").Process(target=rank).start()
-    time.sleep(60)
-
-
-def test_a_rank_ends_with_the_process_that_started_it():
-    here, there = multiprocessing.Pipe()
-    parent = multiprocessing.get_context("fork").Process(target=start_rank, args=(there,))
-    parent.start()
-    there.close()
-    assert here.recv() == "ready"
-    parent.kill()
-    parent.join()
-    with pytest.raises(EOFError):  # nobody holds the other end any more
-        here.recv() if here.poll(10) else pytest.fail("the rank is alive")
-
-
-def test_the_death_of_a_child_disturbs_nothing():
-    before = signal.signal(signal.SIGCHLD, lambda *_: pytest.fail("disturbed"))
-    try:
-        with process.undisturbed():
-            os.kill(os.getpid(), signal.SIGCHLD)
-        assert callable(signal.getsignal(signal.SIGCHLD))
-    finally:
-        signal.signal(signal.SIGCHLD, before)

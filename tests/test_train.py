@@ -4,6 +4,7 @@ import argparse
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -20,8 +21,9 @@ import train
 from retinanet.data.shapes import ShapesDataset
 from retinanet.errors import UserError
 from retinanet.model import ARCHITECTURES, resnet18
-from retinanet.signals import StopSignals
+from retinanet.process import get_rank
 from retinanet.resnet import BasicBlock
+from retinanet.signals import StopSignals
 from retinanet.training import checkpoint
 from retinanet.training.log import read_log
 from retinanet.training.recipes import Schedule
@@ -260,6 +262,34 @@ def test_a_complete_run_is_left_as_it_is(capsys, reference):
     status, printed = main_quietly(capsys, "--resume", "auto", "--out_dir", reference[0])
     assert status == 0 and "done after 2 epochs" in printed.out
     assert (reference[0] / "last.pt").read_bytes() == before
+
+
+# What is not trained
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=SLOW), 2])
+def test_frozen_weights_stay_as_they_are_and_a_resumed_run_ends_alike(tmp_path, ranks):
+    reference, again = tmp_path / "reference", tmp_path / "again"
+    before = fill_weights(resnet18(3), seed=1, logit_scale=0.015, delta_scale=0.008).state_dict()
+    checkpoint.save(tmp_path / "start.pt", before)
+    flags = ["--recipe", "paper", "--weights", tmp_path / "start.pt", "--lr", "1e-4", "--backbone_lr", "0.5"]
+    flags += ["--shapes_train", 2 * ranks, "--epochs", "1", "--shapes_val", "1", "--checkpoint_every", "1"]
+
+    def keep_the_first_step():
+        if get_rank() == 0:
+            shutil.copytree(reference, again)
+
+    jobs, output = start(reference, *flags, ranks=ranks, change=in_step(2, keep_the_first_step))
+    assert finish(jobs) == [0] * ranks and progress_of(again) == (0, 1)
+    assert "for 16 images), backbone x 0.5, global batch" in output()
+    train_to_end(again, *flags, "--resume", "auto", ranks=ranks)
+    assert_same_run(again, reference)
+    content = checkpoint.load(again / "last.pt")
+    same = {key for key, value in content["model"].items() if torch.equal(value, before[key])}
+    fixed = {key for key in before if key.startswith(("conv1.", "layer1.")) or "bn" in key or ".downsample.1." in key}
+    assert fixed <= same and all(key.endswith("bias") for key in same - fixed)  # of which some change too little
+    rates = [group["lr"] for group in content["training"]["optimizer"]["param_groups"]]
+    assert rates == pytest.approx([1e-6, 2e-6, 5e-7])  # at the end; the backbone has no bias that is trained
 
 
 # Many processes

@@ -33,19 +33,20 @@ def batch(*values):
     return {"img": images, "annot": torch.full((len(values), 1, 5), -1.0), "index": list(range(len(values)))}
 
 
-def trainer(model, recipe="original", lr=0.1):
-    """A function that trains `model` for an epoch."""
+def trainer(model, recipe="original", lr=0.1, scaled=False):
+    """A function that trains `model` for an epoch, and what it counts."""
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
     optimizer = make_optimizer(model, RECIPES[recipe], lr)
     schedule, progress = Schedule(optimizer, RECIPES[recipe], 100), Progress(epoch=3)
 
     def train(loader, **options):
-        return train_one_epoch(model, loader, optimizer, schedule, CPU, torch.float32, progress, **options)
+        return train_one_epoch(model, loader, optimizer, scaler, schedule, CPU, torch.float32, progress, **options)
 
     return train, progress
 
 
-def train(model, loader, recipe="original", lr=0.1, **options):
-    return trainer(model, recipe, lr)[0](loader, **options)
+def train(model, loader, recipe="original", lr=0.1, scaled=False, **options):
+    return trainer(model, recipe, lr, scaled)[0](loader, **options)
 
 
 def test_statistics_and_log_are_means_over_batches():
@@ -102,6 +103,51 @@ def test_a_gradient_that_is_not_finite_is_reported_a_step_later_at_the_latest():
         assert [found["index"] for found in caught.value.batches] == [[0]]
 
 
+class Overflowing(Line):
+    """Its gradient is infinite above `largest`, as in float16."""
+
+    largest = 65504.0
+
+    def forward(self, inputs):
+        losses = super().forward(inputs)
+        losses[0].register_hook(lambda slope: torch.where(slope > self.largest, math.inf, slope))
+        return losses
+
+
+@pytest.mark.parametrize("recipe", ["original", "paper", "scratch"])
+def test_a_step_whose_gradient_overflows_is_skipped_and_the_scale_halved(recipe):
+    entries, weights = [], []
+    model = Overflowing()
+
+    def after_step(_, check_norm):
+        check_norm()  # is no error
+        weights.append(model.weight.item())
+
+    loader = [batch(1), batch(2), batch(3)]
+    train(
+        model, loader, recipe, scaled=True, clip_norm=1.0, log_step=entries.append, log_every=1, after_step=after_step
+    )
+    assert [entry["loss_scale"] for entry in entries] == [65536, 32768, 32768]
+    assert "grad_norm" not in entries[0] and entries[1]["grad_norm"] == pytest.approx(4)  # before clipping, unscaled
+    assert weights[0] == 0 < weights[1] < weights[2]
+
+
+def test_the_scale_changes_no_number_of_a_step():
+    plain, scaled = Line(), Line()
+    loader = [batch(1, 2), batch(3), batch(4, 5)]
+    for model in (plain, scaled):
+        train(model, loader, "paper", lr=0.01, accumulate=2, clip_norm=3.0, scaled=model is scaled)
+    assert plain.weight.item() == scaled.weight.item() != 0
+
+
+def test_a_gradient_that_overflows_without_a_scale_is_an_error():
+    model = Overflowing()
+    model.largest = 1e-9
+    with pytest.raises(NotFiniteError, match=r"gradient's norm is not finite .* epoch 3, step 17, images 0"):
+        train(model, [batch(1)] * 20, scaled=True)  # the scale was 2 ** 16, and is 1 in step 17
+    assert model.weight.item() == 0
+
+
 def test_an_epoch_continues_from_its_middle():
     whole, first, second = [], [], []
     batches = [batch(value) for value in range(1, 8)]
@@ -149,6 +195,13 @@ def test_a_batch_of_one_small_image_takes_the_running_statistics():
     assert model.norm.num_batches_tracked == 2 and model.norm.training
     train(model, loader[1:2])
     assert model.norm.num_batches_tracked == 2
+
+
+def test_frozen_batchnorm_keeps_its_statistics():
+    model = Normed()
+    model.norm.requires_grad_(False)
+    train(model, [batch(*range(8))])
+    assert model.norm.num_batches_tracked == 0
 
 
 def test_a_signal_is_asked_for_before_a_step_and_handed_on_after_it():

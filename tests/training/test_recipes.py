@@ -43,6 +43,30 @@ def test_paper_trains_biases_at_twice_the_rate_without_decay():
     assert (biases["lr"], biases["weight_decay"]) == (0.02, 0.0)
 
 
+class Parts(nn.Module):
+    """Two weights of a backbone and two of a head, with the names that they have in the detector."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer1 = nn.Linear(2, 2)
+        self.head = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "original"])
+def test_the_backbone_has_a_rate_of_its_own(recipe):
+    model = Parts()
+    named = {weight: name for name, weight in model.named_parameters()}
+    groups = make_optimizer(model, RECIPES[recipe], 0.01, backbone_lr=0.5).param_groups
+    found = [([named[weight] for weight in group["params"]], group["lr"], group["weight_decay"]) for group in groups]
+    if recipe == "paper":
+        assert found == [
+            (["head.weight"], 0.01, 1e-4), (["head.bias"], 0.02, 0),
+            (["layer1.weight"], 0.005, 1e-4), (["layer1.bias"], 0.01, 0),
+        ]  # fmt: skip
+    else:
+        assert found == [(["head.weight", "head.bias"], 0.01, 0), (["layer1.weight", "layer1.bias"], 0.005, 0)]
+
+
 def test_frozen_weights_are_left_out():
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)

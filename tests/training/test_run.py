@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +39,31 @@ def test_the_recipe_changes_the_model(net, settings):
     assert run.steps_per_epoch == 3 and run.detector is net
     assert Run(settings("--ema", 0.9), net, CPU, ShapesDataset(5)).detector is not net
     assert net.bn1.training
+
+
+@pytest.mark.parametrize(("flags", "stages"), [([], 2), (["--freeze_stages", 0], 0), (["--freeze_stages", 4], 4)])
+def test_the_recipe_and_the_flags_say_what_is_frozen(settings, flags, stages):
+    net = resnet18(3)
+    Run(settings("--recipe", "paper", *flags), net, CPU, ShapesDataset(5))
+    parts = [net.conv1, net.layer1[0].conv1, net.layer2[0].conv1, net.layer3[0].conv1, net.layer4[0].conv1]
+    assert [part.weight.requires_grad for part in parts] == [index >= stages for index in range(5)]
+    assert not net.layer4[0].bn1.weight.requires_grad and net.fpn.P6.weight.requires_grad
+
+
+def test_the_gradient_scaler_is_continued(settings, tmp_path):
+    fp16 = replace(settings(), precision="fp16")
+    run = Run(fp16, resnet18(3), CPU, ShapesDataset(5))
+    run.scaler.scale(torch.ones(()))  # it is made at the first use
+    run.scaler.update(1024.0)
+    run.save_last()
+    again = Run(fp16, resnet18(3), CPU, ShapesDataset(5))
+    content = checkpoint.load(tmp_path / "last.pt")
+    again.restore("last.pt", content)
+    assert again.scaler.get_scale() == 1024 and again.scaler.state_dict() == run.scaler.state_dict()
+    for key, value in (("scale", 0.0), ("scale", float("inf")), ("scale", "x"), ("_growth_tracker", None)):
+        content["training"]["scaler"] = run.scaler.state_dict() | {key: value}
+        with pytest.raises(UserError, match=r"^last\.pt: its training cannot be continued"):
+            again.restore("last.pt", content)
 
 
 def test_a_checkpoint_is_written_every_so_many_steps(net, settings, tmp_path):

@@ -17,10 +17,12 @@ def test_the_recipe_fills_what_the_flags_leave_open():
     assert settings.global_batch == 6 and settings.lr == 1e-5 * 6 / 2 and settings.clip_norm == 0.1
     assert settings.precision == "bf16" and settings.dtype == torch.bfloat16
     assert resolve("--recipe", "paper").clip_norm is None
+    assert (settings.freeze_stages, settings.backbone_lr, resolve().freeze_stages) == (0, 1, 2)
     assert resolve("--precision", "auto").precision in ("fp32", "bf16")
 
 
 def test_the_flags_come_before_the_recipe():
+    assert resolve("--freeze_stages", "0").freeze_stages == 0
     settings = resolve("--lr", "0.5", "--clip_norm", "7", "--precision", "fp32", "--checkpoint_every", "5")
     assert (settings.lr, settings.clip_norm, settings.dtype) == (0.5, 7, torch.float32)
     assert settings.checkpoint_every == (5, "steps")
