@@ -134,10 +134,11 @@ def _find_file(root: Path, set_name: str, report: Report) -> tuple[Path, str]:
     if set_name.endswith(".json"):
         paths = [Path(set_name), root / set_name]
         return next((path for path in paths if path.is_file()), paths[0]), Path(set_name).stem
-    names = {path: name for _, name, path in reversed([*find_places(root, FILES)])}
+    names: dict[Path, str] = {}
     sets: dict[str, list[Path]] = {}
-    for path in reversed(names):
-        sets.setdefault(names[path], []).append(path)
+    for _, name, path in find_places(root, FILES):
+        if names.setdefault(path, name) == name:
+            sets.setdefault(name, []).append(path)
     if not sets:
         raise refused(root, " or ".join(FILES[::2]).format(*[set_name] * 2))
     path, *others = find_set(root, set_name, sets)
@@ -163,12 +164,14 @@ def read_coco(path: Path, report: Report) -> tuple[list[dict], list[dict], Groun
         ("class list", "category id", categories, "id"),
         ("class list", "category name", categories, "name"),
     ):
-        ids: dict[Any, list[str]] = {}
+        ids: dict[Any, list[int]] = {}
         for entry in entries:
-            ids.setdefault(entry[key], []).append(str(entry["id"]))
-        for value, same in ((value, same) for value, same in ids.items() if len(same) > 1):
-            text = f", with the ids {', '.join(same[:20])}" if key == "name" else ""
-            report.add(kind, f"{path}: {what} {shown(value)}", f"is repeated{text}")
+            ids.setdefault(entry[key], []).append(entry["id"])
+        repeated = [value for value, same in ids.items() if len(same) > 1]
+        report.add_rows(
+            *(kind, repeated, lambda value, what=what: f"{path}: {what} {shown(value)}"),
+            lambda value, ids=ids: f"is repeated: it has the ids {shown(ids[value])}",
+        )
     if not (images and categories):
         report.raise_errors()
         raise UserError(f"{path}: has no image, or no category, that is as it must be")

@@ -65,8 +65,9 @@ TURNS = {
 
 
 @contextlib.contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
-    """Inside, whatever a broken image raises becomes a FileError that names the file."""
+def _open(path: str | Path, whole: bool = False) -> Iterator[Image.Image]:
+    """Open an image of at most MAX_PIXELS; whatever a broken one raises inside becomes a FileError that names it."""
+    limit = f"the limit of {MAX_PIXELS:,} (retinanet.data.images.MAX_PIXELS)"
     try:
         if not os.path.exists(path):  # noqa: PTH110, pathlib raises errors of its own for impossible names
             raise FileNotFoundError("the file does not exist")
@@ -74,11 +75,14 @@ def _naming(path: str | Path) -> Iterator[None]:
             raise OSError("it is not a file")
         if Path(path).stat().st_size > MAX_BYTES:
             raise OSError(f"it has more than {MAX_BYTES:,} bytes")
-        yield
+        with Image.open(io.BytesIO(Path(path).read_bytes()) if whole else path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise FileError(str(path), f"has {image.width} x {image.height} pixels, more than {limit}")
+            yield image
     except FileError:
         raise
     except Image.DecompressionBombError as error:
-        raise FileError(str(path), f"has more pixels than {_pixel_limit()}") from error
+        raise FileError(str(path), f"has more pixels than {limit}") from error
     except UnidentifiedImageError as error:
         with open(path, "rb") as file:
             start = shown(file.read(12))
@@ -87,15 +91,6 @@ def _naming(path: str | Path) -> Iterator[None]:
     except BROKEN_IMAGE as error:
         reason = str(error).split("\n")[0][:200] or type(error).__name__
         raise FileError(str(path), f"cannot be read as an image ({reason})") from error
-
-
-def _check_pixels(path: str | Path, image: Image.Image) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise FileError(str(path), f"has {image.width} x {image.height} pixels, more than {_pixel_limit()}")
-
-
-def _pixel_limit() -> str:
-    return f"the limit of {MAX_PIXELS:,} (retinanet.data.images.MAX_PIXELS)"
 
 
 def _orientation(image: Image.Image) -> int:
@@ -116,21 +111,18 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises:
         FileError: the file is missing, truncated, larger than MAX_PIXELS, or not an image.
     """
-    with _naming(path):
-        data = bytearray(Path(path).read_bytes())
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_pixels(path, image)
-            orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns TIFF files by itself
-            is_whole = image.format in ("JPEG", "MPO") and data.endswith(b"\xff\xd9")
-            if is_whole and orientation == 1 and JPEG_DECODERS:
-                decode = next(iter(JPEG_DECODERS.values()))
-                if "exif" in image.info:  # TorchCodec turns images by it, even where it is invalid: hidden
+    with _open(path, whole=True) as image:
+        orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns TIFF files by itself
+        if image.format in ("JPEG", "MPO") and orientation == 1 and JPEG_DECODERS:
+            data = bytearray(image.fp.getbuffer())
+            if data.endswith(b"\xff\xd9"):  # whole; decoders make up what is missing
+                if "exif" in image.info:  # hidden: TorchCodec turns images by it, even where it is invalid
                     start = data.index(b"Exif\0\0")
                     data[start : start + 8] = bytes(8)
-                pixels = decode(torch.frombuffer(data, dtype=torch.uint8))
+                pixels = next(iter(JPEG_DECODERS.values()))(torch.frombuffer(data, dtype=torch.uint8))
                 return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
-            image.load()
-            return to_rgb(image if orientation == 1 else image.transpose(TURNS[orientation]))
+        image.load()
+        return to_rgb(image if orientation == 1 else image.transpose(TURNS[orientation]))
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -155,8 +147,7 @@ def read_header(path: str | Path) -> ImageHeader:
     Raises:
         FileError: the file is missing, larger than MAX_PIXELS, or not an image.
     """
-    with _naming(path), Image.open(path, formats=FORMATS) as image:
-        _check_pixels(path, image)
+    with _open(path) as image:
         orientation = _orientation(image)
         width, height = image.size
         turned = orientation >= 5 and image.format != "TIFF"

@@ -24,10 +24,6 @@ ALL = "all"  # the set of all images of a folder that names no sets
 Source = TypeVar("Source")
 
 
-def _same_names(set_name: str) -> Sequence[str]:
-    return next((names for names in SAME_NAMES if set_name in names), (set_name,))
-
-
 def find_places(root: Path, patterns: Iterable[str]) -> Iterator[tuple[str, str, Path]]:
     """The paths that match patterns such as `images/{}`: pattern, what stands for its `{}`, and path."""
     for pattern in patterns:
@@ -45,7 +41,7 @@ def find_set(root: Path, set_name: str, sets: Mapping[str, Source], val_share: f
     listed = ", ".join(map(shown, sorted(sets)[:20]))
     if val_share is not None:
         raise UserError(f"{root}: has the sets {listed}; --val_share is for folders without sets")
-    alike = [name for name in _same_names(set_name) if name in sets]
+    alike = [name for names in SAME_NAMES if set_name in names for name in names if name in sets]
     if set_name not in sets and len(alike) != 1:
         raise UserError(f"{root}: has no set named {shown(set_name)}; the sets there are: {listed}")
     return sets[set_name if set_name in sets else alike[0]]
@@ -84,10 +80,11 @@ def choose_share(root: Path, set_name: str, val_share: float | None, names: Iter
     number = min(max(round(val_share * len(names)), 1), len(names) - 1)
     if number < 1:
         raise UserError(f"{root}: --val_share cannot divide {len(names)} images")
-    hashes = {
-        name: hashlib.blake2b(name.encode(errors="surrogatepass"), person=b"val_share").digest() for name in names
-    }
-    chosen = set(sorted(names, key=hashes.__getitem__)[:number])
+
+    def digest(name: str) -> bytes:
+        return hashlib.blake2b(name.encode(errors="surrogatepass"), person=b"val_share").digest()
+
+    chosen = set(sorted(names, key=digest)[:number])
     return [name for name in names if (name in chosen) == is_val]
 
 

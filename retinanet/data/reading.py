@@ -99,12 +99,8 @@ def check_boxes(
 ) -> np.ndarray:
     """Report what is wrong with boxes in themselves, whatever the sizes of their images.
 
-    Args:
-        report: gets the problems.
-        annotations: [N, 5] float64 x1, y1, x2, y2, label; a label of -1, of an unknown class, is reported elsewhere.
-        groups: [N] int: boxes of different groups, such as images, are no duplicates.
-        where: file and line of a box, or the like.
-        written: the numbers of a box as its file has them.
+    Annotations are [N, 5] float64; those of label -1, an unknown class, are reported elsewhere. Boxes of different
+    `groups` [N], such as images, are no duplicates. `written` gives the numbers of a box as its file has them.
 
     Returns:
         [N] bool: the boxes that stay, where nothing is fatal.

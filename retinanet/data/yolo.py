@@ -245,9 +245,7 @@ def _yaml_names(path: Path, names: Any) -> list[str]:
 def _key_numbers(path: Path, content: Mapping[str, Any]) -> int:
     """How many numbers of key points follow each box; 0 without poses."""
     shape = content.get("kpt_shape", [])
-    if not isinstance(shape, list) or not all(
-        isinstance(side, str) and re.fullmatch("[0-9]{1,4}", side) for side in shape
-    ):
+    if not isinstance(shape, list) or not all(re.fullmatch("[0-9]{1,4}", str(side)) for side in shape):
         raise UserError(f"{path}: kpt_shape must be two whole numbers, not {shown(shape)}")
     return math.prod(map(int, shape)) if shape else 0
 

@@ -317,4 +317,4 @@ def test_one_cause_is_one_line_and_repeated_names_come_with_their_ids(tmp_path):
 
     report = coco_report(tmp_path, change)
     assert [(problem.cause, problem.count) for problem in report.examples["unknown class"]] == [(4, 5), (5, 4)]
-    assert report.examples["class list"][0].message == "is repeated, with the ids 17, 18"
+    assert report.examples["class list"][0].message == "is repeated: it has the ids [17, 18]"
