@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retinanet.errors import UserError
+from retinanet.model import resnet18
 from retinanet.training.accounting import Progress
 from retinanet.training.engine import train_one_epoch
 from retinanet.training.finite import NotFiniteError
@@ -68,6 +70,29 @@ def test_accumulated_batches_equal_one_large_batch():
         train(model, loader, "paper", accumulate=accumulate)
         weights.append(model.weight.item())
     assert weights[1:] == pytest.approx([weights[0]] * 2) and weights[0] != 0
+
+
+class Doubles(TorchDispatchMode):
+    """Collects the shapes of results in float64, which Apple's GPUs do not compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            self.shapes.add(tuple(result.shape))
+        return result
+
+
+def test_nothing_is_float64_but_the_sums_of_the_losses():
+    one = batch(*range(2))
+    one |= {"img": torch.zeros(2, 3, 64, 64, dtype=torch.uint8), "annot": torch.tensor([[[8.0, 8, 60, 60, 1]]] * 2)}
+    model = resnet18(3)
+    with Doubles() as found:
+        train(model, [one] * 2, "paper", lr=1e-3, accumulate=2, clip_norm=1.0)
+    assert found.shapes == {(1, 2, 2), (2,)}  # [ranks, batches, losses] on the host, and their mean
 
 
 def test_clipping_bounds_the_step():
