@@ -162,7 +162,7 @@ def _check_images(dataset: DetectionDataset, depth: str, workers: int, report: R
         wanted &= ~dataset.known_sizes.all(axis=1) | np.isin(np.arange(number), some_images(number))
     looks = []
     if is_main_process():  # Only decoding gains from threads: the rest is Python.
-        with ThreadPoolExecutor(workers if pixels else 1) as pool:
+        with ThreadPoolExecutor(max(workers, 1) if pixels else 1) as pool:
             looks = pool.map(lambda index: _look_at(dataset, index, wanted[index], pixels), range(number))
             looks = list(progress(looks, "checking images", number))
     looks = from_main_process(looks)

@@ -77,9 +77,10 @@ def load_json(path: Path) -> Any:
     Raises:
         UserError: it is missing, too large, too deep, or not JSON.
     """
-    content = read_bytes(path)
     try:
-        return json.loads(content)
+        return json.loads(read_bytes(path))  # which frees the bytes before it parses their text
+    except FileError:
+        raise
     except json.JSONDecodeError as error:
         hint = "; does the file hold two documents?" if error.msg == "Extra data" else ""
         raise UserError(f"{path}:{error.lineno}: is not valid JSON ({error}){hint}") from error

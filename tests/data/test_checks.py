@@ -63,9 +63,11 @@ def test_broken_images_are_found_by_looking_closely_enough(tmp_path):
     truncate(tmp_path / "a.png")  # its header is whole
     (tmp_path / "b.png").write_text("not an image")
     found = {}
-    for depth in checks.DEPTHS:
-        report = checks.check_dataset(CSVDataset(*files), depth, workers=2)
+    for depth, workers in zip(checks.DEPTHS, (0, 0, 2, 2), strict=True):
+        report = checks.check_dataset(CSVDataset(*files), depth, workers)
         found[depth] = places(report, "unreadable image")
+    report = checks.check_dataset(CSVDataset(*files), "decode", workers=0)
+    assert places(report, "unreadable image") == found["decode"]
     assert found == {"none": [], "quick": [":3"], "headers": [":3"], "decode": [":1", ":3"]}
 
 
