@@ -23,12 +23,8 @@ MAX_WAITS = 36  # so often in a row, then the program ends
 def collater(data: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stack samples to a batch, with images and annotations padded to the largest.
 
-    Args:
-        data: dicts with `img` [H, W, 3] and `annot` [G, 5], usually from Resizer.
-
-    Returns:
-        `img` [B, 3, H, W] in the samples' dtype; `annot` [B, G, 5] float32 with rows of -1 as
-        padding (G is at least 1); and the samples' other entries as lists: `scale`, `size`, `index`.
+    `img` [H, W, 3] become [B, 3, H, W] in their dtype, `annot` [G, 5] become [B, G, 5] float32 with rows of -1 as
+    padding (G is at least 1), and other entries lists: `scale`, `size`, `index`.
     """
     images = [torch.as_tensor(sample["img"]).permute(2, 0, 1) for sample in data]  # [3, H, W] each
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
@@ -152,7 +148,7 @@ def make_loader(
         workers: processes that read images; 0 reads them in this one.
         batch_sampler: of an AspectRatioBasedSampler, augmentations follow from its seed, the epoch and the image alone.
         indices: which samples; default: all.
-        device: where the batches will go; a GPU takes them from pinned memory.
+        device: where the batches will go; CUDA takes them from pinned memory.
     """
     seed, generator = 0, None
     if isinstance(batch_sampler, AspectRatioBasedSampler):

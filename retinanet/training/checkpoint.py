@@ -27,12 +27,8 @@ from retinanet.training.foreign_weights import STAND_INS, PyramidFromP5, StandIn
 
 MODEL_KEYS = {"model", "class_names", "anchors", "min_side", "max_side"}  # what rebuilds a model of this library
 # The limits of detection, arguments of `RetinaNet.detect`, unless a checkpoint has others.
-LIMITS = {
-    "score_threshold": SCORE_THRESHOLD,
-    "nms_threshold": NMS_THRESHOLD,
-    "top_k": TOP_K,
-    "max_detections": MAX_DETECTIONS,
-}
+LIMITS = {"score_threshold": SCORE_THRESHOLD, "nms_threshold": NMS_THRESHOLD}
+LIMITS |= {"top_k": TOP_K, "max_detections": MAX_DETECTIONS}
 CLASS_OUTPUT, BOX_OUTPUT = "classificationModel.output.bias", "regressionModel.output.bias"
 MAX_SIDE = 100_000  # pixels
 

@@ -38,21 +38,17 @@ def train_one_epoch(
     """Train on every batch of `loader` once.
 
     Args:
-        model: gives class loss [1] and box loss [1]; may be wrapped in DistributedDataParallel.
+        model: on `device`; gives class loss [1] and box loss [1]; may be wrapped in DistributedDataParallel.
         loader: batches from `collater`; its length is that of the whole epoch, its batches start at `progress.step`.
-        optimizer: stepped after every `accumulate` batches.
+        optimizer: stepped, as is `schedule`, after every `accumulate` batches, whose gradients are averaged.
         scaler: of the loss, enabled where `precision` is torch.float16: it skips steps whose gradient overflows.
-        schedule: stepped with it.
-        device: where the model is.
         precision: of the network's arithmetic: torch.float32, torch.bfloat16 or torch.float16.
         progress: where to start; kept up to date.
         clip_norm: limit of the gradient's norm.
-        accumulate: batches whose gradients are averaged for one step.
         stop_signal: asked before every step for the number of the signal that came, or 0; all ranks learn the largest.
         after_step: called with that number after every optimizer step: to update an EMA, save a checkpoint, stop; and
             with a function that makes sure, before anything is saved, that the step's gradient was finite.
         log_step: called every `log_every` steps with their mean losses, the rate, the gradient's norm and images/s.
-        log_every: optimizer steps.
 
     Returns:
         The epoch's mean `class_loss`, `box_loss` and `loss`, over all ranks, and `images_per_second`.

@@ -177,10 +177,9 @@ def _new_name(name: str) -> str | None:
     if match := re.fullmatch(r"head\.(classification|regression)_head\.(.+)\.(weight|bias)", name):
         if match[2] in ("cls_logits", "bbox_reg"):
             return f"{match[1]}Model.output.{match[3]}"
-        if layer := re.fullmatch(r"conv\.([0-3])\.0", match[2]):
-            return f"{match[1]}Model.conv{int(layer[1]) + 1}.{match[3]}"
-        if layer := re.fullmatch(r"conv\.([0246])", match[2]):  # before torchvision 0.14
-            return f"{match[1]}Model.conv{int(layer[1]) // 2 + 1}.{match[3]}"
+        if layer := re.fullmatch(r"conv\.([0-3])\.0|conv\.([0246])", match[2]):  # the second before torchvision 0.14
+            index = int(layer[1]) if layer[1] else int(layer[2]) // 2
+            return f"{match[1]}Model.conv{index + 1}.{match[3]}"
     return None
 
 

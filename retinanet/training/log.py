@@ -6,30 +6,16 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from retinanet.data.reading import read_bytes
 from retinanet.errors import UserError, output_file
 from retinanet.process import log
 from retinanet.training.files import lock_folder, replaced
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 BOARD_FILES = "events.out.tfevents.*"
 RUN_FILES = (
-    *(
-        "last.pt",
-        "best.pt",
-        "log.jsonl",
-        "log_damaged.jsonl",
-        "args.json",
-        "curves.png",
-        "labels.png",
-        "batch.png",
-        "detections.png",
-    ),
-    *("not_finite_rank*.pt", BOARD_FILES),
+    *("last.pt", "best.pt", "log.jsonl", "log_damaged.jsonl", "args.json", "not_finite_rank*.pt", BOARD_FILES),
+    *("curves.png", "labels.png", "batch.png", "detections.png"),
 )
 
 
@@ -131,7 +117,8 @@ def _put_aside(folder: Path) -> None:
     log.warning("warning: %s held an earlier run, which is in %s now", folder, aside)
 
 
-def _summary_writer() -> type["SummaryWriter"]:
+def _summary_writer() -> type:
+    """TensorBoard's writer."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -83,14 +83,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe, lr: float, backbone_lr: flo
         key = backbone_lr != 1 and name.startswith(BACKBONE), recipe.double_bias and name.endswith("bias")
         if weight.requires_grad:
             groups.setdefault(key, []).append(weight)
-    groups = [
-        {
-            "params": groups[slow, bias],
-            "lr": lr * (backbone_lr if slow else 1) * (2 if bias else 1),
-            "weight_decay": 0.0 if bias else recipe.weight_decay,
-        }
-        for slow, bias in sorted(groups)
-    ]
+    rates = {key: lr * (backbone_lr if key[0] else 1) * (2 if key[1] else 1) for key in sorted(groups)}
+    decays = {key: 0.0 if key[1] else recipe.weight_decay for key in groups}
+    groups = [{"params": groups[key], "lr": rates[key], "weight_decay": decays[key]} for key in rates]
     if recipe.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, momentum=0.9, fused=True)
         # torch (2.14) leaves them uninitialised where a GradScaler skips the first step. Zeros give the same steps.
@@ -135,13 +130,12 @@ class Schedule:
 class EMA:
     """A copy of a model whose weights are an exponential moving average of the model's weights over the steps.
 
-    The average often detects better than the model of any one step (Tarvainen and Valpola, "Mean teachers are
-    better role models", 2017). In the first steps it follows faster, so that random weights are soon forgotten.
-    `model` is the copy, in evaluation mode; BatchNorm's statistics are those of the last step.
+    It often detects better than the model of any one step (Tarvainen and Valpola, "Mean teachers are better role
+    models", 2017). In the first steps it follows faster, so that random weights are soon forgotten. `model` is the
+    copy, in evaluation mode; BatchNorm's statistics are those of the last step.
     """
 
-    # Not torch's AveragedModel: it keeps the step count in a tensor, so a decay that rises would wait for the GPU at
-    # every step, and its first update copies instead of averaging.
+    # Not torch's AveragedModel, whose step count on the GPU a rising decay would have to wait for.
 
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)

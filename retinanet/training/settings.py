@@ -15,8 +15,8 @@ from retinanet.training.recipes import RECIPES
 class Settings:
     """How a run trains: one value for each flag of train.py, whose help says what it means.
 
-    All are plain types, so that args.json and checkpoints can carry them. `global_batch` is the number of images of
-    an optimizer step, over all processes; `other` holds the flags of data, model, augmentation and machine.
+    All are plain types. `global_batch` is the number of images of an optimizer step, over all processes; `other` holds
+    the flags of data, model, augmentation and machine.
     """
 
     out_dir: str
