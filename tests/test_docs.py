@@ -44,3 +44,10 @@ def test_every_command_is_one_that_the_script_takes():
     for command in commands:
         args = visualize.parse_arguments(command.replace("$D", "--dataset shapes --out_dir docs/pictures").split())
         assert args.out_dir == "docs/pictures"
+
+
+def test_the_readme_names_every_file_of_the_package():
+    text = (ROOT / "README.md").read_text()
+    tree = text[text.index("retinanet/\n") :].split("```")[0]
+    files = [path.name for path in (ROOT / "retinanet").rglob("*.py") if not path.name.startswith("__")]
+    assert [name for name in files if not re.search(rf"\b{re.escape(name)}\b", tree)] == []
