@@ -120,7 +120,8 @@ def test_boxes_that_fit_only_another_shape_are_fatal(tmp_path):
     with pytest.raises(DataError, match="image 1: is declared as 120 x 80, and has 60 x 60 pixels in its file"):
         CocoDataset(tmp_path, "train")
     data = CocoDataset(tmp_path, "train", report=Report(tolerant=True))
-    assert checks.check_dataset(data).errors() == ["boxes of another size"] and np.flatnonzero(data.misfit).tolist() == [0]
+    assert checks.check_dataset(data).errors() == ["boxes of another size"]
+    assert np.flatnonzero(data.misfit).tolist() == [0]
 
 
 def test_what_the_sample_of_headers_misses_is_moved_when_it_is_read(tmp_path, monkeypatch):
@@ -138,7 +139,8 @@ def test_what_the_sample_of_headers_misses_is_moved_when_it_is_read(tmp_path, mo
         data[2]
     data = CocoDataset(tmp_path, "train")
     counts = checks.check_dataset(data, "headers").counts
-    assert counts["scaled boxes"] == counts["boxes of another size"] == 1 and np.flatnonzero(data.misfit).tolist() == [2]
+    assert counts["scaled boxes"] == counts["boxes of another size"] == 1
+    assert np.flatnonzero(data.misfit).tolist() == [2]
     assert data.load_annotations(1)[0].tolist() == [5, 10, 25, 15, 0]
 
 
