@@ -231,6 +231,8 @@ def detect_images(
     Yields each image, [H, W, 3] uint8, and its Detections, on the CPU, boxes in pixels of the image; the model keeps
     its mode, and the limits are those of `detect`.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     device = next(net.parameters()).device
     for (height, width, _), same_size in itertools.groupby(images, key=np.shape):
         while group := list(itertools.islice(same_size, batch_size)):

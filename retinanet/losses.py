@@ -62,6 +62,24 @@ def smooth_l1(deltas: Tensor, targets: Tensor, beta: float = 1 / 9) -> Tensor:
     return F.smooth_l1_loss(deltas.float(), targets, beta=beta, reduction="none").mean(dim=-1)
 
 
+def check_annotations(annotations: Tensor, num_classes: int) -> None:
+    """Check the shape of annotations [B, G, 5]; on the CPU also that labels are classes and boxes are finite.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if annotations.dim() != 3 or annotations.shape[2] != 5:
+        raise ValueError(f"annotations are [B, G, 5] (x1, y1, x2, y2, label), not {list(annotations.shape)}")
+    if annotations.device.type != "cpu":  # a GPU is not asked, because training would wait for the answer
+        return
+    labels = annotations[..., 4].double()
+    wrong = (labels != -1) & ~((labels >= 0) & (labels < num_classes) & (labels % 1 == 0))
+    if wrong.any():
+        raise ValueError(f"there is a label {labels[wrong][0]:g}, but the classes are 0 to {num_classes - 1}")
+    if not annotations[labels >= 0].isfinite().all():
+        raise ValueError("there is a box with coordinates that are not finite")
+
+
 class FocalLoss(nn.Module):
     """The criterion: assigns anchors to boxes, then scores classes and boxes.
 
@@ -95,11 +113,9 @@ class FocalLoss(nn.Module):
             the label is no class).
 
         Raises:
-            ValueError: a label (of annotations on the CPU) is not one of the K classes.
+            ValueError: as in `check_annotations`.
         """
-        largest = annotations[..., 4].max() if annotations.numel() and annotations.device.type == "cpu" else -1
-        if largest >= num_classes:  # a GPU is not asked, because training would wait for the answer
-            raise ValueError(f"there is a label {int(largest)}, but the classes are 0 to {num_classes - 1}")
+        check_annotations(annotations, num_classes)
         annotations = annotations.float()
         if annotations.shape[1] == 0:
             annotations = F.pad(annotations, (0, 0, 0, 1), value=-1.0)  # a row for `gather` to read
@@ -141,7 +157,7 @@ class FocalLoss(nn.Module):
             Class loss and box loss, each of shape [1], float32.
 
         Raises:
-            ValueError: a label (of annotations on the CPU) is not one of the K classes.
+            ValueError: as in `check_annotations`.
         """
         labels, boxes = self.assign(anchors, annotations, classifications.shape[-1])
         class_loss, box_loss = self.of_assigned(classifications, regressions, anchors, labels, boxes)
