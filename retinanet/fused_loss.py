@@ -53,7 +53,9 @@ class _FocalLossSum(torch.autograd.Function):
         num_classes = logits.shape[-1]
         with_grad = ctx.needs_input_grad[0]
         logits_of = logits.detach().reshape(-1, num_classes)  # [B * A, K]
-        grad = torch.empty_like(logits_of) if with_grad else None
+        # float16 has no room for small gradients, which a gradient scaler enlarges only in the backward pass.
+        dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+        grad = torch.empty_like(logits_of, dtype=dtype) if with_grad else None
         anchor_loss = torch.empty(len(logits_of), dtype=torch.float32, device=logits.device)
         step = max(1, (CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK) // num_classes)
         for start in range(0, len(logits_of), step):
@@ -76,7 +78,7 @@ class _FocalLossSum(torch.autograd.Function):
             slope = torch.where(is_positive, -positive_slope, background_slope)
             grad[rows, columns] = slope.to(grad.dtype)
             ctx.save_for_backward(kept)
-            ctx.grad = grad.view_as(logits)
+            ctx.grad, ctx.dtype = grad.view_as(logits), logits.dtype
         return torch.where(kept, anchor_loss.view_as(labels), 0).sum(dim=1)
 
     @staticmethod
@@ -85,7 +87,7 @@ class _FocalLossSum(torch.autograd.Function):
             raise RuntimeError("backward of the fused focal loss works only once, even with retain_graph=True")
         (kept,) = ctx.saved_tensors
         grad, ctx.grad = ctx.grad, None
-        return grad.mul_((kept * grad_output[:, None])[..., None]), None, None, None
+        return grad.mul_((kept * grad_output[:, None])[..., None]).to(ctx.dtype), None, None, None
 
 
 def fused_focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
