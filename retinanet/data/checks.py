@@ -16,7 +16,7 @@ import numpy as np
 
 from retinanet.data.classes import class_difference
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.images import ImageHeader, read_header, read_image
+from retinanet.data.images import ImageHeader, missing_folder, read_header, read_image
 from retinanet.data.placing import exceeds, overhang, place_boxes, some_images
 from retinanet.data.report import CLIPPED, DROPPED, MIN_SIDE, SKIPPED, WARNED, FileError, Report, counted
 from retinanet.errors import UserError, output_file, shown
@@ -174,8 +174,7 @@ def _check_images(dataset: DetectionDataset, depth: str, workers: int, report: R
     kinds = np.array([kind for kind, *_ in looks], dtype=object)
 
     def folder(index: int) -> str | None:
-        parent = os.path.dirname(dataset.expected_path(index))  # noqa: PTH120
-        return None if os.path.isdir(parent or ".") else parent  # noqa: PTH112
+        return missing_folder(dataset.expected_path(index)) or None
 
     missing, unreadable = (np.flatnonzero(kinds == kind) for kind in ("missing image", "unreadable image"))
     report.add_rows("missing image", missing, dataset.image_name, dataset.explain_missing, folder)
@@ -232,7 +231,7 @@ def summary(dataset: DetectionDataset) -> str:
         f"{counted(len(labels), 'box')}, at most {per_image.max(initial=0)} in an image; {counted(len(boxes), 'class')}"
     ]
     most = {label: shown(dataset.label_to_name(label)) for label in np.argsort(-boxes, kind="stable")[:20]}
-    width = max(map(len, most.values()))
+    width = max(map(len, most.values()), default=0)
     for label, name in most.items():
         lines.append(f"  {name:{width}} {counted(boxes[label], 'box'):>15} in {counted(images[label], 'image'):>14}")
     if len(boxes) > len(most):

@@ -11,7 +11,7 @@ from retinanet.data.classes import read_class_ids, unknown_class
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import explain_missing
 from retinanet.data.reading import MAX_NAME
-from retinanet.data.report import Report
+from retinanet.data.report import DataError, Report
 from retinanet.data.tables import NO_CLASS, read_table
 from retinanet.errors import UserError, shown
 
@@ -110,6 +110,9 @@ def read_boxes(path: Path, class_names: Sequence[str] | None, report: Report) ->
     Raises:
         UserError: the file is missing, empty, or not a CSV file in UTF-8, or its header lacks columns.
     """
+    if class_names is not None and not len(class_names):
+        report.add("no boxes", str(path), "has no known class, because the training set has no boxes")
+        raise DataError(report)
     table = read_table(path, report)
     boxes, lines = table.boxes, table.lines
     if not len(lines) and not report.errors():
@@ -118,7 +121,7 @@ def read_boxes(path: Path, class_names: Sequence[str] | None, report: Report) ->
     def where(row: int) -> str:
         return f"{path}:{lines[row]}"
 
-    has_box = ~(np.isnan(boxes).all(axis=1) | (boxes == 0).all(axis=1))
+    has_box = ~(np.isnan(boxes).all(axis=1) | (boxes == 0).all(axis=1) | (boxes == -1).all(axis=1))
     named = np.array([text != NO_CLASS for text in table.classes], dtype=bool)[table.class_codes]
     message = "is read as an image without objects, whose line is best written `path,,,,,`"
     report.add_rows("no objects", np.flatnonzero(~has_box & named), where, message, "")
@@ -149,7 +152,12 @@ def read_boxes(path: Path, class_names: Sequence[str] | None, report: Report) ->
     annotations = np.column_stack([boxes, label])[has_box]
     if not table.has_header:
         _check_corners(path, annotations[:, :4], report)
-    sizes, image_index, box_lines = table.sizes[first], image_index[has_box], lines[has_box]
+    message = "height or width is not a whole number of pixels; the image file's counts"
+    report.add_rows("declared size", np.flatnonzero((table.sizes < 0).any(axis=1)), where, message, "")
+    sizes = np.zeros((len(image_files), 2), dtype=np.int64)
+    sized = np.flatnonzero((table.sizes > 0).all(axis=1))[::-1]  # the first one of an image is written last
+    sizes[image_index[sized]] = table.sizes[sized]
+    image_index, box_lines = image_index[has_box], lines[has_box]
     return Boxes(image_files, lines[first], sizes, annotations, image_index, box_lines, [*class_names])
 
 
@@ -199,8 +207,9 @@ def _first_rows(codes: np.ndarray, number: int) -> np.ndarray:
 
 def _check_corners(path: Path, boxes: np.ndarray, report: Report) -> None:
     """Report so many inverted boxes that they must be x, y, width, height."""
-    inverted = (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
+    inverted = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
     count = int(inverted.sum())
-    if count > max(1, len(boxes) / 20) and (boxes[inverted] >= 0).all() and (boxes[inverted, 2:] > 0).all():
-        message = f"{count:,} of {len(boxes):,} boxes have x2 <= x1 or y2 <= y1, but must be the corners x1,y1,x2,y2"
+    explained = (boxes[:, :2] >= 0).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
+    if count > max(1, len(boxes) / 10) and explained[inverted].all() and explained.mean() > 0.95:
+        message = f"{count:,} of {len(boxes):,} boxes have x2 < x1 or y2 < y1, but must be the corners x1,y1,x2,y2"
         report.add("looks like x, y, width, height", str(path), message)

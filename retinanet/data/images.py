@@ -167,6 +167,14 @@ def _plain_names(folder: str) -> dict[str, str]:
         return {}
 
 
+def missing_folder(path: str) -> str:
+    """The first of the folders of a path that does not exist; empty where all do."""
+    found = ""
+    while (path := os.path.dirname(path)) not in ("", found) and not os.path.isdir(path):  # noqa: PTH112, PTH120
+        found = path
+    return found
+
+
 def explain_missing(name: str, folder: str = "") -> str:
     """The message about an image that does not exist, with the file that does under nearly the same name."""
     path, found = os.path.join(folder, name), folder  # noqa: PTH118
@@ -174,8 +182,8 @@ def explain_missing(name: str, folder: str = "") -> str:
         whole = os.path.join(found, part)  # noqa: PTH118
         near = part if os.path.exists(whole) else _plain_names(found or ".").get(_plain(part))  # noqa: PTH110
         if near is None:
-            parent = os.path.dirname(path)  # noqa: PTH120
-            lost = "" if os.path.isdir(parent or ".") else f"; nor does its folder, {shown(parent)}"  # noqa: PTH112
+            parent = missing_folder(path)
+            lost = f"; nor does its folder, {shown(parent)}" if parent else ""
             return f"image {shown(name)} does not exist{lost}" + "; is it a Windows path?" * ("\\" in name)
         found = os.path.join(found, near)  # noqa: PTH118
     same = found != path and len({unicodedata.normalize("NFC", name) for name in (found, path)}) == 1

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,26 @@ from retinanet.errors import UserError
 MAX_BYTES = 2**33  # of a file of annotations
 MAX_NAME = 1024  # characters of an image's path
 MAX_COORDINATE = 1e6  # pixels; float32 still tells sixteenths of a pixel apart there
+
+EMPTY = {"", "nan", "none", "null", "na", "n/a", "<na>"}  # what tools write in place of a number that there is not
+SIDE = re.compile(r"([0-9]{1,6})(\.0*)?")
+
+
+def parse_side(text: str) -> int:
+    """The height or width of an image, which some tools write as 128.0; 0 where the text is empty, -1 if it is none."""
+    found = SIDE.fullmatch(text.strip())
+    return int(found[1]) if found else -(text.strip().lower() not in EMPTY)
+
+
+def parse_number(text: str) -> float:
+    """The number of a text, whose digits nothing separates: float() takes 5_0 for 50.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if "_" in text:
+        raise ValueError(f"could not convert string to float: {text!r}")
+    return float(text)
 
 
 def read_bytes(path: str | Path) -> bytes:

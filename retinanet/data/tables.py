@@ -13,13 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from retinanet.data.reading import read_text
+from retinanet.data.reading import EMPTY, parse_side, read_text
 from retinanet.data.report import DataError, Report
 from retinanet.errors import UserError, shown
 
 CHUNK_ROWS = 500  # few enough that the texts of a chunk stay in the processor's cache
 NO_CLASS = "\0"  # in place of the class of a negative; no text that is read holds it
-EMPTY = {"", "nan", "none", "null", "na", "n/a", "<na>"}  # what tools write in place of the numbers of no box
 # The names of the columns in the headers of all tools, the most telling first; those that a row must have, in order.
 COLUMNS = {
     "path": (
@@ -33,7 +32,6 @@ COLUMNS = {
     "class_name": ("class_name", "classname", "class", "category_name", "category", "label_name", "label", "name"),
 }
 SIZES = {"height": ("height", "image_height", "img_height"), "width": ("width", "image_width", "img_width")}
-SIDE = re.compile("[0-9]{1,6}")
 
 
 class Layout(NamedTuple):
@@ -54,7 +52,7 @@ class Table(NamedTuple):
     boxes: np.ndarray  # [N, 4] float64; NaN in a row without a box
     classes: list[str]
     class_codes: np.ndarray
-    sizes: np.ndarray  # [N, 2] int: height and width; 0 where the file does not say
+    sizes: np.ndarray  # [N, 2] int: height and width, of `parse_side`
     lines: np.ndarray  # [N] int, from 1
     has_header: bool
 
@@ -151,7 +149,8 @@ def _to_columns(
     if any("_" in "".join(column) for column in numbers):  # float() takes 1_0 for 10
         raise ValueError
     boxes = np.stack([np.fromiter(map(float, column), np.float64, len(rows)) for column in numbers], axis=1)
-    sides = [[int(side) if SIDE.fullmatch(side) else 0 for side in columns[place]] for place in layout.sizes]
+    read = {side: parse_side(side) for place in layout.sizes for side in set(columns[place])}
+    sides = [[read[side] for side in columns[place]] for place in layout.sizes]
     sizes = np.array(sides or np.zeros((2, len(rows)))).T.astype(np.int64)
     return _encode(paths, path_codes), boxes, _encode(classes, class_codes), sizes
 

@@ -12,9 +12,9 @@ from retinanet.data.classes import read_class_list, unknown_class
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import IMAGE_SUFFIXES, list_images, walk
 from retinanet.data.layouts import choose_share, find_set, refused, report_list
-from retinanet.data.reading import read_bytes, read_text
+from retinanet.data.reading import parse_number, parse_side, read_bytes, read_text
 from retinanet.data.report import FileError, Report
-from retinanet.errors import UserError
+from retinanet.errors import UserError, shown
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -80,6 +80,9 @@ class VOCDataset(DetectionDataset):
             report.add("bad entry", str(path), fault)
         pairs = {image: path for image, path in pairs.items() if path not in faults}
         contents = [read(path) if path else _Content() for path in pairs.values()]
+        sizes = np.array([content.size for content in contents], dtype=np.int64).reshape(-1, 2)
+        bad = [path for path, size in zip(pairs.values(), sizes, strict=True) if (size < 0).any()]
+        report.add_rows("declared size", bad, str, "height or width is not a whole number; the image file's counts", "")
         rows = [
             (index, *row)
             for index, (path, content) in enumerate(zip(pairs.values(), contents, strict=True))
@@ -98,7 +101,7 @@ class VOCDataset(DetectionDataset):
             numbers,
             report,
             list_file or folder,
-            np.array([content.size for content in contents], dtype=np.int64).reshape(-1, 2),
+            np.where((sizes > 0).all(axis=1, keepdims=True), sizes, 0),
             annotation_files=[*pairs.values()],
         )
 
@@ -173,7 +176,7 @@ def _pair_files(
 
 
 class _Content(NamedTuple):
-    """What an XML file says: the image's name and its height and width (0: unknown), the objects, or what is wrong."""
+    """What an XML file says: the image's name, its height and width (of `parse_side`), objects, or a fault."""
 
     file_name: str = ""
     size: tuple[int, int] = (0, 0)
@@ -188,6 +191,10 @@ def _read_xml(path: Path) -> _Content:
         return _Content(fault=error.message)
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two of strange encodings
         return _Content(fault=f"is not valid XML ({error})")
+    for entry in root.iter():  # without the namespace, in lower case
+        entry.tag = entry.tag.rpartition("}")[2].lower()
+    if root.tag != "annotation":
+        return _Content(fault=f"is not a VOC annotation: its root is {shown(root.tag)}, not 'annotation'")
     objects = [
         (
             entry.findtext("name", "").strip(),
@@ -196,10 +203,9 @@ def _read_xml(path: Path) -> _Content:
         )
         for entry in root.findall("object")
     ]
-    size = [root.findtext(f"size/{side}", "").strip() for side in ("height", "width")]
-    known = all(side.isascii() and side.isdecimal() and len(side) < 8 for side in size)
+    size = tuple(parse_side(root.findtext(f"size/{side}", "")) for side in ("height", "width"))
     file_name = PureWindowsPath(root.findtext("filename", "").strip()).name  # whose paths may have either slash
-    return _Content(file_name, tuple(map(int, size)) if known else (0, 0), objects)
+    return _Content(file_name, size, objects)
 
 
 def _read_objects(
@@ -212,7 +218,7 @@ def _read_objects(
             report.add("unknown class", where, unknown_class(name, class_names), name)
             continue
         try:
-            box = [float(text) for text in texts]
+            box = [parse_number(text) for text in texts]
         except ValueError as error:
             report.add("not a number", where, f"needs a bndbox of four numbers ({error})")
         else:

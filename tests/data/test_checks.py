@@ -278,3 +278,16 @@ def test_one_thing_is_no_plural(tmp_path):
     text = checks.summary(CSVDataset(*write_csv_data(tmp_path, [GOOD])))
     assert "1 image, 0 of them without boxes; 1 box, at most 1 in an image; 3 classes" in text
     assert "1 box in        1 image" in text and "0 boxes in       0 images" in text
+
+
+@pytest.mark.parametrize("line", ["a.png,,,,,", "a.png;1,5;2,5;30;40;cat"])
+def test_a_data_set_without_classes_is_summarised(tmp_path, line):
+    data = CSVDataset(write_csv_data(tmp_path, [line])[0], report=Report(tolerant=True))
+    assert "0 boxes" in checks.summary(data) and "0 class" in checks.summary(data)
+
+
+def test_the_first_folder_that_is_missing_is_one_cause(tmp_path):
+    lines = [f"imgs/{folder}/a.png,1,1,9,9,circle" for folder in range(50)]
+    report = checks.check_dataset(CSVDataset(*write_csv_data(tmp_path, lines)))
+    (problem,) = report.examples["missing image"]
+    assert problem.count == 50 and problem.message.count(f"its folder, '{tmp_path}/imgs'") == 1

@@ -314,3 +314,32 @@ def test_files_that_are_missing_empty_or_not_text_are_errors(tmp_path):
         Path(data_file).write_bytes(content)
         with pytest.raises(UserError, match=rf"data\.csv{message}"):
             CSVDataset(data_file, class_file)
+
+
+def test_a_few_bad_boxes_are_no_widths_in_place_of_corners(tmp_path):
+    good = [f"a.png,{x},2,{x + 20},9,circle" for x in range(30)]
+    flat = ["a.png,5,5,5,40,circle", "a.png,6,7,6,30,circle"]
+    assert csv_report(tmp_path, good + flat).counts == {"sub-pixel box": 2, "unused class": 2}
+    inverted = [line.replace("5,5,5,", "5,5,4,").replace("6,7,6,", "6,7,5,") for line in flat]
+    assert csv_report(tmp_path, good + inverted).errors() == ["inverted box"]
+
+
+def test_negatives_of_other_tools_add_no_class(tmp_path):
+    lines = [GOOD, "b.png,-1,-1,-1,-1,none", "c.png,nan,nan,nan,nan,nan", "d.png,,,,,nan"]
+    data = CSVDataset(write_csv_data(tmp_path, lines)[0])
+    assert len(data) == 4 and data.labels == {0: "circle"} and len(data.annotations) == 1
+
+
+def test_declared_sizes_may_be_floats_have_spaces_or_come_later(tmp_path):
+    header = "filename,width,height,class,xmin,ymin,xmax,ymax"
+    lines = [header, "a.png,,48,circle,1,1,9,9", "a.png,64.0, 48 ,circle,2,1,9,9", "b.png,48px,64,circle,1,1,9,9"]
+    data = CSVDataset(*write_csv_data(tmp_path, lines))
+    assert data.declared_sizes.tolist() == [[48, 64], [0, 0]]
+    (problem,) = data.report.examples["declared size"]
+    assert problem.where.endswith("data.csv:4") and problem.count == 1
+
+
+def test_a_training_set_without_boxes_is_the_cause_of_unknown_classes(tmp_path):
+    data_file, _ = write_csv_data(tmp_path)
+    with pytest.raises(DataError, match="because the training set has no boxes"):
+        CSVDataset(data_file, class_names=[])

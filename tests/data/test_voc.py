@@ -214,3 +214,30 @@ def test_one_cause_is_one_line(tmp_path):
         (root / f"JPEGImages/{name}.png").unlink()
     with pytest.raises(UserError, match=r"does not exist in .* \(4 times"):
         VOCDataset(root, class_names=["wolf", "fox"])
+
+
+@pytest.mark.parametrize("text", ["<html>404</html>", "<annotations></annotations>", "<object/>"])
+def test_xml_that_is_not_vocs_is_a_bad_entry(tmp_path, text):
+    root = write_voc(tmp_path, {"a": [], "b": []})
+    (root / "Annotations" / "a.xml").write_text(text)
+    with pytest.raises(DataError, match=r"a\.xml: is not a VOC annotation: its root is"):
+        VOCDataset(root)
+
+
+def test_namespaces_and_letter_case_of_tags_and_floats_of_sizes_do_not_matter(tmp_path):
+    root = write_voc(tmp_path, {"a": [describe("dog", 1, 1, 60, 40)]})
+    path = root / "Annotations" / "a.xml"
+    text = path.read_text().replace("object>", "Object>").replace("<annotation>", '<annotation xmlns="http://x.org">')
+    size = "<size><width>{}</width><height> 40 </height></size>"
+    path.write_text(text.replace("<Object>", size.format("60.0") + "<Object>"))
+    data = VOCDataset(root)
+    assert data.annotations[:, :4].tolist() == [[0, 0, 60, 40]] and data.declared_sizes.tolist() == [[40, 60]]
+    assert data.report.counts == {}
+    path.write_text(text.replace("<Object>", size.format("wide") + "<Object>"))
+    data = VOCDataset(root)
+    assert data.declared_sizes.tolist() == [[0, 0]] and data.report.counts == {"declared size": 1}
+
+
+def test_digits_that_are_separated_are_no_number(tmp_path):
+    with pytest.raises(DataError, match=r"needs a bndbox of four numbers .*'5_0'"):
+        VOCDataset(write_voc(tmp_path, {"a": [describe("dog", "5_0", 1, 60, 40)]}))
