@@ -19,7 +19,9 @@ def read_class_list(path: Path) -> list[str] | None:
     """The class names of a file such as classes.txt, one a line; None where the file does not exist."""
     if not path.is_file():
         return None
-    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    names = [line.strip() for line in read_text(path).rstrip().splitlines()]
+    if "" in names:
+        raise UserError(f"{path}:{names.index('') + 1}: is blank, but the lines count the classes; remove it")
     if not names or len(set(names)) < len(names):
         raise UserError(f"{path}: needs one class name a line, each once")
     return names

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from retinanet.data.dataset import DetectionDataset
 
 
+ID_KEYS = ("id", "image_id", "category_id")
 MAX_ID = 2**53  # whole numbers below it are floats, too
 
 
@@ -68,7 +69,7 @@ def coco_content(dataset: "DetectionDataset", file_names: Sequence[str] | None =
 def from_coco(entries: list[Any]) -> GroundTruth | None:
     """COCO's annotations as columns, with ids in place of positions and labels; None if one of them is malformed."""
     try:
-        ids = [np.array([entry[key] for entry in entries]) for key in ("id", "image_id", "category_id")]
+        ids = [np.array([entry[key] for entry in entries]) for key in ID_KEYS]
         boxes = np.array([entry["bbox"] for entry in entries])
         is_crowd = np.array([entry.get("iscrowd") or 0 for entry in entries])
         areas = np.array([_area(entry.get("area")) for entry in entries], dtype=np.float64)
@@ -82,7 +83,16 @@ def from_coco(entries: list[Any]) -> GroundTruth | None:
     good = all(column.dtype == np.int64 and column.ndim == 1 for column in ids)
     good &= boxes.shape == (len(entries), 4) and boxes.dtype in (np.int64, np.float64)
     good &= is_crowd.dtype.kind in "bif" and is_crowd.ndim == 1 and bool(np.isin(is_crowd, (0, 1)).all())
-    return GroundTruth(*ids, boxes.astype(np.float64), areas, is_crowd.astype(bool)) if good else None
+    if not good or any(_has_bool(entries, *column) for column in zip((*ID_KEYS, "bbox"), (*ids, boxes), strict=True)):
+        return None
+    return GroundTruth(*ids, boxes.astype(np.float64), areas, is_crowd.astype(bool))
+
+
+def _has_bool(entries: list[Any], key: str, column: np.ndarray) -> bool:
+    """Whether a column has True or False, which NumPy takes for 1 and 0, among its numbers."""
+    rows = np.unique(np.nonzero((column == 0) | (column == 1))[0])
+    values = (entries[row][key] for row in rows)
+    return any(type(number) is bool for value in values for number in (value if key == "bbox" else (value,)))
 
 
 def _area(value: Any) -> float:

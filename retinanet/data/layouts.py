@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,11 +26,13 @@ Source = TypeVar("Source")
 
 
 def find_places(root: Path, patterns: Iterable[str]) -> Iterator[tuple[str, str, Path]]:
-    """The paths that match patterns such as `images/{}`: pattern, what stands for its `{}`, and path."""
+    """The paths that match patterns such as `images/{}`: pattern, what stands for its `{}`, and path; in any case."""
     for pattern in patterns:
         before, after = pattern.split("{}")
-        for path in sorted(root.glob(f"{before}*{after}")):
-            yield pattern, path.relative_to(root).as_posix().removeprefix(before).removesuffix(after), path
+        any_case = re.sub("[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", f"{before}*{after}")
+        for path in sorted(root.glob(any_case)):
+            name = path.relative_to(root).as_posix()
+            yield pattern, name[len(before) : len(name) - len(after)], path
 
 
 def find_set(root: Path, set_name: str, sets: Mapping[str, Source], val_share: float | None = None) -> Source:

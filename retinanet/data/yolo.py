@@ -14,8 +14,8 @@ from retinanet.data.classes import class_difference, read_class_list
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import IMAGE_SUFFIXES, list_images, read_header, walk
 from retinanet.data.layouts import SAME_NAMES, choose_share, find_places, find_set, refused, report_list
-from retinanet.data.reading import read_text
-from retinanet.data.report import FileError, Report
+from retinanet.data.reading import parse_number, read_text
+from retinanet.data.report import FileError, Report, counted
 from retinanet.errors import UserError, shown
 from retinanet.process import log, progress
 
@@ -139,14 +139,21 @@ def _resolve(text: str, root: Path, base: Path) -> list[Path]:
 def _find_sets(root: Path, set_name: str, settings: Mapping[Path, dict]) -> dict[str, list[list[Path]]]:
     """The folders and lists of the images of each set, as each source names them, the most explicit source first."""
     sets: dict[str, list[list[Path]]] = {}
-    for content in settings.values():
+    wanted = {set_name}.union(*(names for names in SAME_NAMES if set_name in names))
+    for source, content in settings.items():
         base = root / content["path"] if isinstance(content.get("path"), str) else root
         for name, value in content.items():
             texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text]
-            if name not in NO_SETS and (paths := [path for text in texts for path in _resolve(text, root, base)]):
+            if name in NO_SETS:
+                continue
+            found = {text: _resolve(text, root, base) for text in texts}
+            if lost := [shown(text) for text in texts if name in wanted and not found[text]]:
+                raise UserError(f"{source}: {', '.join(lost)} of the set {shown(name)} leads nowhere")
+            if paths := [path for text in texts for path in found[text]]:
                 sets.setdefault(name, []).append(paths)
     known = {name for names in (*SAME_NAMES, ["test", set_name]) for name in names}
-    for place, name, path in find_places(root, PLACES):
+    for place, written, path in find_places(root, PLACES):
+        name = written.lower() if written.lower() in known else written
         if path.is_dir() if "images" in place else name in known and _holds_images(path):
             sets.setdefault(name, []).append([path])
     return sets
@@ -209,9 +216,9 @@ def _list_source(root: Path, source: Path, report: Report) -> list[Path]:
 def _label_folder(folder: Path, must_exist: bool = True) -> Path:
     """Where the text files of a folder's images lie: in `labels` in place of `images` in its path, or beside them."""
     parts = folder.parts
-    last = max((place for place, part in enumerate(parts) if part == "images"), default=len(parts))
-    labels = Path(*parts[:last], "labels", *parts[last + 1 :])
-    return labels if labels.is_dir() or not must_exist else folder
+    last = max((place for place, part in enumerate(parts) if part.lower() == "images"), default=len(parts))
+    choices = [Path(*parts[:last], name, *parts[last + 1 :]) for name in ("labels", "Labels", "LABELS")]
+    return next((path for path in choices if path.is_dir()), folder if must_exist else choices[0])
 
 
 def _class_names(root: Path, folders: Iterable[Path], settings: Mapping[Path, dict]) -> list[str]:
@@ -229,6 +236,10 @@ def _class_names(root: Path, folders: Iterable[Path], settings: Mapping[Path, di
     for path, other in others:
         if difference := class_difference(str(first), names, str(path), other):
             raise UserError(f"{difference}; correct or remove the wrong file")
+    for path, content in settings.items():
+        key = "classes" if path.suffix == ".data" else "nc"
+        if isinstance(number := content.get(key), str) and number.strip() != str(len(names)):
+            raise UserError(f"{path}: `{key}` is {shown(number)}, but {first} names {counted(len(names), 'class')}")
     return names
 
 
@@ -237,8 +248,8 @@ def _yaml_names(path: Path, names: Any) -> list[str]:
         names = [names[str(label)] for label in range(len(names))]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: needs `names`: a list, or a mapping from 0, 1, 2, ... to names")
-    if len(set(names)) < len(names):
-        raise UserError(f"{path}: the `names` must differ")
+    if len(set(names)) < len(names) or not all(map(str.strip, names)):
+        raise UserError(f"{path}: the `names` must differ, and none may be empty")
     return names
 
 
@@ -259,7 +270,7 @@ def _read_boxes(
             continue
         where = f"{path}:{number}"
         try:
-            label, *values = map(float, line.split())
+            label, *values = map(parse_number, line.split())
         except ValueError as error:
             report.add("not a number", where, f"expected numbers ({error})")
             continue

@@ -318,3 +318,12 @@ def test_one_cause_is_one_line_and_repeated_names_come_with_their_ids(tmp_path):
     report = coco_report(tmp_path, change)
     assert [(problem.cause, problem.count) for problem in report.examples["unknown class"]] == [(4, 5), (5, 4)]
     assert report.examples["class list"][0].message == "is repeated: it has the ids [17, 18]"
+
+
+@pytest.mark.parametrize(("key", "value"), [("bbox", [True, 5, 20, 20]), ("category_id", True), ("image_id", False)])
+def test_true_and_false_are_no_numbers(tmp_path, key, value):
+    def change(content):
+        content["annotations"][0][key] = value
+
+    (problem,) = coco_report(tmp_path, change).examples["bad entry"]
+    assert key in problem.message

@@ -48,12 +48,15 @@ def test_pipes_in_place_of_files_are_errors_of_a_data_set(tmp_path):
 def test_a_class_list_is_one_name_a_line(tmp_path):
     path = tmp_path / "classes.txt"
     assert read_class_list(path) is None
-    path.write_text("\ufeffcar\n\n traffic light \n")
+    path.write_text("\ufeffcar\n traffic light \n\n")
     assert read_class_list(path) == ["car", "traffic light"]
     for text in ("", "car\ncar\n"):
         path.write_text(text)
         with pytest.raises(UserError, match="one class name a line, each once"):
             read_class_list(path)
+    path.write_text("car\n\nbus\n")  # which shifts the classes after it, or not: tools differ
+    with pytest.raises(UserError, match=r"classes\.txt:2: is blank"):
+        read_class_list(path)
 
 
 def kept(*boxes, labels=None, image_index=None):

@@ -277,3 +277,47 @@ def test_unknown_classes_are_counted_by_class(tmp_path):
     with pytest.raises(DataError) as error:
         YoloDataset(write_yolo(tmp_path, texts))
     assert [problem.count for problem in error.value.report.examples["unknown class"]] == [8, 8, 8]
+
+
+def test_a_path_of_yaml_that_leads_nowhere_is_named(tmp_path):
+    pytest.importorskip("yaml")
+    root = write_yolo(tmp_path, {"a": BOX})
+    names = "names: [cat, dog]\n"
+    for text, lost in (("[images/train, images/extrra]", "images/extrra"), ("images/trian", "images/trian")):
+        (root / "data.yaml").write_text(f"train: {text}\n{names}")
+        with pytest.raises(UserError, match=rf"data\.yaml: '{lost}' of the set 'train' leads nowhere"):
+            YoloDataset(root)
+    (root / "data.yaml").write_text(f"train: images/train\nval: images/gone\n{names}")
+    assert len(YoloDataset(root)) == 1  # the set that is wanted
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("classes.txt", "cat\n\ndog\n", r"classes\.txt:2: is blank"),
+        ("data.yaml", "nc: 3\nnames: [cat, dog]\n", r"data\.yaml: `nc` is '3', but .* names 2 classes"),
+        ("data.yaml", "names: [cat, '']\n", "none may be empty"),
+        ("obj.data", "classes = 3\n", r"obj\.data: `classes` is '3', but .* names 2 classes"),
+    ],
+)
+def test_class_lists_that_contradict_themselves_are_errors(tmp_path, file, text, message):
+    pytest.importorskip("yaml")
+    root = write_yolo(tmp_path, {"a": BOX})
+    (root / file).write_text(text)
+    with pytest.raises(UserError, match=message):
+        YoloDataset(root)
+
+
+def test_digits_that_are_separated_are_no_number(tmp_path):
+    with pytest.raises(DataError, match="expected numbers"):
+        YoloDataset(write_yolo(tmp_path, {"a": "0 0.5 0.5 0.2_5 0.5\n"}))
+
+
+@pytest.mark.parametrize("layout", ["images/train", "train/images"])
+def test_the_letter_case_of_folders_does_not_matter(tmp_path, layout):
+    root = write_yolo(tmp_path, {"a": BOX}, layout)
+    for old in (layout, layout.replace("images", "labels")):
+        (root / old).rename(root / old.replace("/", "-"))
+        (root / old.title()).parent.mkdir(exist_ok=True)
+        (root / old.replace("/", "-")).rename(root / old.title())
+    assert len(YoloDataset(root).annotations) == 1
