@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retinanet.anchors import Anchors
 from retinanet.data.classes import placeholder_names
-from retinanet.errors import UserError
+from retinanet.errors import UserError, shown
 from retinanet.model import ARCHITECTURES, RetinaNet, resnet
 from retinanet.postprocess import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, TOP_K
 from retinanet.process import log
@@ -31,6 +31,7 @@ LIMITS = {"score_threshold": SCORE_THRESHOLD, "nms_threshold": NMS_THRESHOLD}
 LIMITS |= {"top_k": TOP_K, "max_detections": MAX_DETECTIONS}
 CLASS_OUTPUT, BOX_OUTPUT = "classificationModel.output.bias", "regressionModel.output.bias"
 MAX_SIDE = 100_000  # pixels
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # what weights may be
 
 
 def save(path: str | Path, content: Mapping[str, Any]) -> None:
@@ -55,10 +56,18 @@ def checked(path: Path, what: str) -> Iterator[None]:
 
 
 def _check_file(path: Path) -> None:
-    """Raise ValueError if a zip file's parts are not those that it declares, which torch does not check."""
+    """Raise ValueError for what is no file of torch, or a zip file whose parts are not those that it declares."""
     if not path.is_file():
         raise ValueError("not a file")
-    if not zipfile.is_zipfile(path):  # torch's format before 1.6
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            start = file.read(100)
+        if start.startswith(b"PK"):
+            raise ValueError("a zip file without its end")
+        if not start.startswith(b"\x80"):  # torch's format before 1.6
+            line = start.split(b"\n")[0]
+            text = f"a text that starts with {shown(line.decode())}" if line.isascii() and line.strip(b"\0") else ""
+            raise ValueError(text or (f"it starts with {shown(start[:8])}" if start else "it is empty"))
         return
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
@@ -183,25 +192,34 @@ def _check(state: Mapping[str, Tensor], info: Mapping[str, Any], anchors: Anchor
     names = info["class_names"]
     outputs = {BOX_OUTPUT: 4 * anchors.num_anchors}
     if names is not None or CLASS_OUTPUT in state:
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
+        if not (isinstance(names, list) and names and all(isinstance(name, str) and name.strip() for name in names)):
             raise ValueError("class_names")
         outputs[CLASS_OUTPUT] = len(names) * anchors.num_anchors
-    limits, scores = info["limits"], info["score_thresholds"]
+    limits, scores, rule = info["limits"], info["score_thresholds"], info.get("best_match_iou")
     scores = [scores["all"], *scores["classes"].values()] if scores else []
     right = {
         **{key: state[key].shape == (length,) for key, length in outputs.items() if key in state},
         **{side: type(info[side]) is int and 0 < info[side] <= MAX_SIDE for side in ("min_side", "max_side")},
         "class_names": len(set(names or ())) == len(names or ()),
         "anchors": anchors.strides == Anchors().strides,
-        "best_match_iou": isinstance(info.get("best_match_iou"), float | None),
+        "best_match_iou": rule is None or (type(rule) is float and 0 <= rule <= 1),
         "metrics": isinstance(info.get("metrics", {}), dict),
         "limits": limits.keys() == LIMITS.keys() and all(type(limits[name]) is type(LIMITS[name]) for name in LIMITS),
-        "range of limits": all(0 <= value <= (1 if type(value) is float else 10**6) for value in limits.values()),
+        "range of limits": all(
+            0 <= value <= 1 if type(value) is float else 1 <= value <= 10**6 for value in limits.values()
+        ),
         "score_thresholds": all(type(score) is float and 0 <= score <= 1 for score in scores),
         "fpn.P6.weight": "fpn.P6.weight" not in state or state["fpn.P6.weight"].dim() == 4,
     }
     if not all(right.values()):
         raise ValueError(", ".join(name for name, fits in right.items() if not fits))
+    for name, weight in state.items():
+        if weight.dtype not in FLOATS and not (name.endswith("num_batches_tracked") and weight.dtype == torch.int64):
+            raise ValueError(f"{name} is of type {str(weight.dtype).removeprefix('torch.')}")
+        if not weight.float().isfinite().all():
+            raise ValueError(f"{name} is not finite")
+        if name.endswith("running_var") and (weight < 0).any():
+            raise ValueError(f"{name} is below 0")
 
 
 def _load_state(net: RetinaNet, state: Mapping[str, Tensor], path: str | Path) -> None:

@@ -21,8 +21,10 @@ FREE_FLAGS = {
     *("checkpoint_every", "early_stop", "tensorboard"),
     *("coco_path", "voc_path", "yolo_path", "csv_train", "csv_val", "csv_classes"),
 }
+EVERY_RUN = {"recipe", "lr", "epochs", "seed", "global_batch"}  # flags that no run is without
 # What a scheduler changes while it runs; the rest of its state follows from the settings.
 CHANGING = ("last_epoch", "_step_count", "_last_lr", "best", "num_bad_epochs", "cooldown_counter")
+POSITION = ("epoch", "step")  # both 0 before the first step, when an optimizer has no state
 NOT_CONTINUED = "its training cannot be continued; start from its weights with --weights"
 
 
@@ -47,6 +49,8 @@ def check_resume(path: Path, settings: Settings, content: dict[str, Any], train_
     names = {"global_batch": "batch_size x --accumulate x processes"}
     with checked(path, NOT_CONTINUED):
         before, now = content["training"]["args"], settings.as_dict()
+        if missing := sorted(EVERY_RUN - before.keys()):
+            raise ValueError(f"without the flags {', '.join(missing)}")
         before = {**before, "clip_norm": before.get("clip_norm") or recipe.clip_norm}  # earlier versions saved the flag
         errors = [
             f"--{names.get(flag, flag)} is {now[flag]}, was {shown(before[flag])}"
@@ -68,7 +72,7 @@ def check_state(found: Any, own: dict, weights: list[Tensor], settings: Settings
     LookupError, TypeError or AttributeError.
     """
     moments = found["optimizer"]["state"]
-    if not moments.keys() <= {*range(len(weights))}:
+    if moments.keys() != {*range(len(weights))} and (moments or any(found["progress"][key] for key in POSITION)):
         raise ValueError("its optimizer has other weights")
     recipe = RECIPES[settings.recipe]
     count = {} if recipe.optimizer == "sgd" else {"step": torch.zeros(())}
@@ -82,7 +86,9 @@ def check_state(found: Any, own: dict, weights: list[Tensor], settings: Settings
     progress = found["progress"]
     epoch, step = progress["epoch"], progress["step"]
     steps = epoch * steps_per_epoch + step
-    rates = [group["lr"] for group in found["optimizer"]["param_groups"]]
+    rates = [group["lr"] for group in found["optimizer"]["param_groups"]] + found["schedule"]["_last_lr"]
+    tensors = [moment[name] for moment in moments.values() for name in MOMENTS[recipe.optimizer]]
+    tensors += found.get("weights", {}).values()
     in_range = {
         "progress": epoch >= 0 and 0 <= step <= steps_per_epoch,
         "sums": all(map(math.isfinite, [*progress["sums"], *progress["recent"]])),
@@ -92,6 +98,8 @@ def check_state(found: Any, own: dict, weights: list[Tensor], settings: Settings
         # Twice for biases, and rounded.
         "lr": all(0 <= rate <= 2.001 * settings.lr * max(1, settings.backbone_lr) for rate in rates),
         "scaler": 0 < found.get("scaler", {"scale": 1})["scale"] < math.inf,
+        "numbers": all(tensor.isfinite().all() for tensor in tensors),
+        "exp_avg_sq": all((moment["exp_avg_sq"] >= 0).all() for moment in moments.values() if "exp_avg_sq" in moment),
         "step": all(0 <= moment["step"] <= steps for moment in moments.values() if "step" in moment),
     }
     if wrong := [name for name, fits in in_range.items() if not fits]:

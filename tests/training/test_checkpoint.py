@@ -123,6 +123,23 @@ def test_what_is_no_checkpoint_is_an_error_that_names_it(tmp_path, content):
         checkpoint.load(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty"),
+        (bytes(5000), r"it starts with b'\\x00"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a text that starts with 'version https://git-lfs"),
+        (b"a.jpg,1,2,3,4,cat\n", "a text that starts with 'a.jpg,1,2"),
+        (b"exec", "a text that starts with 'exec'"),
+        (b"PK\3\4" + bytes(100), "a zip file without its end"),
+    ],
+)
+def test_the_message_says_what_a_file_is_instead(tmp_path, content, message):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.pt: is no checkpoint, or a damaged one \({message}"):
+        checkpoint.load_model(tmp_path / "a.pt")
+
+
 def test_a_missing_checkpoint_or_a_folder_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"none\.pt: the checkpoint does not exist"):
         checkpoint.load(tmp_path / "none.pt")
@@ -337,7 +354,10 @@ ODD = {
     **{
         f"{key} {value!r:.40}": lambda content, key=key, value=value: content | {key: value}
         for key, values in {
-            "class_names": ["ab", [], ["cat", 1], {"cat": 0}, 5, ["cat", "cat"], ["x"] * 10**5, torch.zeros(2)],
+            "class_names": [
+                *("ab", [], ["cat", 1], ["cat", ""], ["cat", " "], {"cat": 0}, 5, ["cat", "cat"], ["x"] * 10**5),
+                torch.zeros(2),
+            ],
             "anchors": [
                 *(None, [], 3, {"sizes": 1}, {"other": []}, {"cells": [[[1.0]]]}, {"cells": "x"}, {"scales": [1e300]}),
                 *({"pyramid_levels": [10**9]}, {"sizes": ["x"] * 5}, {"sizes": [float("nan")] * 5}),
@@ -345,10 +365,11 @@ ODD = {
             ],
             "min_side": [None, 0, -3, 1.5, "64", 10**9, True],
             "max_side": [[64]],
-            "best_match_iou": ["x"],
+            "best_match_iou": ["x", float("nan"), 99.0, -0.1],
             "metrics": [[1]],
             "limits": [
                 *(None, 5, "x", {}, checkpoint.LIMITS | {"other": 1}, checkpoint.LIMITS | {"top_k": 1.5}),
+                *(checkpoint.LIMITS | {name: 0} for name in ("top_k", "max_detections")),
                 *(checkpoint.LIMITS | {name: -1} for name in checkpoint.LIMITS),
                 *(checkpoint.LIMITS | {name: float("nan")} for name in checkpoint.LIMITS),
                 *(checkpoint.LIMITS | {"score_threshold": 1.5}, checkpoint.LIMITS | {"max_detections": 10**9}),
@@ -370,6 +391,30 @@ def test_a_checkpoint_of_odd_content_is_one_message(net, saved, tmp_path, odd):
     for read in (checkpoint.load_model, functools.partial(checkpoint.load_weights, net)):
         with pytest.raises(UserError, match=r"odd\.pt: "):
             read(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        *(("conv1__weight", torch.ones(64, 3, 7, 7, dtype=dtype), "is of type") for dtype in (
+            torch.bool, torch.int8, torch.int64, torch.complex64, torch.float8_e4m3fn)),
+        ("bn1__num_batches_tracked", torch.tensor(True), "is of type bool"),
+        *(("fpn__P6__bias", torch.full((256,), value), "is not finite") for value in (float("nan"), float("inf"))),
+        ("fpn__P6__bias", torch.full((256,), 1e300, dtype=torch.float64), "is not finite"),
+        ("bn1__running_var", torch.full((64,), -1e-3), "is below 0"),
+    ],
+)  # fmt: skip
+def test_weights_that_cannot_be_are_named(net, saved, tmp_path, name, value, message):
+    torch.save(changed_weights(**{name: value})(dict(saved[1])), tmp_path / "odd.pt")
+    for read in (checkpoint.load_model, functools.partial(checkpoint.load_weights, net)):
+        with pytest.raises(UserError, match=rf"odd\.pt: .*{name.replace('__', '.')} {message}"):
+            read(tmp_path / "odd.pt")
+
+
+def test_weights_of_half_precision_are_taken(saved, tmp_path):
+    half = {key: value.half() if value.is_floating_point() else value for key, value in saved[1]["model"].items()}
+    checkpoint.save(tmp_path / "half.pt", saved[1] | {"model": half})
+    assert torch.equal(checkpoint.load_model(tmp_path / "half.pt")[0].conv1.weight, half["conv1.weight"].float())
 
 
 def deep_module(depth):

@@ -212,8 +212,12 @@ def test_what_a_run_saved_it_takes_back(stepped, recipe):
 MOMENT = ("optimizer", "state", 0)
 ALTERED = [
     (("optimizer",), {}), (("optimizer", "state"), [1]), (("optimizer", "state"), {10**6: {}}), (MOMENT, {}),
+    (("optimizer", "state"), {}),
     ((*MOMENT, "exp_avg"), torch.zeros(3)), ((*MOMENT, "exp_avg"), torch.zeros(64, 3, 7, 7, dtype=torch.float16)),
     ((*MOMENT, "exp_avg_sq"), "x"), ((*MOMENT, "step"), torch.tensor(-1.0)), ((*MOMENT, "step"), torch.tensor(9.0)),
+    ((*MOMENT, "exp_avg"), torch.full((64, 3, 7, 7), float("nan"))),
+    ((*MOMENT, "exp_avg_sq"), torch.full((64, 3, 7, 7), -1e-9)), (("schedule", "_last_lr"), [float("nan")]),
+    (("weights", "conv1.weight"), torch.full((64, 3, 7, 7), float("inf"))),
     (("optimizer", "param_groups"), []), (("optimizer", "param_groups", 0, "lr"), float("nan")),
     (("optimizer", "param_groups", 0, "lr"), 1e9), (("optimizer", "param_groups", 0, "lr"), torch.ones(2)),
     (("schedule", "last_epoch"), 10**9), (("schedule", "last_epoch"), "x"), (("schedule",), None),
@@ -234,7 +238,18 @@ def test_an_altered_training_is_one_message(stepped, keys, value):
         Run(settings, net, CPU, ShapesDataset(5)).restore("a.pt", altered)
 
 
-@pytest.mark.parametrize("training", [None, {}, {"args": 3}, {"args": {}, "num_images": torch.ones(2)}])
+def test_half_of_the_moments_are_no_state(stepped):
+    settings, net, content = stepped("scratch")
+    moments = content["training"]["optimizer"]["state"]
+    half = dict(list(moments.items())[::2])
+    altered = content | {"training": replaced(content["training"], ("optimizer", "state"), half)}
+    with pytest.raises(UserError, match=r"cannot be continued; .* \(its optimizer has other weights\)"):
+        Run(settings, net, CPU, ShapesDataset(5)).restore("a.pt", altered)
+
+
+@pytest.mark.parametrize(
+    "training", [None, {}, {"args": 3}, {"args": {}, "num_images": 5}, {"args": {}, "num_images": torch.ones(2)}]
+)
 def test_altered_flags_are_one_message(net, settings, training):
     content = {"class_names": list(ShapesDataset(5).labels.values()), "training": training}
     with pytest.raises(UserError, match=r"^a\.pt: its training cannot be continued"):
