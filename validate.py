@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,6 +79,9 @@ def main(argv: list[str] | None = None) -> None:
     """Score a detector as the flags say."""
     args = parse_arguments(argv)
     process.setup_logging()
+    folder = flags.make_out_dir(args.out) if args.out else None
+    if folder:
+        report.check_folder(folder)
     if args.model:
         (dataset, found, limits), results = run_model(args), None
     else:
@@ -86,21 +90,24 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.model:
         log.info("detections with scores above %g:", limits["score_threshold"])
-    write_skipped(flags.make_out_dir(args.out) if args.out else None, [dataset])
+    write_skipped(folder, [dataset])
     count = limits["max_detections"], args.min_precision
     evaluation = report.evaluate(dataset, found, args.iou_threshold, args.voc07, args.analyse, results, *count)
     log.info("%s", evaluation.text())
-    if not args.out:
+    if not folder:
         return
-    folder = flags.make_out_dir(args.out)
     evaluation.write(folder)
     curves = {f"IoU {iou}": evaluation.coco.curves(row) for iou, row in (("0.50", 0), ("0.75", 5))}
-    charts.draw_curves(curves, folder / "pr_curves.png")
-    evaluation.draw_thresholds(folder / "thresholds.png")
-    if evaluation.errors:
-        charts.draw_bars(evaluation.errors.lost, "AP50 lost to each kind of error", folder / "errors.png")
+    pictures = {"pr_curves.png": partial(charts.draw_curves, curves), "thresholds.png": evaluation.draw_thresholds}
+    if lost := evaluation.errors:
+        pictures["errors.png"] = partial(charts.draw_bars, lost.lost, "AP50 lost to each kind of error")
         title, names = f"detections with scores above {CONFUSION_SCORE}", [*dataset.classes, "background"]
-        charts.draw_matrix(evaluation.errors.confusion, names, title, folder / "confusion.png")
+        pictures["confusion.png"] = partial(charts.draw_matrix, lost.confusion, names, title)
+    for name, draw in pictures.items():
+        try:
+            draw(folder / name)
+        except (OSError, ValueError) as error:
+            log.warning("warning: no %s: %s", name, error)
     log.info("\nwritten to %s: %s", folder, ", ".join(sorted(path.name for path in folder.iterdir())))
 
 

@@ -31,6 +31,12 @@ def escaped(text: str) -> str:
     return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def shortened(name: str, length: int = 40) -> str:
+    """A name, `escaped`, for a column of a table."""
+    text = escaped(name)
+    return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
 def printable(text: str) -> str:
     """A message as a terminal may get it: each of its lines `escaped`."""
     return "\n".join(map(escaped, text.split("\n")))

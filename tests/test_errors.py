@@ -1,6 +1,6 @@
 import pytest
 
-from retinanet.errors import escaped, printable, shown, suggestion
+from retinanet.errors import escaped, printable, shortened, shown, suggestion
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,11 @@ def test_what_a_terminal_would_obey_or_hide_is_escaped(text, expected):
 def test_quoted_values_are_escaped_and_cut():
     assert shown("a\x1b") == r"'a\x1b'"
     assert len(shown("x" * 1000)) <= 300 and len(shown([["y" * 500] * 500] * 500)) <= 300
+
+
+def test_names_in_a_column_are_cut():
+    assert shortened("a" * 40) == "a" * 40 and shortened("b" * 41) == "b" * 39 + "\N{HORIZONTAL ELLIPSIS}"
+    assert shortened("a\x1b") == r"a\x1b"
 
 
 def test_the_nearest_word_is_suggested():

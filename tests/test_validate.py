@@ -144,6 +144,22 @@ def test_outputs_are_regular_files(model_path, tmp_path, capsys):
     assert "metrics.json: exists and is not a regular file" in capsys.readouterr().err
 
 
+def test_outputs_are_checked_before_inference(model_path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(validate.inference, "detect", lambda *_, **__: pytest.fail("computed"))
+    (tmp_path / "a" / "detections.json").mkdir(parents=True)
+    (tmp_path / "b").write_text("")
+    for name in "ab":
+        assert run("--model", model_path, "--out", tmp_path / name) == 1
+    assert "detections.json: exists and is not a regular file" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_is_a_warning(model_path, tmp_path, capsys):
+    (tmp_path / "pr_curves.png").mkdir()
+    assert not run("--model", model_path, "--limit", "1", "--out", tmp_path)
+    assert "warning: no pr_curves.png: " in capsys.readouterr().out
+    assert (tmp_path / "metrics.json").stat().st_size and (tmp_path / "thresholds.png").stat().st_size
+
+
 def test_mistakes_in_files_are_reported(tmp_path, capsys):
     (tmp_path / "bad.json").write_text("[{}]")
     assert run("--detections", tmp_path / "bad.json") == 1

@@ -8,6 +8,7 @@ and `boxes` [B, A, 4] of all anchors, or with `--with_nms` the detections of one
 """
 
 import argparse
+import io
 import json
 import tempfile
 import warnings
@@ -31,6 +32,7 @@ from retinanet.model import RetinaNet
 from retinanet.postprocess import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, TOP_K, Detections
 from retinanet.process import log, script, setup_logging
 from retinanet.training.checkpoint import load_model
+from retinanet.training.files import replaced
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "aot_inductor": ".aoti.pt2"}
 OUTPUTS = {False: ["logits", "boxes"], True: ["scores", "labels", "boxes"]}
@@ -127,7 +129,10 @@ def save(program: ExportedProgram, path: Path, file_format: str, metadata: dict[
         onnx_program.model.metadata_props.update(metadata)
         onnx_program.save(path)
     elif file_format == "torch_export":
-        torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
+        content = io.BytesIO()  # torch itself aborts the process where the disk is full
+        torch.export.save(program, content, extra_files={"metadata.json": json.dumps(metadata)})
+        with replaced(path) as file:
+            file.write(content.getbuffer())
     else:
         configs = {"aot_inductor.metadata": metadata}
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)

@@ -1,6 +1,7 @@
 """Flags that several commands share, their checks, and what they stand for: data sets, transforms, anchors."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from retinanet.process import PRECISIONS
 from retinanet.training.checkpoint import LIMITS
 
 FOLDERS = {"coco": CocoDataset, "voc": VOCDataset, "yolo": YoloDataset}  # kinds of data named by a folder and a set
+NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 DEFAULT = "(default: %(default)s)"  # argparse fills in the value
 
 
@@ -31,6 +33,8 @@ def _number(kind: type, low: float, high: float, rule: str) -> Callable[[str], A
     """Argparse type: a number of a range; whole ones, too, may be written as 1e3. A ValueError is a usage error."""
 
     def number(text: str) -> Any:
+        if not NUMBER.fullmatch(text):  # Python itself reads 1_000, +1 and the digits of all scripts
+            raise ValueError
         value = float(text) if kind is float or not text.isdecimal() else int(text)
         if kind is int and value % 1:
             raise ValueError
@@ -65,8 +69,11 @@ BOUNDS = {
 }
 
 
+OUTPUTS = ("out_dir", "out", "output")
+
+
 class _Parser(argparse.ArgumentParser):
-    """A parser that holds all numbers against BOUNDS."""
+    """A parser that holds all numbers against BOUNDS, and outputs against having no name."""
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
         values, rest = super().parse_known_args(*args, **kwargs)
@@ -77,6 +84,7 @@ class _Parser(argparse.ArgumentParser):
             for number in numbers
             if not BOUNDS[flag][0] <= number <= BOUNDS[flag][1]
         ]
+        errors += [f"--{flag} is empty" for flag in OUTPUTS if getattr(values, flag, None) == ""]
         if errors:
             self.error("; ".join(errors))
         return values, rest

@@ -18,7 +18,7 @@ from retinanet.boxes import xywh_to_xyxy, xyxy_to_xywh
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.ground_truth import quiet_coco
 from retinanet.data.reading import load_json
-from retinanet.errors import UserError, escaped, shown
+from retinanet.errors import UserError, shortened, shown
 from retinanet.inference import detect_dataset
 from retinanet.postprocess import MAX_DETECTIONS, Detections
 from retinanet.process import log, show_log
@@ -215,7 +215,7 @@ def metrics_table(metrics: Mapping[str, float]) -> str:
 
 def class_table(classes: Sequence[ClassScore]) -> str:
     """A line of text for each class; dashes where it has no boxes."""
-    names = [escaped(row.name) for row in classes]
+    names = [shortened(row.name) for row in classes]
     width = max(5, *map(len, names))
     lines = [f"{'class':{width}}     AP   AP50     AR   boxes"]
     for name, (_, *values, boxes) in zip(names, classes, strict=True):

@@ -13,7 +13,7 @@ import torch
 
 from retinanet.boxes import box_area, box_intersection
 from retinanet.data.dataset import DetectionDataset
-from retinanet.errors import escaped
+from retinanet.errors import shortened
 from retinanet.evaluation.voc import average_precision, compute_overlap
 from retinanet.postprocess import MAX_DETECTIONS, Detections
 
@@ -208,7 +208,7 @@ def confusion_table(analysis: ErrorAnalysis, class_names: Sequence[str], limit: 
     """The most frequent confusions as text, at most `limit` lines."""
     counts = analysis.confusion.copy()
     np.fill_diagonal(counts, 0)
-    names, background = [escaped(name) for name in class_names], len(class_names)
+    names, background = [shortened(name) for name in class_names], len(class_names)
     lines = []
     for place in np.argsort(-counts, axis=None, kind="stable")[:limit]:
         true, detected = np.unravel_index(place, counts.shape)

@@ -1,6 +1,7 @@
 """All scores of a detector at once, as text and as files."""
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.report import counted
-from retinanet.errors import output_file
+from retinanet.errors import UserError, output_file
 from retinanet.evaluation import coco, errors, thresholds, voc
 from retinanet.postprocess import MAX_DETECTIONS, Detections
 from retinanet.visual import charts
 
+FILES = ("detections.json", "metrics.json")
 JSON_SCORES = np.arange(20) / 20  # at which metrics.json has precision, recall and F1
 
 
@@ -86,8 +88,18 @@ class Evaluation:
 
     def write(self, folder: Path) -> None:
         """Write `detections.json`, in COCO's results format, and `metrics.json`."""
-        for name, content in (("detections.json", self.results), ("metrics.json", self.metrics())):
+        for name, content in zip(FILES, (self.results, self.metrics()), strict=True):
             output_file(folder / name).write_text(json.dumps(content, indent=1))
+
+
+def check_folder(folder: Path) -> None:
+    """Raise a UserError if what `Evaluation.write` writes could not be written to `folder`."""
+    for name in FILES:
+        output_file(folder / name)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder}: nothing can be written to it ({error.strerror})") from error
 
 
 def limits_note(dataset: DetectionDataset, indices: Sequence[int], limit: int, by_class: bool = False) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 from retinanet.boxes import box_iou
 from retinanet.data.dataset import DetectionDataset
-from retinanet.errors import escaped
+from retinanet.errors import shortened
 from retinanet.evaluation.thresholds import Point, Ranking, at_precision, best_f1, pooled
 from retinanet.inference import detect_dataset
 from retinanet.postprocess import MAX_DETECTIONS, SCORE_THRESHOLD, Detections
@@ -143,7 +143,7 @@ def class_table(
 
     A dash stands where a class has no boxes, or no score does.
     """
-    names = [*map(escaped, dataset.labels.values()), "all"]
+    names = [*map(shortened, dataset.labels.values()), "all"]
     width, mean, rankings = max(5, *map(len, names)), mean_average_precision(results), all_rankings(results)
     averages = [f"{one.average_precision:.3f}" if one.num_boxes else "-" for one in results.values()]
     averages.append(f"{mean:.3f}" if rankings[-1].boxes.any() else "-")

@@ -209,6 +209,21 @@ def test_where_nothing_can_be_written(model_path, tmp_path, capsys, name):
     assert error.count("\n") == 1 and name in error and not (tmp_path / "elsewhere").exists()
 
 
+def test_a_full_disk_is_one_message(tmp_path, monkeypatch):
+    program = torch.export.export(torch.nn.ReLU(), (torch.zeros(1),))
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"net\.pt2: cannot be saved \(.*No space left"):
+        export.save(program, tmp_path / "net.pt2", "torch_export", {})
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    export.save(program, tmp_path / "net.pt2", "torch_export", {"a": "b"})
+    assert export.load(tmp_path / "net.pt2")[1] == {"a": "b"}
+
+
 @pytest.mark.slow
 def test_torch_export_of_one_size(model_path, tmp_path, capsys, filled_net):
     path, image_path = tmp_path / "net.pt2", save(gradient(70, 90), tmp_path / "a.png")

@@ -13,6 +13,8 @@ from retinanet.data.csv import CSVDataset
 from retinanet.errors import UserError
 from retinanet.training.checkpoint import LIMITS
 
+ARABIC = "\N{ARABIC-INDIC DIGIT FIVE}"
+
 
 def parse(*argv, training=True):
     parser = flags.make_parser("test")
@@ -34,9 +36,13 @@ def identity(sample):
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
-        (flags.positive_int, {"1": 1, "12": 12, "1e3": 1000}, ["0", "-3", "1.5", "many", "nan", "inf", str(2**63)]),
+        (
+            flags.positive_int,
+            {"1": 1, "12": 12, "1e3": 1000},
+            ["0", "-3", "+5", "1_000", ARABIC, " 5", "1.5", "many", "nan", "inf", str(2**63)],
+        ),
         (flags.non_negative_int, {"0": 0, "12": 12}, ["-1", "0.5", "", "9" * 5000]),
-        (flags.positive_float, {"0.5": 0.5, "1e-5": 1e-5}, ["0", "-1", "nan", "inf", "fast"]),
+        (flags.positive_float, {"0.5": 0.5, "1e-5": 1e-5}, ["0", "-1", "nan", "inf", "fast", "1_0.5", "+0.5", ARABIC]),
         (flags.fraction, {"0": 0, "0.05": 0.05, "1": 1}, ["-0.1", "1.01", "nan", "half"]),
     ],
 )
@@ -63,6 +69,15 @@ def test_wrong_flags_are_usage_errors(argv, message, capsys):
         parse(*argv)
     assert status.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("program", "flag"), [(train, "--out_dir"), (validate, "--out"), (export, "--output")])
+def test_an_empty_output_is_a_usage_error(program, flag, capsys):
+    needed = ["--model", "a.pt"] if program is not train else []
+    needed += ["--dataset", "shapes"] if program is not export else []
+    with pytest.raises(SystemExit) as status:
+        program.parse_arguments([*needed, flag, ""])
+    assert status.value.code == 2 and f"{flag} is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
