@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from retinanet.commands import flags
 from retinanet.data.checks import check_before_training, write_skipped
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.loader import WorkerDiedError, explained, make_loader
+from retinanet.data.report import counted
 from retinanet.data.sampler import AspectRatioBasedSampler
 from retinanet.data.transforms import Resizer
 from retinanet.errors import UserError
@@ -45,10 +45,11 @@ PRETRAINED = {"imagenet": "IMAGENET1K_V1", "imagenet_v2": "IMAGENET1K_V2", "none
 
 def interval(text: str) -> tuple[int, str]:
     """Argparse type: `500` for optimizer steps, or `10m` for minutes."""
-    found = re.fullmatch(r"(\d+)(m?)", text)
-    if not found or int(found[1]) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number of steps, such as 500, or minutes, such as 10m, not {text}")
-    return int(found[1]), "minutes" if found[2] else "steps"
+    try:
+        return flags.positive_int(text.removesuffix("m")), "minutes" if text.endswith("m") else "steps"
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        message = f"must be a number of steps, such as 500, or minutes, such as 10m, not {text[:100]}"
+        raise argparse.ArgumentTypeError(message) from error
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -56,10 +57,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = flags.make_parser(__doc__)
     flags.add_data_arguments(parser, training=True)
     add = parser.add_argument_group("model").add_argument
-    add("--depth", type=int, choices=sorted(ARCHITECTURES), default=50, help=f"layers of the ResNet {flags.DEFAULT}")
+    count, rate, text = flags.positive_int, flags.positive_float, f"layers of the ResNet {flags.DEFAULT}"
+    add("--depth", type=count, choices=sorted(ARCHITECTURES), default=50, help=text)
     add("--weights", default="imagenet", help=f"imagenet, imagenet_v2, none (random) or a checkpoint {flags.DEFAULT}")
     flags.add_anchor_arguments(parser)
-    count, rate = flags.positive_int, flags.positive_float
     add = parser.add_argument_group("training").add_argument
     text = "optimizer and schedule: the original's, from ImageNet weights; those of the paper's authors, from ImageNet "
     text += f"weights; or one for random weights, scratch {flags.DEFAULT}"
@@ -70,7 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lr", type=rate, help="peak learning rate (default: the recipe's, in proportion to the global batch)")
     add("--backbone_lr", type=rate, default=1.0, help=f"learning rate of the backbone, times that {flags.DEFAULT}")
     text = "leave so many stages of the backbone as they are: 1 is conv1, 2 adds the first residual stage, ..."
-    add("--freeze_stages", type=int, choices=range(5), help=f"{text} (default: the recipe's; paper 2, others 0)")
+    text += " (default: the recipe's; paper 2, others 0)"
+    add("--freeze_stages", type=flags.non_negative_int, choices=range(5), help=text)
     add("--clip_norm", type=rate, help="limit of the gradient's norm (default: the recipe's)")
     add("--ema", type=flags.fraction, help="average the weights with this decay, such as 0.999, and save the average")
     add("--early_stop", type=count, help="stop after this many validations without a better AP")
@@ -141,16 +143,20 @@ def log_header(args: argparse.Namespace, run: Run, device: torch.device, num_box
     """Log in one line what is trained, on what, and how."""
     settings, recipe = run.settings, RECIPES[run.settings.recipe]
     log.info(
-        "%s: %d images, %d boxes, %d classes | ResNet-%d, %.1f M parameters, weights: %s | %s, %s | recipe %s, "
-        "learning rate %.3g (%.3g for %d images)%s%s, global batch %d = %d images x %d batches x %d processes, "
-        "%d epochs%s | retinanet %s, torch %s, torchvision %s",
-        args.dataset, run.num_images, num_boxes, len(run.class_names),
+        "%s: %s, %s, %s | ResNet-%d, %.1f M parameters, weights: %s | %s, %s | recipe %s, "
+        "learning rate %.3g (%.3g for %s)%s%s, global batch %d = %s x %s x %s, %s%s | "
+        "retinanet %s, torch %s, torchvision %s",
+        args.dataset, counted(run.num_images, "image"), counted(num_boxes, "box"),
+        counted(len(run.class_names), "class"),
         args.depth, sum(weight.numel() for weight in run.net.parameters()) / 1e6, args.weights,
         device, str(settings.dtype).removeprefix("torch."), settings.recipe, settings.lr, recipe.lr,
-        recipe.reference_batch, "" if settings.backbone_lr == 1 else f", backbone x {settings.backbone_lr:g}",
+        counted(recipe.reference_batch, "image"),
+        "" if settings.backbone_lr == 1 else f", backbone x {settings.backbone_lr:g}",
         "" if settings.freeze_stages == recipe.freeze_stages else f", frozen stages: {settings.freeze_stages}",
-        settings.global_batch, settings.batch_size, settings.accumulate,
-        process.get_world_size(), settings.epochs, "" if settings.ema is None else f", EMA {settings.ema}",
+        settings.global_batch, counted(settings.batch_size, "image"),
+        "1 batch" if settings.accumulate == 1 else f"{settings.accumulate} batches",
+        counted(process.get_world_size(), "process"), counted(settings.epochs, "epoch"),
+        "" if settings.ema is None else f", EMA {settings.ema}",
         __version__, torch.__version__, torchvision.__version__,
     )  # fmt: skip
     if args.weights == "none" and settings.recipe != "scratch":
@@ -225,7 +231,8 @@ def train(
         if run.log and (run.metrics or is_last):
             with drawing(run, "curves.png"):
                 charts.draw_training_curves(read_log(run.log.path), run.steps_per_epoch, run.log.folder / "curves.png")
-    log.info("done after %d epochs%s", run.progress.epoch, f", best AP {run.best:.3f}" if run.best >= 0 else "")
+    best = f", best AP {run.best:.3f}" if run.best >= 0 else ""
+    log.info("done after %s%s", counted(run.progress.epoch, "epoch"), best)
 
 
 @script
@@ -248,18 +255,18 @@ def main(argv: list[str] | None = None) -> int:
 
     out_dir = flags.make_out_dir(args.out_dir)
     run = make_run(args, settings, device, train_set)
-    log_header(args, run, device, len(train_set.annotations))
-    if process.is_main_process():
-        write_skipped(out_dir, [train_set, val_set])
-        with replaced(out_dir / "args.json") as file:
-            file.write(json.dumps(settings.as_dict(), indent=2).encode())
-        best_match_iou = RECIPES[settings.recipe].best_match_iou
-        anchor_report.log_summary(train_set, run.net.anchors, args.min_side, args.max_side, best_match_iou)
-        with drawing(run, "labels.png and batch.png"):
-            data_views.save_data_images(train_set, sampler, out_dir)
-        if val_set and (note := limits_note(val_set, range(len(val_set)), settings.limits["max_detections"])):
-            log.warning("%s", note)
     with StopSignals() as stop:
+        log_header(args, run, device, len(train_set.annotations))
+        if process.is_main_process():
+            write_skipped(out_dir, [train_set, val_set])
+            with replaced(out_dir / "args.json") as file:
+                file.write(json.dumps(settings.as_dict(), indent=2).encode())
+            best_match_iou = RECIPES[settings.recipe].best_match_iou
+            anchor_report.log_summary(train_set, run.net.anchors, args.min_side, args.max_side, best_match_iou)
+            with drawing(run, "labels.png and batch.png"):
+                data_views.save_data_images(train_set, sampler, out_dir)
+            if val_set and (note := limits_note(val_set, range(len(val_set)), settings.limits["max_detections"])):
+                log.warning("%s", note)
         try:
             with explained(train_loader, settings.dtype):  # a worker may die at any time
                 train(run, train_loader, sampler, val_loader, val_set, device, stop)

@@ -14,7 +14,8 @@ from types import FrameType
 class StopSignals:
     """A context in which the first signal, `signum`, asks the program to stop soon; a second one stops it at once."""
 
-    HANDLED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+    NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+    HANDLED = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
     # Ctrl-C reaches a torchrun job twice, from the terminal and from torchrun: that counts as one.
     SAME_REQUEST_SECONDS = 2.0
 
@@ -22,7 +23,9 @@ class StopSignals:
         self.signum, self.since = 0, 0.0
 
     def __enter__(self) -> "StopSignals":
-        self.before = {signum: signal.signal(signum, self._handle) for signum in self.HANDLED}
+        # nohup ignores SIGHUP, and is not to be overruled.
+        ignored = {signum for signum in self.HANDLED[3:] if signal.getsignal(signum) == signal.SIG_IGN}
+        self.before = {signum: signal.signal(signum, self._handle) for signum in self.HANDLED if signum not in ignored}
         return self
 
     def __exit__(self, *_: object) -> None:

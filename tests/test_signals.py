@@ -27,6 +27,19 @@ def test_a_signal_is_noted_where_nobody_reads_the_message(monkeypatch):
         assert stop.signum == signal.SIGTERM
 
 
+def test_a_closed_terminal_is_a_request_unless_it_is_ignored():
+    with signals.StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signum == signal.SIGHUP
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with signals.StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signum == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def start_rank(connection):
     """A process of torchrun: it starts a rank, which ends with it, and then does nothing."""
 

@@ -222,6 +222,14 @@ def test_a_signal_saves_in_the_middle_of_an_epoch(tmp_path, reference, name, sta
     assert_same_run(folder, reference[0])
 
 
+def test_a_signal_before_the_first_step_saves_after_it(tmp_path):
+    folder = tmp_path / "a"
+    change = once(train.data_views, "save_data_images", 1, send("SIGTERM"))
+    jobs, output = start(folder, *LIVELY, change=change)
+    assert finish(jobs) == [143]
+    assert "SIGTERM: stopping after this step" in output() and progress_of(folder) == (0, 1)
+
+
 @SLOW
 def test_a_signal_in_validation_saves_what_was_trained(tmp_path, reference):
     folder = tmp_path / "a"
@@ -411,7 +419,9 @@ def test_intervals(text, expected):
     assert train.interval(text) == expected
 
 
-@pytest.mark.parametrize("text", ["0", "m", "5s", "-1", "1.5m"])
+@pytest.mark.parametrize(
+    "text", ["0", "m", "5s", "-1", "1.5m", "+5", "1_000", "\N{ARABIC-INDIC DIGIT ONE}", "9" * 5000]
+)
 def test_a_wrong_interval_is_a_usage_error(text):
     with pytest.raises(argparse.ArgumentTypeError, match="steps, such as 500"):
         train.interval(text)
