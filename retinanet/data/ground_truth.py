@@ -97,7 +97,7 @@ def _has_bool(entries: list[Any], key: str, column: np.ndarray) -> bool:
 
 def _area(value: Any) -> float:
     """NaN where an annotation has no area, or none that can be."""
-    is_number = isinstance(value, float) or (isinstance(value, int) and abs(value) < MAX_ID)
+    is_number = isinstance(value, float) or (type(value) is int and abs(value) < MAX_ID)
     return float(value) if is_number else math.nan
 
 

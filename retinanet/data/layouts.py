@@ -25,12 +25,16 @@ ALL = "all"  # the set of all images of a folder that names no sets
 Source = TypeVar("Source")
 
 
+def any_case(pattern: str) -> str:
+    """A pattern for `glob` whose letters may be upper or lower case."""
+    return re.sub("[A-Za-z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", pattern)
+
+
 def find_places(root: Path, patterns: Iterable[str]) -> Iterator[tuple[str, str, Path]]:
     """The paths that match patterns such as `images/{}`: pattern, what stands for its `{}`, and path; in any case."""
     for pattern in patterns:
         before, after = pattern.split("{}")
-        any_case = re.sub("[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", f"{before}*{after}")
-        for path in sorted(root.glob(any_case)):
+        for path in sorted(root.glob(any_case(f"{before}*{after}"))):
             name = path.relative_to(root).as_posix()
             yield pattern, name[len(before) : len(name) - len(after)], path
 

@@ -1,5 +1,6 @@
 """YOLO's layouts: one text file an image, one box a line, in fractions of the image's size."""
 
+import glob
 import itertools
 import math
 import os
@@ -13,7 +14,7 @@ import numpy as np
 from retinanet.data.classes import class_difference, read_class_list
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import IMAGE_SUFFIXES, list_images, read_header, walk
-from retinanet.data.layouts import SAME_NAMES, choose_share, find_places, find_set, refused, report_list
+from retinanet.data.layouts import SAME_NAMES, any_case, choose_share, find_places, find_set, refused, report_list
 from retinanet.data.reading import parse_number, read_text
 from retinanet.data.report import FileError, Report, counted
 from retinanet.errors import UserError, shown
@@ -217,7 +218,8 @@ def _label_folder(folder: Path, must_exist: bool = True) -> Path:
     """Where the text files of a folder's images lie: in `labels` in place of `images` in its path, or beside them."""
     parts = folder.parts
     last = max((place for place, part in enumerate(parts) if part.lower() == "images"), default=len(parts))
-    choices = [Path(*parts[:last], name, *parts[last + 1 :]) for name in ("labels", "Labels", "LABELS")]
+    labels, base = Path("labels", *parts[last + 1 :]), Path(*parts[:last])
+    choices = [base / labels, *sorted(base.glob(any_case(glob.escape(str(labels)))))]
     return next((path for path in choices if path.is_dir()), folder if must_exist else choices[0])
 
 
@@ -238,7 +240,8 @@ def _class_names(root: Path, folders: Iterable[Path], settings: Mapping[Path, di
             raise UserError(f"{difference}; correct or remove the wrong file")
     for path, content in settings.items():
         key = "classes" if path.suffix == ".data" else "nc"
-        if isinstance(number := content.get(key), str) and number.strip() != str(len(names)):
+        number = content.get(key)
+        if number and isinstance(number, str) and number.strip() != str(len(names)):
             raise UserError(f"{path}: `{key}` is {shown(number)}, but {first} names {counted(len(names), 'class')}")
     return names
 

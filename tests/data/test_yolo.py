@@ -321,3 +321,9 @@ def test_the_letter_case_of_folders_does_not_matter(tmp_path, layout):
         (root / old.title()).parent.mkdir(exist_ok=True)
         (root / old.replace("/", "-")).rename(root / old.title())
     assert len(YoloDataset(root).annotations) == 1
+
+
+def test_the_letter_case_of_a_set_may_differ_between_images_and_labels(tmp_path):
+    root = write_yolo(tmp_path, {"a": BOX}, "images/train [1]")
+    (root / "images/train [1]").rename(root / "images/Train [1]")
+    assert len(YoloDataset(root, "Train [1]").annotations) == 1
