@@ -116,7 +116,10 @@ def load(path: str | Path) -> Any:
     try:
         with checked(path, "is no checkpoint, or a damaged one"), torch.serialization.safe_globals(STAND_INS):
             _check_file(path)
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            except (LookupError, EOFError, TypeError, AttributeError, AssertionError) as error:  # of the unpickler
+                raise ValueError("it breaks off, or is not of torch.save") from error
             _check_tensors(content, path.stat().st_size)
             return content
     except pickle.UnpicklingError as error:  # torch's own text advises to load the file without this protection
@@ -213,6 +216,11 @@ def _check(state: Mapping[str, Tensor], info: Mapping[str, Any], anchors: Anchor
     }
     if not all(right.values()):
         raise ValueError(", ".join(name for name, fits in right.items() if not fits))
+    check_weights(state)
+
+
+def check_weights(state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a weight is no floating point number, not finite, or a variance below 0."""
     for name, weight in state.items():
         if weight.dtype not in FLOATS and not (name.endswith("num_batches_tracked") and weight.dtype == torch.int64):
             raise ValueError(f"{name} is of type {str(weight.dtype).removeprefix('torch.')}")

@@ -11,7 +11,7 @@ from retinanet.data.classes import check_classes
 from retinanet.data.dataset import DetectionDataset
 from retinanet.errors import UserError, shown
 from retinanet.process import from_main_process, log
-from retinanet.training.checkpoint import checked
+from retinanet.training.checkpoint import check_weights, checked
 from retinanet.training.recipes import MOMENTS, RECIPES
 from retinanet.training.settings import Settings
 
@@ -83,18 +83,20 @@ def check_state(found: Any, own: dict, weights: list[Tensor], settings: Settings
     schedule = {key: own["schedule"][key] for key in CHANGING if key in own["schedule"]}
     same = {key: own[key] for key in own.keys() - {"args", "num_images", "random"}}
     _check_like(found, same | {"optimizer": optimizer, "schedule": schedule}, "training")
-    progress = found["progress"]
+    check_weights(found.get("weights", {}))
+    progress, scheduler = found["progress"], found["schedule"]
     epoch, step = progress["epoch"], progress["step"]
     steps = epoch * steps_per_epoch + step
-    rates = [group["lr"] for group in found["optimizer"]["param_groups"]] + found["schedule"]["_last_lr"]
+    rates = [group["lr"] for group in found["optimizer"]["param_groups"]] + scheduler["_last_lr"]
     tensors = [moment[name] for moment in moments.values() for name in MOMENTS[recipe.optimizer]]
-    tensors += found.get("weights", {}).values()
     in_range = {
         "progress": epoch >= 0 and 0 <= step <= steps_per_epoch,
         "sums": all(map(math.isfinite, [*progress["sums"], *progress["recent"]])),
         "best": -1 <= found["best"] <= 1,
         "counts": min(progress["recent"][2], found["stale"], found["log_size"], found.get("ema_steps", 0)) >= 0,
-        "schedule": found["schedule"]["last_epoch"] == (epoch if recipe.schedule == "plateau" else steps),
+        "schedule": scheduler["last_epoch"] == (epoch if recipe.schedule == "plateau" else steps),
+        "best of the schedule": scheduler.get("best", 0) > -math.inf,
+        "counts of the schedule": min(scheduler.get(key, 0) for key in ("num_bad_epochs", "cooldown_counter")) >= 0,
         # Twice for biases, and rounded.
         "lr": all(0 <= rate <= 2.001 * settings.lr * max(1, settings.backbone_lr) for rate in rates),
         "scaler": 0 < found.get("scaler", {"scale": 1})["scale"] < math.inf,

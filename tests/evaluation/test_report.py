@@ -18,6 +18,14 @@ def test_an_evaluation_as_text():
     assert "missed" not in text and "1 x  b found as a" in report.evaluate(DATA, FOUND, analyse=True).text()
 
 
+def test_tables_stay_narrow_where_names_are_long():
+    data = in_memory([[*BOX, 0], [*FAR, 1]])
+    data.labels = {0: "a" * 900, 1: "b"}
+    data.classes = {name: label for label, name in data.labels.items()}
+    text = report.evaluate(data, FOUND, analyse=True, min_precision=0.5).text()
+    assert "a" * 39 + "\N{HORIZONTAL ELLIPSIS}" in text and max(map(len, text.split("\n"))) < 140
+
+
 def test_an_evaluation_as_files(tmp_path):
     evaluation = report.evaluate(DATA, FOUND, analyse=True)
     evaluation.write(tmp_path)

@@ -132,6 +132,8 @@ def test_what_is_no_checkpoint_is_an_error_that_names_it(tmp_path, content):
         (b"a.jpg,1,2,3,4,cat\n", "a text that starts with 'a.jpg,1,2"),
         (b"exec", "a text that starts with 'exec'"),
         (b"PK\3\4" + bytes(100), "a zip file without its end"),
+        (b"\x80\2e", "it breaks off, or is not of torch.save"),
+        (b"\x80\2", "it breaks off, or is not of torch.save"),
     ],
 )
 def test_the_message_says_what_a_file_is_instead(tmp_path, content, message):

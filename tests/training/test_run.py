@@ -218,6 +218,7 @@ ALTERED = [
     ((*MOMENT, "exp_avg"), torch.full((64, 3, 7, 7), float("nan"))),
     ((*MOMENT, "exp_avg_sq"), torch.full((64, 3, 7, 7), -1e-9)), (("schedule", "_last_lr"), [float("nan")]),
     (("weights", "conv1.weight"), torch.full((64, 3, 7, 7), float("inf"))),
+    (("weights", "bn1.running_var"), torch.full((64,), -1.0)),
     (("optimizer", "param_groups"), []), (("optimizer", "param_groups", 0, "lr"), float("nan")),
     (("optimizer", "param_groups", 0, "lr"), 1e9), (("optimizer", "param_groups", 0, "lr"), torch.ones(2)),
     (("schedule", "last_epoch"), 10**9), (("schedule", "last_epoch"), "x"), (("schedule",), None),
@@ -235,6 +236,14 @@ def test_an_altered_training_is_one_message(stepped, keys, value):
     settings, net, content = stepped("scratch")
     altered = content | {"training": replaced(content["training"], keys, value)}
     with pytest.raises(UserError, match=r"^a\.pt: its training cannot be continued; .* --weights \(."):
+        Run(settings, net, CPU, ShapesDataset(5)).restore("a.pt", altered)
+
+
+@pytest.mark.parametrize(("key", "value"), [("best", float("nan")), ("num_bad_epochs", -1), ("_last_lr", [1e9])])
+def test_an_altered_plateau_is_one_message(stepped, key, value):
+    settings, net, content = stepped("original")
+    altered = content | {"training": replaced(content["training"], ("schedule", key), value)}
+    with pytest.raises(UserError, match=r"cannot be continued; .* \(.*out of range"):
         Run(settings, net, CPU, ShapesDataset(5)).restore("a.pt", altered)
 
 
