@@ -1,10 +1,13 @@
 """Detection in one image, ResNet-50: ours beside its bare heads, the floor's forward, and torchvision's RetinaNet."""
 
 import torch
-from networks import add_arguments, make_batch, make_networks
+from networks import Floor, add_arguments, make_batch, make_networks
 from side_by_side import make_parser, measure, report
 
+from retinanet.data.images import read_image
+from retinanet.data.transforms import Resizer, normalize
 from retinanet.process import choose_precision
+from retinanet.training.checkpoint import load_model
 
 
 def main() -> None:
@@ -12,8 +15,13 @@ def main() -> None:
     parser = make_parser(__doc__, repeats=5)
     add_arguments(parser)
     parser.set_defaults(batch=1)
+    parser.add_argument("--model", help="a checkpoint: measure it on --images, beside the bare network of its depth")
+    parser.add_argument("--images", nargs="+", help="image files, resized as in training; without any, an empty image")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.model:
+        measure_trained(args)
+        return
     torch.manual_seed(0)
     precision = choose_precision(args.precision, torch.device(args.device))
     ours, theirs, floor = (
@@ -50,6 +58,30 @@ def main() -> None:
         above = (ours.heads(images)[0].sigmoid() > 0.05).sum().item()
     title = f"detection, {args.batch} x {args.height} x {args.width}, {str(precision).removeprefix('torch.')}"
     report(title, seconds, bounds, args.json, **{"scores above 0.05": float(above)})
+
+
+def measure_trained(args) -> None:
+    """A trained detector on images as they are, beside the bare network."""
+    device = torch.device(args.device)
+    precision = choose_precision(args.precision, device)
+    net, info = load_model(args.model)
+    floor = Floor(net.num_classes, info["depth"]).eval()
+    for network in (net, floor):
+        network.to(device, memory_format=torch.channels_last)
+    resizer = Resizer(info["min_side"], info["max_side"])
+    arrays = [resizer({"img": read_image(path), "annot": []})["img"] for path in args.images or ()]
+    arrays = arrays or [torch.full((args.height, args.width, 3), 200, dtype=torch.uint8)]
+    batches = [normalize(array.permute(2, 0, 1)[None].to(device)) for array in arrays]
+
+    def run(program) -> None:
+        with torch.no_grad(), torch.autocast(args.device, precision, enabled=precision != torch.float32):
+            for images in batches:
+                program(images)
+
+    programs = {"ours": lambda: run(net.detect), "floor": lambda: run(floor)}
+    seconds = measure(programs, args.repeats, args.device)
+    title = f"detection by {args.model}, images: {len(batches)}, the first of {tuple(batches[0].shape[2:])} pixels"
+    report(title, seconds, {("ours", "floor"): 0.88}, args.json)
 
 
 def head_logits(network, images: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet50 as torchvision_resnet50
+from torchvision.models import get_model
 from torchvision.models.detection import retinanet_resnet50_fpn
 from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
 
@@ -12,13 +12,14 @@ from retinanet.model import RetinaNet, resnet50
 class Floor(nn.Module):
     """The bare network as torch has it: torchvision's ResNet with BatchNorm in eval mode, and plain convolutions."""
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int, depth: int = 50):
         super().__init__()
-        self.backbone = torchvision_resnet50()
+        self.backbone = get_model(f"resnet{depth}")
+        c5 = self.backbone.fc.in_features
         self.backbone.fc = nn.Identity()
-        self.lateral = nn.ModuleList(nn.Conv2d(channels, 256, 1) for channels in (512, 1024, 2048))
+        self.lateral = nn.ModuleList(nn.Conv2d(channels, 256, 1) for channels in (c5 // 4, c5 // 2, c5))
         self.smooth = nn.ModuleList(nn.Conv2d(256, 256, 3, padding=1) for _ in range(3))
-        self.p6, self.p7 = nn.Conv2d(2048, 256, 3, 2, 1), nn.Conv2d(256, 256, 3, 2, 1)
+        self.p6, self.p7 = nn.Conv2d(c5, 256, 3, 2, 1), nn.Conv2d(256, 256, 3, 2, 1)
         self.heads = nn.ModuleList(
             nn.Sequential(
                 *(layer for _ in range(4) for layer in (nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(inplace=True))),
