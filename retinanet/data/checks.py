@@ -137,7 +137,8 @@ def write_skipped(folder: Path | None, datasets: Iterable[DetectionDataset | Non
         with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             csv.writer(file, lineterminator="\n").writerows([("file", "where", "reason"), *rows])
         listed = f"{path} lists them"
-    log.warning("%d bad images and annotations were left out; %s", len(rows), listed)
+    what = "1 bad image or annotation was" if len(rows) == 1 else f"{len(rows):,} bad images and annotations were"
+    log.warning("%s left out; %s", what, listed)
 
 
 def _look_at(dataset: DetectionDataset, index: int, header: bool, pixels: bool) -> tuple[str, str, ImageHeader | None]:

@@ -2,7 +2,7 @@ import csv
 import logging
 
 import pytest
-from helpers import gradient, save, truncate, write_coco_data, write_csv_data
+from helpers import gradient, in_memory, save, truncate, write_coco_data, write_csv_data
 
 import train
 from retinanet.commands import check, convert
@@ -291,3 +291,13 @@ def test_the_first_folder_that_is_missing_is_one_cause(tmp_path):
     report = checks.check_dataset(CSVDataset(*write_csv_data(tmp_path, lines)))
     (problem,) = report.examples["missing image"]
     assert problem.count == 50 and problem.message.count(f"its folder, '{tmp_path}/imgs'") == 1
+
+
+@pytest.mark.parametrize(("number", "message"), [(1, "1 bad image or annotation was left"), (2, "2 bad images and")])
+def test_what_was_left_out_is_counted(caplog, number, message):
+    data = in_memory([[0, 0, 9, 9, 0]])
+    data.source = "a.csv"
+    data.report.skipped = [("row 1", "missing image")] * number
+    with caplog.at_level("WARNING"):
+        checks.write_skipped(None, [data])
+    assert message in caplog.text
