@@ -149,7 +149,10 @@ def _find_sets(root: Path, set_name: str, settings: Mapping[Path, dict]) -> dict
                 continue
             found = {text: _resolve(text, root, base) for text in texts}
             if lost := [shown(text) for text in texts if name in wanted and not found[text]]:
-                raise UserError(f"{source}: {', '.join(lost)} of the set {shown(name)} leads nowhere")
+                message = f"{source}: {', '.join(lost)} of the set {shown(name)} leads nowhere"
+                if any(found.values()):
+                    raise UserError(message)
+                log.warning("warning: %s; the usual folders are looked for", message)  # a path of another machine
             if paths := [path for text in texts for path in found[text]]:
                 sets.setdefault(name, []).append(paths)
     known = {name for names in (*SAME_NAMES, ["test", set_name]) for name in names}
