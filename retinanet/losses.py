@@ -72,7 +72,7 @@ def check_annotations(annotations: Tensor, num_classes: int) -> None:
         raise ValueError(f"annotations are [B, G, 5] (x1, y1, x2, y2, label), not {list(annotations.shape)}")
     if annotations.device.type != "cpu":  # a GPU is not asked, because training would wait for the answer
         return
-    labels = annotations[..., 4].double()
+    labels = annotations[..., 4].float()
     wrong = (labels != -1) & ~((labels >= 0) & (labels < num_classes) & (labels % 1 == 0))
     if wrong.any():
         raise ValueError(f"there is a label {labels[wrong][0]:g}, but the classes are 0 to {num_classes - 1}")
