@@ -275,7 +275,7 @@ def test_a_complete_run_is_left_as_it_is(capsys, reference):
 # What is not trained
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=SLOW), 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW)])
 def test_frozen_weights_stay_as_they_are_and_a_resumed_run_ends_alike(tmp_path, ranks):
     reference, again = tmp_path / "reference", tmp_path / "again"
     before = fill_weights(resnet18(3), seed=1, logit_scale=0.015, delta_scale=0.008).state_dict()

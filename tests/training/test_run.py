@@ -231,7 +231,11 @@ ALTERED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("keys", "value"), ALTERED)
+# A third of them at every run, all with `pytest -m "slow or not slow"`.
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if number % 3 else []) for number, case in enumerate(ALTERED)],
+)
 def test_an_altered_training_is_one_message(stepped, keys, value):
     settings, net, content = stepped("scratch")
     altered = content | {"training": replaced(content["training"], keys, value)}
