@@ -125,6 +125,15 @@ def read_image(path: str | Path) -> np.ndarray:
         return to_rgb(image if orientation == 1 else image.transpose(TURNS[orientation]))
 
 
+def open_image(path: str | Path) -> np.ndarray:
+    """Open an image for reading parts of it: [H, W, 3] uint8 RGB as `read_image` gives it, by slicing.
+
+    Raises:
+        FileError: as `read_image`.
+    """
+    return read_image(path)
+
+
 def to_rgb(image: Image.Image) -> np.ndarray:
     """A Pillow image of any mode -> [H, W, 3] uint8."""
     if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper 8
