@@ -31,6 +31,16 @@ KINDS = {
 }
 
 
+class ImageErrors(NamedTuple):
+    """The D detections of one image that count, best first, and how they fit its G boxes."""
+
+    detections: Detections
+    kinds: np.ndarray  # [D] "right" or one of the KINDS
+    targets: np.ndarray  # [D] index of the box that each one found or should have found; -1 for none
+    taken: np.ndarray  # of those above CONFUSION_SCORE: index of the box, of any class, that each one took; -1 for none
+    near: np.ndarray  # [G] IoU of each box with the detection, of any class, that overlaps it most
+
+
 @dataclass
 class ErrorAnalysis:
     """The errors of a detector."""
@@ -41,6 +51,7 @@ class ErrorAnalysis:
     # [K + 1, K + 1] counts of detections above CONFUSION_SCORE: rows are the true class, columns the detected one; the
     # last row and column are the background.
     confusion: np.ndarray
+    images: dict[int, ImageErrors]  # of each sample index
 
 
 class _Judged(NamedTuple):
@@ -165,7 +176,7 @@ def analyse(
     """
     num_classes = dataset.num_classes()
     confusion = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
-    parts, box_labels, num_boxes = [], [], 0
+    parts, box_labels, num_boxes, images = [], [], 0, {}
     for index in sorted(detections):
         annotations = dataset.load_annotations(index)
         image_labels = annotations[:, 4].astype(np.int64)
@@ -177,6 +188,7 @@ def analyse(
         # As in COCO, a box that is found in a crowd counts.
         counted = (part.kinds == "right") | ~_in_regions(found, dataset.load_difficult(index))
         part = _Judged(*(column[counted] for column in part))
+        targets = part.boxes.copy()
         part.boxes[part.boxes >= 0] += num_boxes
         parts.append(part)
         box_labels.append(image_labels)
@@ -186,6 +198,8 @@ def analyse(
         padded = np.append(image_labels, num_classes)  # -1 reads the background
         np.add.at(confusion, (padded[taken], part.labels[sure]), 1)
         np.add.at(confusion, (np.delete(image_labels, taken[taken >= 0]), num_classes), 1)
+        counting = Detections(*(values[torch.from_numpy(counted)] for values in found))
+        images[index] = ImageErrors(counting, part.kinds, targets, taken, iou[counted].max(axis=0, initial=0))
 
     judged = _Judged(*map(np.concatenate, zip(*parts, strict=True)))
     labels = np.concatenate(box_labels)
@@ -193,7 +207,7 @@ def analyse(
     counts = {kind: int((judged.kinds == kind).sum()) for kind in KINDS}
     counts["missed"] = int(_missed(judged, num_boxes).sum())
     lost = {kind: max(0.0, _fixed_ap(judged, kind, labels) - ap50) for kind in KINDS}
-    return ErrorAnalysis(ap50, counts, lost, confusion)
+    return ErrorAnalysis(ap50, counts, lost, confusion, images)
 
 
 def error_table(analysis: ErrorAnalysis) -> str:

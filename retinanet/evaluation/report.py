@@ -34,6 +34,7 @@ class Evaluation:
     errors: errors.ErrorAnalysis | None  # None unless asked for
     limits_note: str  # of `limits_note`
     min_precision: float | None
+    limit: int  # detections of a class in an image that count
 
     def text(self) -> str:
         """All tables."""
@@ -159,4 +160,5 @@ def evaluate(
         errors.analyse(dataset, detections, limit) if analyse else None,
         limits_note(dataset, sorted(detections), limit, by_class),
         min_precision,
+        limit,
     )

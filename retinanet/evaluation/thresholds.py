@@ -49,6 +49,12 @@ def rates_above(ranking: Ranking, scores: np.ndarray) -> np.ndarray:
     return _rates(ranking, np.searchsorted(-ranking.scores, -scores))
 
 
+def counts_above(ranking: Ranking, scores: np.ndarray) -> np.ndarray:
+    """[2, T] int: how many detections are above each of the `scores` [T], and how many of these are right."""
+    counts = np.searchsorted(-ranking.scores, -scores)
+    return np.stack([counts, np.append(0, np.cumsum(ranking.right))[counts]])
+
+
 def _steps(ranking: Ranking) -> np.ndarray:
     """[T] how many detections can be kept by a threshold: those of equal scores go together."""
     return np.unique(np.searchsorted(-ranking.scores, -ranking.scores, side="right"))
