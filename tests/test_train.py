@@ -18,6 +18,7 @@ from helpers import truncate, write_csv_data
 from torch import distributed
 
 import train
+from retinanet import api
 from retinanet.data.shapes import ShapesDataset
 from retinanet.errors import UserError
 from retinanet.model import ARCHITECTURES, resnet18
@@ -44,9 +45,9 @@ def small_and_quick():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ARCHITECTURES, 18, (BasicBlock, (1, 1, 1, 1)))
-        for module, name in ((train.charts, "draw_training_curves"), (train.views, "save_detections")):
+        for module, name in ((api.charts, "draw_training_curves"), (api.views, "save_detections")):
             patch.setattr(module, name, lambda *_: None)
-        patch.setattr(train.data_views, "save_data_images", lambda *_: None)
+        patch.setattr(api.data_views, "save_data_images", lambda *_: None)
         yield
     torch.set_num_threads(before)
 
@@ -224,7 +225,7 @@ def test_a_signal_saves_in_the_middle_of_an_epoch(tmp_path, reference, name, sta
 
 def test_a_signal_before_the_first_step_saves_after_it(tmp_path):
     folder = tmp_path / "a"
-    change = once(train.data_views, "save_data_images", 1, send("SIGTERM"))
+    change = once(api.data_views, "save_data_images", 1, send("SIGTERM"))
     jobs, output = start(folder, *LIVELY, change=change)
     assert finish(jobs) == [143]
     assert "SIGTERM: stopping after this step" in output() and progress_of(folder) == (0, 1)
@@ -233,7 +234,7 @@ def test_a_signal_before_the_first_step_saves_after_it(tmp_path):
 @SLOW
 def test_a_signal_in_validation_saves_what_was_trained(tmp_path, reference):
     folder = tmp_path / "a"
-    jobs, _ = start(folder, *LIVELY, change=once(train.inference, "detect", 1, send("SIGTERM")))
+    jobs, _ = start(folder, *LIVELY, change=once(api.inference, "detect", 1, send("SIGTERM")))
     assert finish(jobs) == [143]
     assert progress_of(folder) == (0, 3)
     train_to_end(folder, *LIVELY, "--resume", "auto")
@@ -307,7 +308,7 @@ def test_frozen_weights_stay_as_they_are_and_a_resumed_run_ends_alike(tmp_path, 
 def test_processes_and_accumulation_divide_the_same_batch(tmp_path):
     start_weights = fill_weights(resnet18(3), seed=1, logit_scale=0.015, delta_scale=0.008).state_dict()
     checkpoint.save(tmp_path / "start.pt", start_weights)
-    flags = ["--recipe", "paper", "--shapes_train", "20", "--epochs", "1", "--shapes_val", "3"]
+    flags = ["--recipe", "paper", "--freeze_stages", "0", "--shapes_train", "20", "--epochs", "1", "--shapes_val", "3"]
     flags += ["--weights", tmp_path / "start.pt", "--lr", "1e-5"]
     train_to_end(tmp_path / "one", *flags, "--batch_size", "4")
     train_to_end(tmp_path / "half", *flags, "--batch_size", "2", "--accumulate", "2")
