@@ -2,21 +2,18 @@
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from retinanet import inference, process
 from retinanet.anchors import Anchors
 from retinanet.commands import flags
+from retinanet.commands.detect_files import detect_files
 from retinanet.data.classes import check_classes
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.images import find_images, read_image
 from retinanet.data.loader import make_loader, read_sample
 from retinanet.data.report import counted
 from retinanet.data.transforms import Resizer, normalize
@@ -27,7 +24,6 @@ from retinanet.process import log, progress, script
 from retinanet.training.checkpoint import load_model
 from retinanet.visual import anchor_fit, anchor_report, anchor_views, data_views, heatmaps, views
 from retinanet.visual.drawing import draw_boxes, save_image, side_by_side
-from retinanet.visual.text import readable_names
 
 SHOWS = {
     "truth": "annotations as training sees them, with --augment after augmentation",
@@ -48,8 +44,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     shows = "; ".join(f"{name}: {text}" for name, text in SHOWS.items())
     parser.add_argument("--show", choices=SHOWS, default="detections", help=f"what to draw {flags.DEFAULT}. {shows}")
     parser.add_argument("--model", help=f"checkpoint, such as best.pt; --show {', '.join(NEED_MODEL)} need it")
-    text = "in place of a data set: image files, folders of images, or patterns"
+    text = "in place of a data set: images, videos, folders of them, or patterns"
     parser.add_argument("--images", nargs="+", metavar="PATH", help=text)
+    text = f"of videos, draw every so many frames; the others are left out {flags.DEFAULT}"
+    parser.add_argument("--every", type=flags.positive_int, default=1, metavar="N", help=text)
     flags.add_data_arguments(parser, training=True, required=False)
     group = parser.add_argument_group("choice of images")
     group.add_argument("--split", choices=["train", "val"], help="which set (default: val; anchor_fit: train)")
@@ -91,6 +89,8 @@ def contradictions(args: argparse.Namespace) -> list[str]:
             errors.append(f"--show {args.show} needs --model")
     if args.images and (args.show != "detections" or not args.model):
         errors.append("--images needs --model and --show detections")
+    if args.every > 1 and not args.images:
+        errors.append("--every is for videos of --images")
     if args.model and (args.anchor_scales or args.anchor_ratios or args.anchor_sizes):
         errors.append("--model brings its own anchors: leave out --anchor_scales, --anchor_ratios and --anchor_sizes")
     if args.augment and args.show in ("detections", "anchor_fit"):
@@ -174,71 +174,6 @@ def show_anchor_fit(args: argparse.Namespace, dataset: DetectionDataset, anchors
     output_file(folder / "anchor_fit.json").write_text(json.dumps(content, indent=1))
     anchor_report.draw(fit, better, folder / "anchor_fit.png")
     log.info("\nwritten to %s: anchor_fit.json, anchor_fit.png", folder)
-
-
-def output_paths(files: Sequence[Path], folder: Path) -> list[Path]:
-    """Where the drawn images go: below `folder`, as the files lie below their common folder, each name once.
-
-    Raises:
-        UserError: a drawn image would lie among the files.
-    """
-    common = Path(os.path.commonpath([file.absolute().parent for file in files]))
-    outputs: dict[Path, None] = {}
-    for file in files:
-        relative = file.absolute().relative_to(common)
-        path, number = folder / relative.with_suffix(".png"), 2
-        while path in outputs:
-            path = folder / relative.with_name(f"{relative.stem}_{number}.png")
-            number += 1
-        outputs[path] = None
-    mixed = {path.resolve().parent for path in outputs} & {file.resolve().parent for file in files}
-    if mixed:  # the next run over that folder would take drawn images for new ones
-        raise UserError(f"--out_dir {folder}: drawn images would lie among the others, in {min(mixed)}; choose another")
-    return list(outputs)
-
-
-def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any], device: torch.device) -> None:
-    """Detections on images without annotations: each drawn, and all in detections.json.
-
-    Raises:
-        UserError: at the end, if some could not be read; the message lists them.
-    """
-    files, folder = find_images(args.images), flags.make_out_dir(args.out_dir)
-    targets, names = output_paths(files, folder), info["class_names"]
-    drawn_names, failures, read = readable_names(names), [], []
-
-    def load() -> Iterator[np.ndarray]:
-        for path, target in zip(progress(files, "detecting"), targets, strict=True):
-            try:
-                image = read_image(path)
-            except UserError as error:
-                failures.append(str(error))
-                continue
-            read.append((path, target))
-            yield image
-
-    resizer, precision = Resizer(args.min_side, args.max_side), process.choose_precision(args.precision, device)
-    limits = inference.detection_limits(info, flags.given_limits(args), for_use=True)
-    found = inference.detect_images(net, load(), resizer, args.batch_size, precision, **limits)
-    entries = []
-    for number, (image, (scores, labels, boxes)) in enumerate(found):
-        path, target = read[number]
-        columns = zip(scores.tolist(), labels.tolist(), boxes.tolist(), strict=True)
-        detections = [
-            {"class": names[label], "label": label, "score": score, "box": box} for score, label, box in columns
-        ]
-        captions = [f"{drawn_names[entry['label']]} {entry['score']:.2f}" for entry in detections]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_image(draw_boxes(image, boxes.numpy(), labels.tolist(), captions, class_names=names), target)
-        entry = {"file": str(path), "picture": str(target), "height": image.shape[0], "width": image.shape[1]}
-        entries.append(entry | {"detections": detections})
-    content = {"model": args.model, "class_names": names, **limits}
-    content |= {"images": entries, "unreadable": failures}
-    output_file(folder / "detections.json").write_text(json.dumps(content, indent=1))
-    total = sum(len(entry["detections"]) for entry in entries)
-    log.info("%s, %s: %s", counted(len(entries), "image"), counted(total, "detection"), folder)
-    if failures:
-        raise UserError(f"{len(failures)} of {counted(len(files), 'image')} skipped:\n" + "\n".join(failures))
 
 
 @script

@@ -9,6 +9,7 @@ from helpers import gradient, save, truncate, write_coco_data
 from PIL import Image
 
 import visualize
+from retinanet.commands.detect_files import output_paths
 from retinanet.data.images import find_images
 from retinanet.errors import UserError
 from retinanet.training import checkpoint
@@ -177,13 +178,13 @@ def test_outputs_have_names_of_their_own_and_spare_the_inputs(pictures, tmp_path
     files = find_images([f"{pictures}/**/*"])
     files = [path for path in files if path.suffix not in (".txt", ".pdf")]
     out = tmp_path / "out"
-    targets = visualize.output_paths(files, out)
+    targets = output_paths(files, out)
     assert len(set(targets)) == len(files) == 5
     assert {str(path.relative_to(out)) for path in targets} == {
         "frame1.png", "frame2.png", "frame2_2.png", "frame10.png", "sub/frame1.png"
     }  # fmt: skip
     with pytest.raises(UserError, match="would lie among the others"):
-        visualize.output_paths(files, pictures)
+        output_paths(files, pictures)
 
 
 def test_images_become_pictures_and_one_json(model_path, pictures, tmp_path):
@@ -217,7 +218,7 @@ def test_unreadable_images_are_listed_at_the_end(model_path, pictures, tmp_path)
     flags = ["--device", "cpu", "--model", model_path, "--out_dir", tmp_path / "out"]
     status, text, err = run("--images", pictures, *flags)
     assert status == 1 and "1 image" in text
-    assert "2 of 3 images skipped" in err and "frame2.jpg" in err and "frame10.png" in err
+    assert "2 of 3 files skipped" in err and "frame2.jpg" in err and "frame10.png" in err
     content = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert len(content["images"]) == 1 and len(content["unreadable"]) == 2
 

@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from retinanet.data.report import FileError
+from retinanet.data.video import VIDEO_SUFFIXES
 from retinanet.errors import UserError, shown
 
 # Pillow warns of large, palette and oddly tagged images, which are read, without their names; torchvision of its end.
@@ -244,7 +245,7 @@ def list_images(folder: Path, wanted: Container[str] | None = None, preferred: C
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
-    """The files of `--images`, each once: files by name, images of folders, matches of patterns.
+    """The files of `--images`, each once: files by name, images and videos of folders, matches of patterns.
 
     Numbers in names are sorted as numbers: frame2 before frame10.
 
@@ -256,7 +257,7 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
         path = Path(pattern)
         if path.is_dir():
             inside = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
-            matches = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
+            matches = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
         elif path.is_file():
             matches = [path]
         else:

@@ -1,0 +1,126 @@
+"""`visualize.py --images`: detections on images and videos without annotations."""
+
+import argparse
+import collections
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from retinanet import inference, process
+from retinanet.commands import flags
+from retinanet.data.images import find_images, read_image
+from retinanet.data.report import counted
+from retinanet.data.transforms import Resizer
+from retinanet.data.video import Frame, Video, VideoWriter, is_video
+from retinanet.errors import UserError, output_file
+from retinanet.model import RetinaNet
+from retinanet.postprocess import Detections
+from retinanet.process import log, progress
+from retinanet.visual.drawing import draw_boxes, legible_zoom, save_image
+from retinanet.visual.text import readable_names
+
+
+def output_paths(files: Sequence[Path], folder: Path) -> list[Path]:
+    """Where the drawn files go: below `folder`, as the files lie below their common folder, each name once.
+
+    Raises:
+        UserError: a drawn file would lie among the files.
+    """
+    common = Path(os.path.commonpath([file.absolute().parent for file in files]))
+    outputs: dict[Path, None] = {}
+    for file in files:
+        relative, suffix = file.absolute().relative_to(common), ".mp4" if is_video(file) else ".png"
+        path, number = folder / relative.with_suffix(suffix), 2
+        while path in outputs:
+            path = folder / relative.with_name(f"{relative.stem}_{number}{suffix}")
+            number += 1
+        outputs[path] = None
+    mixed = {path.resolve().parent for path in outputs} & {file.resolve().parent for file in files}
+    if mixed:  # the next run over that folder would take drawn files for new ones
+        raise UserError(f"--out_dir {folder}: drawn files would lie among the others, in {min(mixed)}; choose another")
+    return list(outputs)
+
+
+@contextlib.contextmanager
+def detections_json(
+    path: Path, head: dict[str, Any], failures: list[str]
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Write detections.json: one line for each entry that the function is called with which this gives.
+
+    So memory does not grow with the length of a video. What an interrupted program leaves can be read, too.
+    """
+    with open(output_file(path), "w") as file:
+        separators = itertools.chain(["\n"], itertools.repeat(",\n"))
+        file.write(f'{json.dumps(head)[:-1]}, "images": [')
+        try:
+            yield lambda entry: file.write(next(separators) + json.dumps(entry))
+        finally:
+            file.write(f'\n], "unreadable": {json.dumps(failures)}}}\n')
+
+
+def draw_frame(image: np.ndarray, found: Detections, names: Sequence[str], of_video: bool) -> np.ndarray:
+    """Draw the detections of an image, or of a frame: all frames of a video have one size, so they get no legend."""
+    scores, labels, boxes = (values.numpy() for values in found)
+    drawn_names = readable_names(names)
+    captions = [f"{drawn_names[label]} {score:.2f}" for score, label in zip(scores, labels, strict=True)]
+    if of_video:
+        return draw_boxes(image, boxes, labels, captions, zoom=legible_zoom(image.shape[:2], []))
+    return draw_boxes(image, boxes, labels, captions, class_names=names)
+
+
+def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any], device: torch.device) -> None:
+    """Detect on the images and videos of `--images`: each is drawn, and all detections are in detections.json.
+
+    Raises:
+        UserError: at the end, if some could not be read; the message lists them.
+    """
+    files, folder = find_images(args.images), flags.make_out_dir(args.out_dir)
+    targets, names, failures = output_paths(files, folder), info["class_names"], []
+    read: collections.deque[tuple[Path, Path, Video | None, Frame]] = collections.deque()  # and not yet drawn
+
+    def load() -> Iterator[np.ndarray]:
+        for path, target in zip(progress(files, "detecting"), targets, strict=True):
+            try:
+                video = Video(path, args.every) if is_video(path) else None
+                for frame in progress(video, path.name, video.total) if video else [Frame(read_image(path), 0, 0)]:
+                    read.append((path, target, video, frame))
+                    yield frame.image
+            except UserError as error:
+                failures.append(str(error))
+
+    resizer, precision = Resizer(args.min_side, args.max_side), process.choose_precision(args.precision, device)
+    limits = inference.detection_limits(info, flags.given_limits(args), for_use=True)
+    found = inference.detect_images(net, load(), resizer, args.batch_size, precision, **limits)
+    results = ((*read.popleft(), detections) for _, detections in found)
+    head, counts = {"model": args.model, "class_names": names, **limits}, collections.Counter()
+    with detections_json(folder / "detections.json", head, failures) as add_entry:
+        for (path, target, video), frames in itertools.groupby(results, key=lambda result: result[:3]):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with VideoWriter(target, video) if video else contextlib.nullcontext() as writer:
+                for *_, frame, detections in frames:
+                    picture = draw_frame(frame.image, detections, names, bool(video))
+                    height, width = frame.image.shape[:2]
+                    entry = {"file": str(path), "picture": str(target), "height": height, "width": width}
+                    if video:
+                        writer.write(picture, frame.seconds)
+                        entry |= {"frame": frame.number, "seconds": round(float(frame.seconds), 6)}
+                    else:
+                        save_image(picture, target)
+                    entry["detections"] = [
+                        {"class": names[label], "label": label, "score": score, "box": box}
+                        for score, label, box in zip(*(values.tolist() for values in detections), strict=True)
+                    ]
+                    add_entry(entry)
+                    counts.update(image=not video, frame=bool(video), detection=len(detections.scores))
+            counts["video"] += bool(video)
+    kinds = [kind for kind in ("image", "video", "frame") if counts[kind]] or ["image"]
+    log.info("%s: %s", ", ".join(counted(counts[kind], kind) for kind in [*kinds, "detection"]), folder)
+    if failures:
+        raise UserError(f"{len(failures)} of {counted(len(files), 'file')} skipped:\n" + "\n".join(failures))

@@ -1,0 +1,177 @@
+"""Videos -> frames, and drawn frames -> videos. Needs PyAV; audio is left out."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from retinanet.data.report import FileError, counted
+from retinanet.errors import UserError, output_file
+from retinanet.process import log
+
+VIDEO_SUFFIXES = {
+    *(".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv"),
+    *(".ts", ".vob", ".webm", ".wmv"),
+}
+# Of these, the first that this PyAV has is taken. Their options give even quality in place of a fixed bit rate, and say
+# which colours YUV means: MPEG-4 cannot say so.
+ENCODERS = {
+    "libx264": {"colorspace": "bt709", "crf": "20", "preset": "veryfast"},
+    "libopenh264": {"colorspace": "bt709"},
+    "mpeg4": {"qmin": "3", "qmax": "3"},
+}
+MPEG4_TICKS = 60_000  # a second: MPEG-4 allows 65,535, and these suit 24, 25, 29.97, 30, 50 and 60 frames a second
+MISSING_SECONDS, MISSING_SHARE = 0.5, 0.02  # at the end of a video, from which on it counts as cut off
+
+
+class Frame(NamedTuple):
+    """A frame of a video."""
+
+    image: np.ndarray  # [H, W, 3] uint8 RGB, upright
+    number: int  # in the video, from 0
+    seconds: Fraction  # since the first frame
+
+
+def is_video(path: str | Path) -> bool:
+    """Whether a file is named like a video."""
+    return Path(path).suffix.lower() in VIDEO_SUFFIXES
+
+
+class Video:
+    """The frames of a video file, upright, one after the other; to iterate again reads the file again.
+
+    Of a damaged file comes what can be read, and one warning.
+
+    Args:
+        path: of the file.
+        every: give frames 0, `every`, 2 * `every`, ... only.
+
+    Raises:
+        UserError: PyAV is not installed.
+        FileError: the file is missing, is no video, or has no frame that can be read.
+    """
+
+    def __init__(self, path: str | Path, every: int = 1):
+        try:
+            import av
+        except ImportError as error:
+            raise UserError(f"{path}: videos need PyAV: pip install av") from error
+        self.path, self.every, self.av = str(path), every, av
+        with self._open() as container:
+            stream = container.streams.best("video")
+            if stream is None:
+                raise FileError(self.path, "has streams, but no video among them")
+            self.rate = stream.average_rate or stream.guessed_rate or Fraction(25)  # frames a second
+            self.time_base = stream.time_base or 1 / self.rate  # seconds a tick
+            self.pixel_aspect = stream.sample_aspect_ratio or Fraction(1)  # width / height, as stored
+            ticks, microseconds = stream.duration or 0, container.duration or 0
+            self.duration = float(ticks * self.time_base or Fraction(microseconds, av.time_base))  # 0: unknown
+            total = stream.frames or round(self.duration * self.rate)
+            self.total = -(-total // every) or None  # number of frames that will come, as the file says
+
+    def _open(self) -> Any:
+        if not os.path.exists(self.path):  # noqa: PTH110, pathlib raises errors of its own for impossible names
+            raise FileError(self.path, "the file does not exist")
+        try:  # as a local file: FFmpeg also follows addresses, and lists of them
+            return self.av.open(f"file:{self.path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        except self.av.FFmpegError as error:
+            raise FileError(self.path, f"cannot be read as a video ({error.strerror})") from error
+
+    def __iter__(self) -> Iterator[Frame]:
+        count, start, seconds, end, damage = 0, None, Fraction(0), Fraction(0), []
+        with self._open() as container:
+            for frame in self._decode(container, damage):
+                time = None if frame.pts is None else frame.pts * frame.time_base
+                start = time if start is None else start
+                seconds = max(seconds, end if time is None else time - start)
+                end = seconds + (frame.duration * frame.time_base if frame.duration else 1 / self.rate)
+                if count % self.every == 0:
+                    image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                    yield Frame(np.ascontiguousarray(image), count, seconds)
+                count += 1
+        if not count:
+            raise FileError(self.path, "has no frame that can be read")
+        missing = self.duration - end
+        if damage or missing > max(MISSING_SECONDS, MISSING_SHARE * self.duration):
+            of = f" of {self.duration:.1f} s" if missing > 0 else ""
+            found = counted(count, "frame")
+            log.warning("warning: %s is damaged: %s could be read, up to %.1f s%s", self.path, found, end, of)
+
+    def _decode(self, container: Any, damage: list[str]) -> Iterator[Any]:
+        """All frames that can be decoded, in their order; what fails is added to `damage`."""
+        stream = container.streams.best("video")
+        stream.thread_type = "AUTO"  # threads
+        packets = container.demux(stream)
+        while True:
+            try:
+                frames = next(packets).decode()
+            except StopIteration:
+                return
+            except self.av.error.InvalidDataError as error:  # the packet is broken; others may follow
+                damage.append(error.strerror)
+                continue
+            except self.av.FFmpegError as error:
+                damage.append(error.strerror)
+                return
+            yield from frames
+
+
+class VideoWriter:
+    """Writes drawn frames of `video` to an mp4 file, each at its time; use it as a context.
+
+    It is H.264 where PyAV has an encoder, else MPEG-4. Sides are made even, as both formats need them, by repeating the
+    last row or column. Frames of another size than the first are scaled to it.
+    """
+
+    def __init__(self, path: str | Path, video: Video):
+        self.path, self.video, self.av = path, video, video.av
+        self.container = self.stream = None
+
+    def __enter__(self) -> "VideoWriter":
+        with self._explained():
+            self.container = self.av.open(f"file:{output_file(self.path)}", "w", format="mp4")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self._explained():
+            try:
+                self._encode(None)
+            finally:
+                self.container.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except self.av.FFmpegError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
+
+    def write(self, image: np.ndarray, seconds: Fraction) -> None:
+        """Add a frame, [H, W, 3] uint8, at its time since the first one."""
+        height, width = image.shape[:2]
+        image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        with self._explained():
+            self.stream = self.stream or self._add_stream(*image.shape[:2])
+            frame = self.av.VideoFrame.from_ndarray(image, format="rgb24")
+            colours = "ITU709" if "colorspace" in ENCODERS[self.stream.codec_context.codec.name] else "ITU601"
+            frame = frame.reformat(format="yuv420p", dst_colorspace=colours)
+            frame.time_base = self.stream.codec_context.time_base
+            frame.pts = round(seconds / frame.time_base)
+            self._encode(frame)
+
+    def _add_stream(self, height: int, width: int) -> Any:
+        name = next(name for name in ENCODERS if name in self.av.codecs_available)
+        stream = self.container.add_stream(name, rate=self.video.rate, options=ENCODERS[name])
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        tick = self.video.time_base
+        stream.codec_context.time_base = max(tick, Fraction(1, MPEG4_TICKS)) if name == "mpeg4" else tick
+        stream.codec_context.sample_aspect_ratio = self.video.pixel_aspect
+        return stream
+
+    def _encode(self, frame: Any) -> None:
+        if self.stream:
+            self.container.mux(self.stream.encode(frame))
