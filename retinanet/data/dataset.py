@@ -15,10 +15,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from retinanet.data.ground_truth import GroundTruth, coco_content, from_arrays, quiet_coco
-from retinanet.data.images import explain_missing, read_header, read_image
+from retinanet.data.images import explain_missing, open_image, read_header, read_image
 from retinanet.data.placing import place_boxes, place_by_some_headers, read_headers
 from retinanet.data.reading import check_boxes
-from retinanet.data.report import DROPPED, MIN_SIDE, Report
+from retinanet.data.report import DROPPED, Report
+from retinanet.data.transforms import SampleError, check_sample, clip_to_image
 from retinanet.errors import UserError
 from retinanet.process import log, progress
 
@@ -65,6 +66,7 @@ class DetectionDataset(Dataset):
     )
     annotation_format = "{}: box {}"  # in messages: of its file and its id there
     in_files = True  # False where images are drawn or kept in memory
+    by_parts = False  # whether the transform takes images of `open_image`
     box_format = "xyxy"  # of the annotation files
     has_coco_ids = False  # whether image_ids and coco_labels are those of a COCO file, instead of positions
 
@@ -127,14 +129,24 @@ class DetectionDataset(Dataset):
         return len(self.image_files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image, declared = self.load_image(index), self.declared_sizes[index]
-        if self.in_files and declared.all() > self.headers_read[index] and (declared != image.shape[:2]).any():
+        image = self.open_image(index) if self.by_parts else self.load_image(index)
+        self._place(index, image.shape[:2])
+        annotations = clip_to_image(self.load_annotations(index), *image.shape[:2])
+        sample = {"img": image, "annot": annotations, "index": index}
+        if self.transform is None:
+            return sample
+        try:
+            return check_sample(self.transform(sample), self.num_classes()) | {"index": index}
+        except SampleError as error:
+            raise UserError(f"{self.image_path(index)}: transform {_name(self.transform)}: {error}") from error
+
+    def _place(self, index: int, size: tuple[int, int]) -> None:
+        """Move the boxes of an image of this height and width, if its file declares others."""
+        declared = self.declared_sizes[index]
+        if self.in_files and declared.all() > self.headers_read[index] and (declared != size).any():
             place_boxes(self, *read_headers(self, [index]))
             if self.misfit[index]:
                 raise UserError(str(self.report.examples["boxes of another size"][-1]))
-        annotations = _clip_to_image(self.load_annotations(index), *image.shape[:2])
-        sample = {"img": image, "annot": annotations, "index": index}
-        return sample if self.transform is None else self.transform(sample)
 
     def image_path(self, index: int) -> str:
         """The image's file."""
@@ -156,6 +168,12 @@ class DetectionDataset(Dataset):
     def load_image(self, index: int) -> np.ndarray:
         """[H, W, 3] uint8 RGB."""
         return read_image(self.image_path(index))
+
+    def open_image(self, index: int) -> np.ndarray:
+        """What `load_image` gives, or for a large image an object that gives such parts of it when sliced."""
+        image = open_image(self.image_path(index)) if self.in_files else self.load_image(index)
+        self._place(index, image.shape[:2])
+        return image
 
     def load_annotations(self, index: int) -> np.ndarray:
         """[G, 5] float32 (x1, y1, x2, y2, label) as in the file; those of a sample are clipped to its image."""
@@ -228,7 +246,8 @@ class DetectionDataset(Dataset):
         return self.classes[name]
 
 
-def _clip_to_image(annotations: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Clip boxes [G, 5] to the image; those of which less than a pixel is left are dropped."""
-    annotations[:, :4] = annotations[:, :4].clip(0, [width, height, width, height])
-    return annotations[(annotations[:, 2:4] - annotations[:, :2] >= MIN_SIDE).all(axis=1)]
+def _name(transform: Callable[[dict], dict]) -> str:
+    """A transform's name, for messages; of a Compose, with those of its steps."""
+    name = getattr(transform, "__qualname__", type(transform).__qualname__)
+    steps = ", ".join(map(_name, getattr(transform, "transforms", ())))
+    return f"{name}({steps})" if steps else name

@@ -4,7 +4,8 @@ A transform keeps the dtype that it gets, and never changes its input in place. 
 global generator, which `loader.read_sample` seeds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
+from torchvision.tv_tensors import BoundingBoxes, Image
+
+from retinanet.data.report import MIN_SIDE
+from retinanet.errors import UserError, shown
 
 # ImageNet's mean and standard deviation of RGB, for pixels from 0 to 1.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
+
+MAX_NORMALISED = 100.0  # no normalised pixel is that far from 0: such an image holds 0 to 255
 
 SIZE_DIVISOR = 32  # the stride of C5: padded to it, every level of the pyramid doubles the next one exactly
 
@@ -23,10 +30,10 @@ SIZE_DIVISOR = 32  # the stride of C5: padded to it, every level of the pyramid 
 def normalize(images: Tensor) -> Tensor:
     """[B, 3, H, W] uint8 -> float32 of zero mean and unit variance, channels_last, on the same device.
 
-    Floating-point images pass unchanged: they count as normalised.
+    Floating-point images count as normalised, and only become float32.
     """
     if images.is_floating_point():
-        return images
+        return images.float()
     normal = images.to(torch.float32, memory_format=torch.channels_last)
     # Channel by channel with plain numbers: a tensor of three would first have to be copied to the GPU.
     for channel, mean, std in zip(normal.unbind(dim=1), PIXEL_MEAN, PIXEL_STD, strict=True):
@@ -51,6 +58,106 @@ def pad_images(images: Sequence[Tensor], height: int, width: int) -> Tensor:
         row[:, :bottom, right:] = colour
         row[:, bottom:] = colour
     return batch
+
+
+class SampleError(UserError):
+    """What a transform got, or returned, is not a sample; the data set adds which image and transform."""
+
+
+def sample_parts(sample: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The image [H, W, 3] and the annotations [G, 5] of a sample, as arrays that may share its memory.
+
+    Raises:
+        SampleError: they are missing, or of another shape or dtype.
+    """
+    if not isinstance(sample, Mapping) or not sample.keys() >= {"img", "annot"}:
+        found = f"one with the keys {shown(list(sample))}" if isinstance(sample, Mapping) else shown(sample)
+        raise SampleError(f"a sample is a dict with the keys img and annot, not {found}")
+    try:
+        image, annotations = np.asarray(sample["img"]), np.asarray(sample["annot"])
+    except (TypeError, ValueError, RuntimeError) as error:  # such as tensors on a GPU, lists of unequal length
+        raise SampleError(f"img and annot must be arrays: {error}") from error
+    known = image.dtype == np.uint8 or image.dtype.kind == "f"
+    if not known or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise SampleError(f"img must be [H, W, 3], uint8 or normalised floats, not {image.dtype} {list(image.shape)}")
+    if annotations.ndim != 2 or annotations.shape[1] != 5 or annotations.dtype.kind not in "fi":
+        found = f"{annotations.dtype} {list(annotations.shape)}"
+        raise SampleError(f"annot must be numbers [G, 5] (x1, y1, x2, y2, label), without boxes [0, 5], not {found}")
+    return image, annotations
+
+
+def check_sample(sample: Any, num_classes: int) -> dict[str, Any]:
+    """The sample that a transform returned, its image and annotations as tensors, or as arrays that torch can read.
+
+    Raises:
+        SampleError: it is not a sample, or its boxes, labels or pixels cannot be right.
+    """
+    image, annotations = sample_parts(sample)
+    boxes, labels, (height, width) = annotations[:, :4], annotations[:, 4], image.shape[:2]
+    outside = (boxes < -1) | (boxes > [width + 1, height + 1] * 2)  # Resizer rounds the image's size, not the boxes
+    for problem, rows in (
+        ("a number that is not finite", ~np.isfinite(annotations).all(axis=1)),
+        ("a box without x1 < x2 and y1 < y2", (boxes[:, :2] >= boxes[:, 2:]).any(axis=1)),
+        (f"a box beyond the image, {height} x {width}", outside.any(axis=1)),
+        (f"a label that is not one of 0 to {num_classes - 1}", ~np.isin(labels, np.arange(num_classes))),
+    ):
+        if rows.any():
+            raise SampleError(f"annot holds {problem}: {shown(annotations[rows.argmax()].tolist())}")
+    if image.dtype.kind == "f" and not -MAX_NORMALISED < image.min() <= image.max() < MAX_NORMALISED:
+        raise SampleError("img holds floats far from 0: keep pixels of 0 to 255 as uint8, or use Normalizer")
+    arrays = {
+        key: np.require(part, requirements="CW")
+        for key, part in (("img", image), ("annot", annotations))
+        if not torch.is_tensor(sample[key])
+    }
+    return {**sample, **arrays}
+
+
+def clip_to_image(annotations: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Clip boxes [G, 5] to the image, in place; those of which less than a pixel is left are dropped."""
+    annotations[:, :4] = annotations[:, :4].clip(0, [width, height, width, height])
+    return annotations[(annotations[:, 2:4] - annotations[:, :2] >= MIN_SIDE).all(axis=1)]
+
+
+def _to_tv(sample: dict[str, Any]) -> tuple[Image, BoundingBoxes, Tensor]:
+    """A sample's image [3, H, W], boxes [G, 4] and labels [G], as torchvision's transforms take them."""
+    image, annotations = sample_parts(sample)
+    image = torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1)
+    annotations = torch.from_numpy(annotations.copy())
+    boxes = BoundingBoxes(annotations[:, :4], format="XYXY", canvas_size=image.shape[1:])
+    return Image(image), boxes, annotations[:, 4]
+
+
+def _from_tv(sample: dict[str, Any], image: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Any]:
+    """The sample with what torchvision made of the three."""
+    annotations = torch.cat([boxes, labels[:, None].to(boxes.dtype)], dim=1).numpy()
+    # torchvision's flips leave zeros of a negative sign.
+    return {**sample, "img": image.permute(1, 2, 0).numpy(), "annot": annotations + 0}
+
+
+def _apply(sample: dict[str, Any], *operations: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The sample after torchvision's functions, each applied to image and boxes."""
+    image, boxes, labels = _to_tv(sample)
+    for operation in operations:
+        image, boxes = operation(image), operation(boxes)
+    return _from_tv(sample, image, boxes, labels)
+
+
+class V2:
+    """Makes a transform of samples of one of torchvision.transforms.v2, such as a Compose: boxes move with the pixels.
+
+    Afterwards boxes are clipped to the image; those of which less than a pixel is left are dropped.
+    """
+
+    def __init__(self, transform: Callable[[dict], dict]):
+        self.transform = transform
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Change `img` [H, W, 3] and `annot` [G, 5]."""
+        image, boxes, labels = _to_tv(sample)
+        out = self.transform({"image": image, "boxes": boxes, "labels": labels})
+        sample = _from_tv(sample, out["image"], out["boxes"], out["labels"])
+        return {**sample, "annot": clip_to_image(sample["annot"], *sample["img"].shape[:2])}
 
 
 class Normalizer:
@@ -80,18 +187,32 @@ class UnNormalizer:
         return tensor * std + mean
 
 
+FLIPS = {
+    "none": (),
+    "horizontal": (tv.horizontal_flip,),
+    "vertical": (tv.vertical_flip,),
+    "both": (tv.horizontal_flip, tv.vertical_flip),
+}
+
+
 class Augmenter:
-    """Mirrors a sample left to right, half of the time (RetinaNet, section 4.1, "Optimization")."""
+    """Mirrors samples half of the time, by default left to right (RetinaNet, section 4.1, "Optimization").
+
+    Args:
+        flip: one of FLIPS; `both` draws each of the two on its own.
+        rotate90: also turn them by 0, 90, 180 or 270 degrees, each as often.
+    """
+
+    def __init__(self, flip: str = "horizontal", rotate90: bool = False):
+        self.flips = FLIPS[flip]
+        self.rotate90 = rotate90
 
     def __call__(self, sample: dict[str, Any], flip_x: float = 0.5) -> dict[str, Any]:
-        """Mirror with probability `flip_x`."""
-        if np.random.rand() >= flip_x:
-            return sample
-        image, annotations = np.asarray(sample["img"]), np.array(sample["annot"])
-        annotations[:, [0, 2]] = image.shape[1] - annotations[:, [2, 0]]
-        # torch's flip is several times faster than NumPy's, whose copy would follow.
-        mirrored = torch.from_numpy(np.ascontiguousarray(image)).flip(1).numpy()
-        return {**sample, "img": mirrored, "annot": annotations}
+        """Mirror with probability `flip_x`, in either direction."""
+        operations = [flip for flip in self.flips if np.random.rand() < flip_x]
+        if self.rotate90 and (quarters := np.random.randint(4)):
+            operations.append(partial(tv.rotate, angle=90 * quarters, expand=True))
+        return _apply(sample, *operations) if operations else sample
 
 
 class ColourJitter:
@@ -107,7 +228,7 @@ class ColourJitter:
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Change `img` [H, W, 3] uint8."""
-        image = torch.from_numpy(np.ascontiguousarray(sample["img"])).permute(2, 0, 1)  # [3, H, W]
+        image = torch.from_numpy(np.ascontiguousarray(sample_parts(sample)[0])).permute(2, 0, 1)  # [3, H, W]
         for adjust in (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation):
             image = adjust(image, np.random.uniform(max(0, 1 - self.strength), 1 + self.strength))
         image = tv.adjust_hue(image, np.random.uniform(-self.strength / 10, self.strength / 10))
@@ -130,7 +251,7 @@ class RandomCrop:
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Change `img` [H, W, 3] and `annot` [G, 5]."""
-        image, annotations = np.asarray(sample["img"]), np.array(sample["annot"])
+        image, annotations = sample_parts(sample)
         size = np.array([image.shape[1], image.shape[0]])  # width, height
         centres = (annotations[:, :2] + annotations[:, 2:4]) / 2
         for _ in range(self.TRIES):
@@ -141,45 +262,58 @@ class RandomCrop:
                 break
         else:
             return sample
-        (x, y), (width, height) = start, cut
-        annotations = annotations[inside]
-        annotations[:, :4] = (annotations[:, :4] - [x, y, x, y]).clip(0, [width, height, width, height])
-        return {**sample, "img": image[y : y + height, x : x + width].copy(), "annot": annotations}
+        (left, top), (width, height) = start.tolist(), cut.tolist()
+        crop = partial(tv.crop, top=top, left=left, height=height, width=width)
+        return _apply({**sample, "annot": annotations[inside]}, crop)
 
 
-def resized_sizes(sizes: np.ndarray, min_side: int, max_side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How Resizer scales images of `sizes` [N, 2], height and width.
+def resized_sizes(
+    sizes: np.ndarray, min_side: int | None, max_side: int | None, enlarge: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How Resizer scales images of `sizes` [N, 2], height and width; without sides, as they are.
 
     Returns:
         Scales [N], resized size / original size; and the sizes after resizing [N, 2] and after padding [N, 2], int.
     """
-    scales = np.minimum(min_side / sizes.min(axis=1), max_side / sizes.max(axis=1))
+    scales = np.ones(len(sizes))
+    if min_side and max_side:
+        scales = np.minimum(min_side / sizes.min(axis=1), max_side / sizes.max(axis=1))
+    scales = scales if enlarge else scales.clip(max=1)
     resized = np.maximum(1, np.round(sizes * scales[:, None])).astype(np.int64)
     # Paper: silent. Original: pads 32 px more where the size already divides by 32. Here: pads nothing there.
     return scales, resized, -(-resized // SIZE_DIVISOR) * SIZE_DIVISOR
 
 
 class Resizer:
-    """Scales the short side to `min_side`, unless the long side would exceed `max_side`; pads to multiples of 32."""
+    """Scales the short side to `min_side`, unless the long side would exceed `max_side`; pads to multiples of 32.
+
+    Args:
+        min_side: pixels.
+        max_side: pixels.
+        enlarge: False leaves smaller images as they are.
+    """
 
     # Paper: 600 to 800 / 1333 pixels. Original: 608 / 1024, in float64. Here: the original's sizes, antialiased
     # on uint8, because it is many times faster and looks the same.
-    def __init__(self, min_side: int = 608, max_side: int = 1024):
+    def __init__(self, min_side: int = 608, max_side: int = 1024, enlarge: bool = True):
         self.min_side = min_side
         self.max_side = max_side
+        self.enlarge = enlarge
 
     def __call__(
         self, sample: dict[str, Any], min_side: int | None = None, max_side: int | None = None
     ) -> dict[str, Any]:
         """Adds `scale` (resized size / original size) and `size` (height and width before the padding)."""
         # torch resizes channels_last bytes without copying them, in two thirds of the time.
-        image = torch.from_numpy(np.ascontiguousarray(sample["img"]))[None].permute(0, 3, 1, 2)  # [1, 3, H, W]
+        image, annotations = sample_parts(sample)
+        image = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)  # [1, 3, H, W]
         sizes = np.array([image.shape[2:]])
-        scales, resized, padded = resized_sizes(sizes, min_side or self.min_side, max_side or self.max_side)
+        sides = min_side or self.min_side, max_side or self.max_side
+        scales, resized, padded = resized_sizes(sizes, *sides, self.enlarge)
         scale, size = float(scales[0]), tuple(resized[0].tolist())
         resized = F.interpolate(image, size, mode="bilinear", antialias=True)
         canvas = pad_images(resized, *padded[0].tolist())[0].permute(1, 2, 0)  # [H, W, 3]
-        annotations = torch.from_numpy(np.array(sample["annot"], dtype=np.float32).reshape(-1, 5))
+        annotations = torch.from_numpy(annotations.astype(np.float32))
         annotations[:, :4] *= scale
         return {**sample, "img": canvas, "annot": annotations, "scale": scale, "size": size}
 
@@ -195,3 +329,45 @@ class ScaleJitter:
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Resize as Resizer does, each sample to a short side of its own."""
         return self.resizer(sample, min_side=int(np.random.randint(self.smallest, self.largest + 1)))
+
+
+class LargeScaleJitter:
+    """Resizes by a random factor, then crops or pads to one square canvas (Ghiasi et al., "Copy-Paste", 2021, 3.1).
+
+    Boxes are clipped to the crop, and dropped where less than `MIN_REST` of their area, or less than a pixel, is left.
+
+    Args:
+        low: smallest factor on the size that Resizer gives an image, at which the network later detects.
+        high: largest factor.
+        min_side: as Resizer's. Where it equals `max_side`, factor 1 fits an image into the canvas, as in the paper.
+        max_side: as Resizer's, and the side of the canvas, which is rounded up to a multiple of 32.
+    """
+
+    MIN_REST = 0.1
+
+    def __init__(self, low: float, high: float, min_side: int = 608, max_side: int = 1024):
+        self.low, self.high = low, high
+        self.min_side, self.max_side = min_side, max_side
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Change `img` [H, W, 3] and `annot` [G, 5]; adds `scale` and `size`, as Resizer does."""
+        image, boxes, labels = _to_tv(sample)
+        size = np.array(image.shape[1:])  # height, width
+        canvas = -(-self.max_side // SIZE_DIVISOR) * SIZE_DIVISOR
+        scale = float(resized_sizes(size[None], self.min_side, self.max_side)[0][0])
+        scale *= np.random.uniform(self.low, self.high)
+        # Cropped before it is resized: memory stays that of the canvas, whatever the factor.
+        height, width = cut = np.clip(int(canvas / scale), 1, size).tolist()
+        top, left = (np.random.randint(0, rest + 1) for rest in size - cut)
+        resized = np.clip(np.round(np.multiply(cut, scale)), 1, canvas).astype(int).tolist()
+        crop = partial(tv.crop, top=top, left=left, height=height, width=width)
+        resize = partial(tv.resize, size=resized, antialias=True)
+        image = pad_images([resize(crop(image))], canvas, canvas)[0]
+        cropped = crop(boxes)
+        rest = resize(cropped)
+        kept = (_areas(cropped) >= self.MIN_REST * _areas(boxes)) & (rest[:, 2:] - rest[:, :2] >= MIN_SIDE).all(dim=1)
+        return _from_tv(sample, image, rest[kept], labels[kept]) | {"scale": scale, "size": tuple(resized)}
+
+
+def _areas(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)

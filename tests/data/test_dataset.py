@@ -1,14 +1,21 @@
 import pickle
+import re
 
 import numpy as np
 import pytest
+import torch
 from helpers import exif, gradient, save, write_coco_data, write_csv_data
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import Compose
 
 from retinanet.data.classes import check_classes, placeholder_names
 from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.ground_truth import coco_content
+from retinanet.data.loader import collater
+from retinanet.data.transforms import Augmenter, ColourJitter, RandomCrop, Resizer
 from retinanet.errors import UserError
 
 BOX = [0.5, 0, 10, 10]
@@ -46,10 +53,108 @@ def test_ids_count_from_1_in_a_file_for_other_tools():
 
 def test_a_transform_is_applied_last(tmp_path):
     def count_boxes(sample):
-        return {"boxes": len(sample["annot"]), "shape": sample["img"].shape}
+        return {**sample, "boxes": len(sample["annot"]), "shape": sample["img"].shape}
 
     data = CSVDataset(*write_csv_data(tmp_path), transform=count_boxes)
-    assert data[0] == {"boxes": 2, "shape": (48, 64, 3)}
+    assert data[0]["boxes"] == 2 and data[0]["shape"] == (48, 64, 3)
+
+
+def returned(tmp_path, result):
+    """The first sample of a data set whose transform returns `result`, or changes the sample by it."""
+
+    def users_own(sample):
+        return {**sample, **result} if isinstance(result, dict) else result
+
+    return CSVDataset(*write_csv_data(tmp_path), transform=Compose([users_own]))[0]  # 48 high, 64 wide; 3 classes
+
+
+GOOD = [4, 8, 24, 40, 1]
+ANNOT, IMAGE = "annot must be numbers", "img must be [H, W, 3], uint8 or normalised floats"
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (None, "a sample is a dict with the keys img and annot, not None"),
+        (("img", "annot"), "a sample is a dict"),
+        ({"annot": np.zeros(0)}, f"{ANNOT} [G, 5] (x1, y1, x2, y2, label), without boxes [0, 5], not float64 [0]"),
+        ({"annot": []}, ANNOT),
+        ({"annot": None}, ANNOT),
+        ({"annot": np.zeros((0, 4), dtype=np.float32)}, ANNOT),
+        ({"annot": np.zeros((5, 4))}, ANNOT),
+        ({"annot": np.array(GOOD)}, ANNOT),
+        ({"annot": np.array([GOOD], dtype=object)}, ANNOT),
+        ({"annot": np.array([["4", "8", "24", "40", "1"]])}, ANNOT),
+        ({"annot": [GOOD, [1, 2]]}, "img and annot must be arrays"),
+        ({"annot": np.array([GOOD, [4, 8, np.nan, 40, 1]])}, "a number that is not finite: [4.0, 8.0, nan, 40.0, 1.0]"),
+        ({"annot": np.array([[4, 8, np.inf, 40, 1]])}, "not finite"),
+        ({"annot": np.array([[24, 8, 4, 40, 1]])}, "a box without x1 < x2 and y1 < y2: [24, 8, 4, 40, 1]"),
+        ({"annot": np.array([[4, 8, 4, 40, 1]])}, "a box without x1 < x2"),
+        ({"annot": np.array([[4, 8, 66, 40, 1]])}, "a box beyond the image, 48 x 64: [4, 8, 66, 40, 1]"),
+        ({"annot": np.array([[-2, 8, 24, 40, 1]])}, "a box beyond the image"),
+        ({"annot": np.array([[4, 8, 24, 40, 3]])}, "a label that is not one of 0 to 2"),
+        ({"annot": np.array([[4, 8, 24, 40, -1]])}, "a label"),
+        ({"annot": np.array([[4, 8, 24, 40, 0.5]])}, "a label"),
+        ({"img": np.zeros((48, 64), dtype=np.uint8)}, f"{IMAGE}, not uint8 [48, 64]"),
+        ({"img": torch.zeros(3, 48, 64)}, f"{IMAGE}, not float32 [3, 48, 64]"),
+        ({"img": np.zeros((0, 64, 3), dtype=np.uint8)}, IMAGE),
+        ({"img": np.zeros((48, 64, 4), dtype=np.uint8)}, IMAGE),
+        ({"img": np.zeros((48, 64, 3), dtype=int)}, IMAGE),
+        ({"img": np.zeros((48, 64, 3), dtype=np.uint16)}, IMAGE),
+        ({"img": None}, IMAGE),
+        ({"img": np.full((48, 64, 3), 255.0)}, "img holds floats far from 0"),
+        ({"img": np.full((48, 64, 3), np.nan)}, "img holds floats far from 0"),
+    ],
+)
+def test_what_is_no_sample_is_a_clear_error(tmp_path, result, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        returned(tmp_path, result)
+    text = str(error.value)
+    assert text.startswith(f"{tmp_path / 'a.png'}: transform Compose(") and "users_own" in text and "\n" not in text
+
+
+def test_a_sample_without_its_image_is_a_clear_error(tmp_path):
+    data = CSVDataset(*write_csv_data(tmp_path), transform=lambda sample: {"image": sample["img"], "annot": []})
+    with pytest.raises(UserError, match=r"a\.png: .*<lambda>: .* not one with the keys \['image', 'annot'\]"):
+        data[0]
+
+
+@pytest.mark.parametrize("ours", [lambda sample: Augmenter()(sample, 1), RandomCrop(0.5), Resizer(), ColourJitter(0.1)])
+@pytest.mark.parametrize("wrong", [{"annot": np.zeros(0)}, {"annot": np.zeros((5, 4))}, {"img": None}])
+def test_a_step_after_the_wrong_one_says_the_same(tmp_path, ours, wrong):
+    data = CSVDataset(*write_csv_data(tmp_path), transform=Compose([lambda sample: {**sample, **wrong}, ours]))
+    with pytest.raises(UserError, match=r"a\.png: transform Compose\(.*: (annot must be|img must be)"):
+        data[0]
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        {"annot": np.zeros((0, 5))},
+        {"annot": torch.zeros(0, 5)},
+        {"annot": [GOOD]},
+        {"annot": np.array([GOOD])},
+        {"annot": np.array([GOOD], dtype=np.float64)[:, ::-1][:, ::-1]},
+        {"annot": torch.tensor([GOOD], dtype=torch.float64)},
+        {"annot": np.array([[-0.5, 8, 64.5, 40, 1]])},
+        {"img": gradient(48, 64)[:, ::-1]},
+        {"img": Image.fromarray(gradient(48, 64))},
+        {"img": np.zeros((48, 64, 3))},
+        {"img": tv_tensors.Image(torch.zeros(48, 64, 3, dtype=torch.uint8))},
+    ],
+)
+def test_unusual_samples_make_a_batch(tmp_path, result):
+    sample = returned(tmp_path, result)
+    batch = collater([sample, returned(tmp_path, {})])
+    assert tuple(batch["img"].shape) == (2, 3, 48, 64) and batch["annot"].dtype == torch.float32
+    np.testing.assert_allclose(batch["annot"][0, : len(sample["annot"])], np.asarray(sample["annot"]))
+
+
+def test_a_transform_that_forgets_the_index_does_no_harm(tmp_path):
+    data = CSVDataset(
+        *write_csv_data(tmp_path), transform=lambda sample: {"img": sample["img"], "annot": sample["annot"]}
+    )
+    assert data[1]["index"] == 1
 
 
 def test_boxes_are_clipped_to_the_image_and_dropped_outside_it(tmp_path):

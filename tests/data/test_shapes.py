@@ -82,4 +82,4 @@ def test_changing_a_sample_does_not_change_the_data():
 
 
 def test_a_transform_is_applied():
-    assert ShapesDataset(1, size=40, transform=lambda sample: sample["index"] + 10)[0] == 10
+    assert ShapesDataset(1, size=40, transform=lambda sample: {**sample, "ten": 10})[0]["ten"] == 10

@@ -51,6 +51,7 @@ def test_normalize_makes_channels_last():
 def test_normalize_takes_floats_as_normalised():
     images = torch.randn(1, 3, 4, 4)
     assert normalize(images) is images
+    assert normalize(images.double()).dtype == torch.float32  # as the weights
 
 
 def test_normalizer_by_hand_and_on_both_scales():

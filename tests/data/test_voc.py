@@ -91,8 +91,8 @@ def test_the_list_of_one_class_is_a_set_too(tmp_path):
 
 
 def test_the_transform_is_applied(tmp_path):
-    data = VOCDataset(write_voc(tmp_path, {"a": []}), transform=lambda sample: sample["img"].shape)
-    assert data[0] == (40, 60, 3)
+    data = VOCDataset(write_voc(tmp_path, {"a": []}), transform=lambda sample: {**sample, "shape": sample["img"].shape})
+    assert data[0]["shape"] == (40, 60, 3)
 
 
 @pytest.mark.parametrize(
