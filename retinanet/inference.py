@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,15 +11,18 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.ops import batched_nms
 
-from retinanet.boxes import clip_boxes
+from retinanet.boxes import clip_boxes, xyxy_to_xywh
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.images import read_image, to_rgb
+from retinanet.data.images import open_image, read_image, to_rgb
 from retinanet.data.loader import collater, explained, make_loader
+from retinanet.data.tiles import OVERLAP, Tiling, merge_cut_boxes
 from retinanet.data.transforms import Resizer, normalize
+from retinanet.data.video import Video, is_video
 from retinanet.errors import UserError, shown
 from retinanet.model import RetinaNet
-from retinanet.postprocess import Detections
+from retinanet.postprocess import MAX_DETECTIONS, NMS_THRESHOLD, Detections
 from retinanet.process import autocast, choose_device, choose_precision, gather_objects, progress
 from retinanet.training.checkpoint import LIMITS, load_model
 
@@ -32,6 +36,41 @@ class Prediction(NamedTuple):
     labels: Tensor  # [N] int64, 0-based
     boxes: Tensor  # [N, 4] float32 xyxy, pixels of the image
     class_names: list[str]  # [N] the name of each label
+
+    def to_coco(
+        self, image_id: int, category_ids: Mapping[int, int] | Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """The detections in COCO's results format, which JSON can hold and `validate.py --detections` reads.
+
+        Args:
+            image_id: the image's, in COCO's annotations; in all other data its number, from 0.
+            category_ids: the id of each label, such as `coco_labels` of a data set; by default the labels themselves,
+                which are the ids in all data but COCO's.
+        """
+        rows = zip(self.scores.tolist(), self.labels.tolist(), xyxy_to_xywh(self.boxes).tolist(), strict=True)
+        return [
+            {
+                "image_id": operator.index(image_id),
+                "category_id": label if category_ids is None else operator.index(category_ids[label]),
+                "bbox": [round(value, 3) for value in box],  # pixels
+                "score": round(score, 6),
+            }
+            for score, label, box in rows
+        ]
+
+    def to_supervision(self) -> Any:
+        """The detections as `supervision.Detections`, with the names as its data `class_name`.
+
+        Raises:
+            UserError: supervision is not installed.
+        """
+        try:
+            from supervision import Detections as Supervised
+        except ImportError as error:
+            raise UserError("to_supervision needs supervision: pip install supervision") from error
+        boxes, scores, labels = (values.numpy() for values in (self.boxes, self.scores, self.labels))
+        names = np.array(self.class_names, dtype=str)
+        return Supervised(xyxy=boxes, confidence=scores, class_id=labels, data={"class_name": names})
 
 
 def predict(
@@ -47,7 +86,10 @@ def predict(
     precision: torch.dtype | str = torch.float32,
     nms_threshold: float | str = "auto",
     top_k: int | str | None = "auto",
-) -> list[Prediction]:
+    tile: int | str | None = "auto",
+    tile_overlap: float | str = "auto",
+    stream: bool = False,
+) -> list[Prediction] | Iterator[Prediction]:
     """Find objects in images.
 
     A file is turned upright as its EXIF orientation says. Everything else is taken as it is: an array is
@@ -57,7 +99,7 @@ def predict(
     Args:
         model: the path of a checkpoint, or the result of `checkpoint.load_model` (to read it only once), or
             a bare model, also within DataParallel.
-        images: an image, or several of any kinds and sizes.
+        images: an image, or several of any kinds and sizes, also from an iterator; or the path of a video.
         score_threshold: scores must be above it; `best`: above those of the best F1 in validation, of each class its
             own; by default that, where the checkpoint has them, or 0.5.
         max_detections: detections an image; None for all; by default as in training, or 100.
@@ -71,9 +113,14 @@ def predict(
         nms_threshold: of two boxes of a class that overlap by more than this IoU, the better one is kept; by default as
             in training, or 0.5.
         top_k: candidates of each pyramid level; None for all; by default as in training, or 1000.
+        tile: images larger than this, pixels, are cut into tiles of this side, at full resolution, in which objects are
+            found and then merged; None for no tiles; by default as in training, or None.
+        tile_overlap: share of the tile's side that neighbours have in common, more than the objects' size; by default
+            as in training, or 0.25.
+        stream: give an iterator, which reads the images as it goes, at most one batch ahead.
 
     Returns:
-        One Prediction an image, in order.
+        One Prediction an image, in order; of a video, one a frame.
 
     Raises:
         UserError: a file cannot be read, or the checkpoint has no `best` scores.
@@ -84,20 +131,24 @@ def predict(
     net, info = model if isinstance(model, tuple) else (getattr(model, "module", model), {})
     if device is not None:
         net.to(choose_device(device), memory_format=torch.channels_last)
-    if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4):
+    if isinstance(images, str | Path) and is_video(images):
+        images = (frame.image for frame in Video(images))
+    elif isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4):
         images = [images]
     names = info.get("class_names") if class_names is None else class_names
     names = [str(label) for label in range(net.num_classes)] if names is None else names
     if isinstance(names, str) or len(names) != net.num_classes:
         raise ValueError(f"class_names must be {net.num_classes} names, as many as the model's classes: {shown(names)}")
-    resizer = Resizer(min_side or info.get("min_side", 608), max_side or info.get("max_side", 1024))
+    resizer, tiling = make_resizer(info, min_side, max_side), choose_tiling(info, tile, tile_overlap)
     if isinstance(precision, str):
         precision = choose_precision(precision, next(net.parameters()).device)
     given = dict(zip(LIMITS, (score_threshold, nms_threshold, top_k, max_detections), strict=True))
     given = {name: value for name, value in given.items() if value != "auto"}
     limits = detection_limits({"class_names": names} | info, given, for_use=True)
-    found = detect_images(net, map(as_array, images), resizer, batch_size, precision, **limits)
-    return [Prediction(*detections, [names[label] for label in detections.labels.tolist()]) for _, detections in found]
+    arrays = (open_image(one) if tiling and isinstance(one, str | Path) else as_array(one) for one in images)
+    found = detect_images(net, arrays, resizer, batch_size, precision, tiling, **limits)
+    predictions = (Prediction(*one, [names[label] for label in one.labels.tolist()]) for _, one in found)
+    return predictions if stream else list(predictions)
 
 
 def detection_limits(info: Mapping[str, Any], given: Mapping[str, Any], for_use: bool = False) -> dict[str, Any]:
@@ -122,6 +173,31 @@ def detection_limits(info: Mapping[str, Any], given: Mapping[str, Any], for_use:
         scores = [best["classes"].get(name, best["all"]) for name in info["class_names"]]
         limits |= {"score_threshold": min(scores), "class_thresholds": scores}
     return limits
+
+
+def make_resizer(info: Mapping[str, Any], min_side: int | None = None, max_side: int | None = None) -> Resizer:
+    """The Resizer of a model, from its `info` of `load_model`, unless sides are given.
+
+    A model that was trained on tiles has seen no enlarged images, and gets none.
+    """
+    sides = min_side or info.get("min_side", 608), max_side or info.get("max_side", 1024)
+    return Resizer(*sides, enlarge=not info.get("tile"))
+
+
+def choose_tiling(
+    info: Mapping[str, Any], tile: int | str | None = "auto", tile_overlap: float | str = "auto"
+) -> Tiling | None:
+    """The tiles of a model, from its `info` of `load_model`, unless others are given; None or 0 stand for no tiles.
+
+    Raises:
+        UserError: a value is out of range, or there is an overlap without tiles.
+    """
+    side = info.get("tile") if tile == "auto" else tile
+    if side is not None and side is not False and side != 0:
+        return Tiling(side, info.get("tile_overlap", OVERLAP) if tile_overlap == "auto" else tile_overlap)
+    if tile_overlap != "auto":
+        raise UserError("an overlap of tiles (tile_overlap) needs the side of the tiles (tile)")
+    return None
 
 
 def as_array(image: AnyImage) -> np.ndarray:
@@ -174,7 +250,7 @@ def detect(
 
     Args:
         model: has `detect`; it keeps its mode.
-        loader: batches from `collater`, of samples from Resizer; under torchrun, this rank's share of them.
+        loader: from `make_loader`, of samples from Resizer and of tiles; under torchrun, this rank's share of them.
         device: where the model is.
         precision: of the network's arithmetic.
         stop: called before every batch; where it returns True, detection ends with what was found so far.
@@ -184,14 +260,19 @@ def detect(
         The Detections of each sample index of all ranks, on the CPU, boxes in pixels of the original image;
         the same on every rank.
     """
-    found = {}
+    found, tiled = {}, {}
     with _evaluation_mode(model), explained(loader, precision) as seen:
         for batch in progress(loader, "detecting"):
             if stop is not None and stop():
                 break
             seen["shape"] = tuple(batch["img"].shape)
-            found |= zip(batch["index"], detect_batch(model, batch, device, precision, **limits), strict=True)
+            detections = detect_batch(model, batch, device, precision, **limits)
+            if "tile" in batch:
+                tiled.setdefault(batch["index"][0], []).extend(zip(batch["tile"], detections, strict=True))
+            else:
+                found |= zip(batch["index"], detections, strict=True)
             seen.clear()
+    found |= {index: merge_tiles(parts, **limits) for index, parts in tiled.items()}
     return {index: one for share in gather_objects(found) for index, one in share.items()}
 
 
@@ -217,15 +298,51 @@ def detect_batch(
     ]
 
 
+def merge_tiles(
+    parts: Sequence[tuple[np.ndarray, Detections]],
+    nms_threshold: float = NMS_THRESHOLD,
+    max_detections: int | None = MAX_DETECTIONS,
+    **_: Any,
+) -> Detections:
+    """The Detections of an image from those of its tiles.
+
+    Boxes that the borders of tiles cut are joined or dropped, then NMS within each class finds repeated ones. The
+    limits are those of `detect`: `top_k` was applied to each tile, `max_detections` is applied to the image.
+
+    Args:
+        parts: of each tile [4] xyxy, pixels of the image, row by row, the Detections in its pixels.
+    """
+    tiles = torch.from_numpy(np.stack([tile for tile, _ in parts])).float()
+    tile_index = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(found.scores) for _, found in parts]))
+    scores, labels, boxes = (torch.cat(column) for column in zip(*(found for _, found in parts), strict=True))
+    boxes = boxes + tiles[tile_index, :2].repeat(1, 2)
+    scores, labels, boxes = merge_cut_boxes(scores, labels, boxes, tile_index, tiles)
+    kept = batched_nms(boxes, scores, labels, nms_threshold)[:max_detections]
+    return Detections(scores[kept], labels[kept], boxes[kept])
+
+
+def _detect_tiles(
+    net: RetinaNet, image: np.ndarray, tiling: Tiling, batch_size: int, precision: torch.dtype, **limits: Any
+) -> Detections:
+    """Run a detector over the tiles of one image."""
+    parts, device = [], next(net.parameters()).device
+    total = -(-tiling.count(*image.shape[:2]) // batch_size)
+    for batch in progress(tiling.batches(image, batch_size), "tiles", total):
+        with _evaluation_mode(net):
+            parts += zip(batch["tile"], detect_batch(net, batch, device, precision, **limits), strict=True)
+    return merge_tiles(parts, **limits)
+
+
 def detect_images(
     net: RetinaNet,
     images: Iterable[np.ndarray],
     resizer: Resizer,
     batch_size: int = 4,
     precision: torch.dtype = torch.float32,
+    tiling: Tiling | None = None,
     **limits: Any,
 ) -> Iterator[tuple[np.ndarray, Detections]]:
-    """Run a detector over a stream of images.
+    """Run a detector over a stream of images; with a `tiling`, over the tiles of those that are larger than a tile.
 
     Only consecutive images of the same size share a batch: none is padded, so the others do not affect its detections.
     Yields each image, [H, W, 3] uint8, and its Detections, on the CPU, boxes in pixels of the image; the model keeps
@@ -234,13 +351,33 @@ def detect_images(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     device = next(net.parameters()).device
-    for (height, width, _), same_size in itertools.groupby(images, key=np.shape):
-        while group := list(itertools.islice(same_size, batch_size)):
-            batch = collater([resizer({"img": image, "annot": np.zeros((0, 5))}) for image in group])
+    for (height, width, _), same_size in itertools.groupby(images, key=lambda image: image.shape):
+        if tiling and not tiling.fits(height, width):
+            for image in same_size:
+                yield image, _detect_tiles(net, image, tiling, batch_size, precision, **limits)
+        for group in _batches(same_size, batch_size):
+            batch = collater([resizer({"img": image[:height], "annot": np.zeros((0, 5))}) for image in group])
             with _evaluation_mode(net):
                 found = detect_batch(net, batch, device, precision, **limits)
             for image, (scores, labels, boxes) in zip(group, found, strict=True):
                 yield image, Detections(scores, labels, clip_boxes(boxes, height, width))
+
+
+def _batches(images: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
+    """At most `size` images at once; where one cannot be read, those before it come first."""
+    group = []
+    try:
+        for image in images:
+            group.append(image)
+            if len(group) == size:
+                yield group
+                group = []
+    except Exception:
+        if group:
+            yield group
+        raise
+    if group:
+        yield group
 
 
 def detect_dataset(model: nn.Module, dataset: DetectionDataset, **limits: float | None) -> dict[int, Detections]:

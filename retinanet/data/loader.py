@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.sampler import AspectRatioBasedSampler
+from retinanet.data.tiles import Tiling
 from retinanet.data.transforms import pad_images
 from retinanet.errors import UserError
 from retinanet.process import get_rank, get_world_size, seeded
@@ -129,6 +130,34 @@ class _Loader(DataLoader):
         )
 
 
+class _TiledLoader:
+    """The batches of `whole`, then those of the tiles of larger images, read in this process, one at a time.
+
+    The batches of tiles have `tile`, see `Tiling.batches`, and are of one image each; one image's come in order.
+    """
+
+    def __init__(
+        self, whole: _Loader, dataset: DetectionDataset, large: Sequence[int], tiling: Tiling, batch_size: int
+    ):
+        self.whole = whole
+        self.dataset = dataset
+        self.large = large
+        self.tiling = tiling
+        self.batch_size = batch_size
+        self.explain_death = whole.explain_death
+
+    def __len__(self) -> int:
+        counts = [self.tiling.count(*self.dataset.image_sizes[index]) for index in self.large]
+        return len(self.whole) + sum(-(-count // self.batch_size) for count in counts)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield from self.whole
+        for index in self.large:
+            image = self.dataset.open_image(index)
+            for batch in self.tiling.batches(image, self.batch_size):
+                yield {**batch, "index": [index] * len(batch["tile"])}
+
+
 def make_loader(
     dataset: DetectionDataset,
     batch_size: int,
@@ -136,7 +165,8 @@ def make_loader(
     batch_sampler: Sampler[list[int]] | Sequence[Sequence[int]] | None = None,
     indices: Sequence[int] | None = None,
     device: torch.device | None = None,
-) -> DataLoader:
+    tiling: Tiling | None = None,
+) -> "_Loader | _TiledLoader":
     """A loader of batches: for training those of `batch_sampler`, else all samples, or `indices` in order.
 
     All samples are sorted by shape, so that the images of a batch need little padding. Without a `batch_sampler`,
@@ -149,6 +179,7 @@ def make_loader(
         batch_sampler: of an AspectRatioBasedSampler, augmentations follow from its seed, the epoch and the image alone.
         indices: which samples; default: all.
         device: where the batches will go; CUDA takes them from pinned memory.
+        tiling: images that are larger than its tiles come after all others, as batches of their tiles.
     """
     seed, generator = 0, None
     if isinstance(batch_sampler, AspectRatioBasedSampler):
@@ -158,6 +189,12 @@ def make_loader(
         batch_sampler = _KeySampler(batch_sampler)
     elif batch_sampler is None:
         chosen = range(len(dataset)) if indices is None else indices
+        if tiling:
+            sizes = dataset.image_sizes
+            large = [index for index in chosen if not tiling.fits(*sizes[index])]
+            if large:
+                whole = make_loader(dataset, batch_size, workers, None, sorted({*chosen} - {*large}), device)
+                return _TiledLoader(whole, dataset, large[get_rank() :: get_world_size()], tiling, batch_size)
         if indices is None and batch_size > 1:
             chosen = sorted(chosen, key=dataset.image_aspect_ratio)
         batch_sampler = [list(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
@@ -197,7 +234,7 @@ def explained(loader: Iterable, precision: torch.dtype) -> Iterator[dict[str, An
                 f"out of memory with {batch} images of {height} x {width} pixels a batch in {precision}: lower "
                 "--batch_size (in training, raise --accumulate as much) or the images' size, or use --precision bf16"
             ) from error
-        message = loader.explain_death(str(error)) if isinstance(loader, _Loader) else None
+        message = loader.explain_death(str(error)) if isinstance(loader, _Loader | _TiledLoader) else None
         if message:
             raise WorkerDiedError(message) from error
         raise

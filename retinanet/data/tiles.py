@@ -1,0 +1,190 @@
+"""Tiles of large images: where they lie, batches of them, how boxes of tiles become boxes of the image.
+
+Tiles are squares of the image's own pixels, so that small objects keep their size. They overlap, so that an object on
+the border of one lies whole in the next, unless it is larger than the overlap.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retinanet.boxes import box_intersection, box_iou
+from retinanet.data.report import MIN_SIDE
+from retinanet.data.transforms import SIZE_DIVISOR, pad_images
+from retinanet.errors import UserError, shown
+
+SIDES = (16, 16_384)  # pixels that a tile may have
+MAX_OVERLAP = 0.9  # share of a tile's side
+OVERLAP = 0.25  # by default
+BACKGROUND = 0.2  # share of training tiles without a box, by default
+# In training, a box whose part in the tile is smaller than this share of its area is no object of the tile.
+KEPT_SHARE = 0.4
+TRIES = 10  # draws of a training tile without a box
+# A box counts as cut if it comes as near to an inner border of its tile: a share of its side, or pixels.
+NEAR_SHARE, NEAR_PIXELS = 0.1, 2
+SAME_IOU = 0.5  # boxes of two tiles with this IoU, where both tiles see them, are one object
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How images are cut into tiles.
+
+    Attributes:
+        side: of a tile, pixels.
+        overlap: share of the side that neighbours have in common, at least.
+
+    Raises:
+        UserError: one of them is out of range.
+    """
+
+    side: int
+    overlap: float = OVERLAP
+
+    def __post_init__(self):
+        if isinstance(self.side, bool) or not isinstance(self.side, int) or not SIDES[0] <= self.side <= SIDES[1]:
+            raise UserError(f"tile must be a whole number of pixels from {SIDES[0]} to {SIDES[1]}: {shown(self.side)}")
+        if not isinstance(self.overlap, Real) or not 0 <= self.overlap <= MAX_OVERLAP:
+            raise UserError(f"tile_overlap must be a share from 0 to {MAX_OVERLAP}: {shown(self.overlap)}")
+
+    def fits(self, height: int, width: int) -> bool:
+        """Whether an image is no larger than one tile: then it is not cut."""
+        return max(height, width) <= self.side
+
+    def _starts(self, length: int) -> list[int]:
+        step = max(1, self.side - round(self.side * self.overlap))
+        last = max(0, length - self.side)
+        return [*range(0, last, step), last]
+
+    def count(self, height: int, width: int) -> int:
+        """Number of tiles of an image."""
+        return len(self._starts(height)) * len(self._starts(width))
+
+    def boxes(self, height: int, width: int) -> np.ndarray:
+        """The tiles of an image, row by row: [T, 4] int xyxy; the last of a row or column is shifted inwards."""
+        ys, xs = np.meshgrid(self._starts(height), self._starts(width), indexing="ij")
+        corners = np.stack([xs.ravel(), ys.ravel()], axis=1)
+        return np.concatenate([corners, np.minimum(corners + self.side, (width, height))], axis=1)
+
+    def batches(self, image: np.ndarray, batch_size: int) -> Iterator[dict[str, Any]]:
+        """The tiles of an image as batches like those of `collater`, at full resolution.
+
+        Args:
+            image: [H, W, 3] uint8, or what gives such parts of it when sliced.
+            batch_size: tiles a batch.
+
+        Yields:
+            `img` [B, 3, H, W] uint8; lists of `size` and `scale`; and `tile` [B, 4] xyxy, pixels of the image.
+        """
+        tiles = self.boxes(*image.shape[:2])
+        for group in np.split(tiles, range(batch_size, len(tiles), batch_size)):
+            parts = [torch.from_numpy(image[y1:y2, x1:x2]).permute(2, 0, 1) for x1, y1, x2, y2 in group.tolist()]
+            size = tuple(parts[0].shape[1:])
+            images = pad_images(parts, *(-(-length // SIZE_DIVISOR) * SIZE_DIVISOR for length in size))
+            yield {"img": images, "size": [size] * len(group), "scale": [1.0] * len(group), "tile": group}
+
+
+class RandomTile:
+    """Cuts a random tile for training: one that holds a box, or, now and then, background.
+
+    The box is drawn first, each alike, then the tile around it. Boxes are clipped to the tile; those of which less than
+    KEPT_SHARE of the area is inside are dropped. Images that fit into a tile stay as they are.
+
+    Args:
+        side: of the tile, pixels.
+        background: share of the tiles that are drawn anywhere, until one holds no box, at most TRIES times.
+    """
+
+    def __init__(self, side: int, background: float = BACKGROUND):
+        self.side = side
+        self.background = background
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Change `img` [H, W, 3] and `annot` [G, 5]."""
+        image, annotations = sample["img"], np.array(sample["annot"])
+        size = np.array(image.shape[1::-1])  # width, height
+        room = np.maximum(0, size - self.side)
+        if len(annotations) and np.random.rand() >= self.background:
+            box = annotations[np.random.randint(len(annotations)), :4]
+            # Between these starts the tile holds the box; if that is larger, the box holds the tile.
+            ends = np.sort([np.ceil(box[2:] - self.side), np.floor(box[:2])], axis=0).clip(0, room).astype(int)
+            start = np.random.randint(ends[0], ends[1] + 1)
+            kept = self._part(annotations, start, size)
+        else:
+            for _ in range(TRIES):
+                start = np.random.randint(0, room + 1)
+                kept = self._part(annotations, start, size)
+                if not len(kept):
+                    break
+        (x, y), (right, bottom) = start, np.minimum(start + self.side, size)
+        return {**sample, "img": np.ascontiguousarray(image[y:bottom, x:right]), "annot": kept}
+
+    def _part(self, annotations: np.ndarray, start: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """The annotations of a tile, in its pixels."""
+        moved, limit = annotations.copy(), np.minimum(self.side, size)
+        moved[:, :4] = (moved[:, :4] - np.tile(start, 2)).clip(0, np.tile(limit, 2))
+        before, after = (boxes[:, 2:4] - boxes[:, :2] for boxes in (annotations, moved))
+        return moved[(after.prod(axis=1) >= KEPT_SHARE * before.prod(axis=1)) & (after >= MIN_SIDE).all(axis=1)]
+
+
+def merge_cut_boxes(
+    scores: Tensor, labels: Tensor, boxes: Tensor, tile_index: Tensor, tiles: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Join what the borders between tiles cut apart.
+
+    Two boxes of a class from different tiles are one object if they agree where both tiles see them; of each tile, an
+    object has one box at most, because NMS has been there. Of the boxes of an object, those that a border cuts lose to
+    those that are whole; if all are cut, as those of an object larger than the overlap, the box around them is its
+    box, with the best of their scores.
+
+    Args:
+        scores: [N], of the tiles in order.
+        labels: [N].
+        boxes: [N, 4] xyxy, pixels of the image, within their tiles.
+        tile_index: [N] int, rising: the tile of each.
+        tiles: [T, 4] xyxy, pixels of the image, row by row.
+
+    Returns:
+        Scores, labels and boxes of what is left; whole boxes may still repeat an object, which NMS finds.
+    """
+    bounds = torch.cat([tiles[:, :2].amin(dim=0), tiles[:, 2:].amax(dim=0)])  # the image
+    of_box = tiles[tile_index]  # [N, 4]
+    sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    near = (boxes - of_box).abs() <= (NEAR_SHARE * sides).clamp(min=NEAR_PIXELS)
+    cut = (near & (of_box != bounds)).any(dim=1)  # [N]
+
+    agreements = []
+    for tile in tile_index.unique().tolist():
+        begin, end = (int(torch.searchsorted(tile_index, value)) for value in (tile, tile + 1))
+        # Those of earlier tiles that have something in common with this one; rows of tiles go down the image.
+        first = int(torch.searchsorted(of_box[:begin, 3].contiguous(), tiles[tile, 1], right=True))
+        shared = box_intersection(of_box[first:begin], tiles[tile : tile + 1])[:, 0] > 0
+        others = shared.nonzero()[:, 0] + first  # [M]
+        low, high = of_box[others].maximum(tiles[tile]), of_box[others].minimum(tiles[tile])
+        low, high = low[:, [0, 1, 0, 1]], high[:, [2, 3, 2, 3]]  # [M, 4]: what both tiles see
+        own, theirs = boxes[begin:end, None].clamp(low, high), boxes[others].clamp(low, high)
+        iou = box_iou(own[:, :, None], theirs[:, None])[:, :, 0, 0]  # [end - begin, M]
+        possible = (labels[begin:end, None] == labels[others]) & (cut[begin:end, None] | cut[others])
+        rows, columns = ((iou >= SAME_IOU) & possible).nonzero().unbind(dim=1)
+        agreements += zip(iou[rows, columns].tolist(), (rows + begin).tolist(), others[columns].tolist(), strict=True)
+
+    objects = {}  # each box in a pair -> the boxes of its object
+    for _, one, other in sorted(agreements, reverse=True):
+        ours, theirs = objects.setdefault(one, [one]), objects.setdefault(other, [other])
+        both = tile_index[ours + theirs]
+        if ours is not theirs and len(both.unique()) == len(both):
+            ours += theirs
+            objects |= dict.fromkeys(theirs, ours)
+
+    keep, boxes, scores = torch.ones(len(boxes), dtype=torch.bool), boxes.clone(), scores.clone()
+    for members in {id(members): members for members in objects.values() if len(members) > 1}.values():
+        keep[members] = ~cut[members]
+        if cut[members].all():
+            parts, best = boxes[members], members[int(scores[members].argmax())]
+            boxes[best] = torch.cat([parts[:, :2].amin(dim=0), parts[:, 2:].amax(dim=0)])
+            keep[best] = True
+    return scores[keep], labels[keep], boxes[keep]
