@@ -16,6 +16,7 @@ from torch import Tensor
 
 from retinanet.anchors import Anchors
 from retinanet.data.classes import placeholder_names
+from retinanet.data.tiles import MAX_OVERLAP, OVERLAP, SIDES, Tiling
 from retinanet.errors import UserError, shown
 from retinanet.model import ARCHITECTURES, RetinaNet, resnet
 from retinanet.postprocess import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, TOP_K
@@ -137,10 +138,12 @@ def model_entries(
     max_side: int,
     limits: Mapping[str, float] = LIMITS,
     score_thresholds: Mapping[str, Any] | None = None,
+    tiling: Tiling | None = None,
 ) -> dict[str, Any]:
     """What rebuilds a model: weights, depth, class names, anchors, matching rule, the size of its images, its LIMITS.
 
-    `score_thresholds` are those of `evaluation.voc.best_scores`, if it was validated.
+    `score_thresholds` are those of `evaluation.voc.best_scores`, if it was validated; `tiling` that of a model which
+    was trained on tiles.
     """
     state = net.state_dict()
     return {
@@ -153,6 +156,8 @@ def model_entries(
         "max_side": max_side,
         "limits": dict(limits),
         "score_thresholds": dict(score_thresholds or {}),
+        "tile": tiling and tiling.side,
+        "tile_overlap": float(tiling.overlap) if tiling else OVERLAP,
     }
 
 
@@ -173,7 +178,7 @@ def _read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], 
     """
     content = load(path)
     info = {"class_names": None, "anchors": {}, "min_side": 608, "max_side": 1024}
-    info |= {"limits": dict(LIMITS), "score_thresholds": {}}
+    info |= {"limits": dict(LIMITS), "score_thresholds": {}, "tile": None, "tile_overlap": OVERLAP}
     with checked(path, f"holds a {type(content).__name__}, which is no whole RetinaNet"):
         if isinstance(content, dict) and content.keys() & (MODEL_KEYS - {"model"}):
             if missing := MODEL_KEYS - content.keys():
@@ -211,6 +216,8 @@ def _check(state: Mapping[str, Tensor], info: Mapping[str, Any], anchors: Anchor
         "range of limits": all(
             0 <= value <= 1 if type(value) is float else 1 <= value <= 10**6 for value in limits.values()
         ),
+        "tile": info["tile"] is None or (type(info["tile"]) is int and SIDES[0] <= info["tile"] <= SIDES[1]),
+        "tile_overlap": type(info["tile_overlap"]) is float and 0 <= info["tile_overlap"] <= MAX_OVERLAP,
         "score_thresholds": all(type(score) is float and 0 <= score <= 1 for score in scores),
         "fpn.P6.weight": "fpn.P6.weight" not in state or state["fpn.P6.weight"].dim() == 4,
     }
