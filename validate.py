@@ -2,24 +2,13 @@
 
 import argparse
 import sys
-from functools import partial
-from typing import Any
 
-import torch
-
-from retinanet import inference, process
+from retinanet import api, process
 from retinanet.commands import flags
-from retinanet.data.checks import write_skipped
 from retinanet.data.classes import check_classes
-from retinanet.data.dataset import DetectionDataset
-from retinanet.data.loader import make_loader
-from retinanet.data.transforms import Resizer
 from retinanet.evaluation import coco, report
-from retinanet.evaluation.errors import CONFUSION_SCORE
-from retinanet.postprocess import Detections
-from retinanet.process import log, script
+from retinanet.process import script
 from retinanet.training.checkpoint import LIMITS, load_model
-from retinanet.visual import charts
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -50,65 +39,28 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def run_model(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Detections], dict[str, Any]]:
-    """The data set, and the model's detections in it and their limits; under torchrun, all processes share the work."""
-    device = process.choose_device(args.device)
-    process.init_distributed(device)
-    net, info = load_model(args.model)
-    dataset = flags.make_dataset(args, "val", Resizer(info["min_side"], info["max_side"]), info["class_names"])
-    check_classes(args.model, info["class_names"], dataset)
-    indices = None if args.limit is None else range(len(dataset))[: args.limit]
-    loader = make_loader(dataset, args.batch_size, args.workers, indices=indices, device=device)
-    net.to(device, memory_format=torch.channels_last)
-    precision = process.choose_precision(args.precision, device)
-    limits = inference.detection_limits(info, flags.given_limits(args))
-    return dataset, inference.detect(net, loader, device, precision, **limits), limits
-
-
-def read_file(args: argparse.Namespace) -> tuple[DetectionDataset, dict[int, Detections], list[dict[str, Any]]]:
-    """The data set, and the detections of a results file in it, also as the file has them; no image is opened."""
-    dataset = flags.make_dataset(args, "val", None)
-    results, chosen = coco.read_results(dataset, args.detections), range(len(dataset))[: args.limit]
-    found, ids = coco.to_detections(dataset, results), {dataset.image_ids[index] for index in chosen}
-    results = [result for result in results if result["image_id"] in ids]
-    return dataset, {index: found[index] for index in chosen}, results
-
-
 @script
 def main(argv: list[str] | None = None) -> None:
     """Score a detector as the flags say."""
     args = parse_arguments(argv)
     process.setup_logging()
-    folder = flags.make_out_dir(args.out) if args.out else None
-    if folder:
-        report.check_folder(folder)
+    how = {name: getattr(args, name) for name in ("iou_threshold", "voc07", "analyse", "min_precision")}
     if args.model:
-        (dataset, found, limits), results = run_model(args), None
-    else:
-        (dataset, found, results), limits = read_file(args), LIMITS | flags.given_limits(args)
-    if not process.is_main_process():
+        process.init_distributed(process.choose_device(args.device))
+        net, info = load_model(args.model)
+        dataset = flags.make_dataset(args, "val", None, info["class_names"])
+        check_classes(args.model, info["class_names"], dataset)
+        machine = {name: getattr(args, name) for name in ("batch_size", "workers", "device", "precision", "limit")}
+        api.validate((net, info), dataset, out=args.out, **how, **machine, **flags.given_limits(args))
         return
-    if args.model:
-        log.info("detections with scores above %g:", limits["score_threshold"])
-    write_skipped(folder, [dataset])
-    count = limits["max_detections"], args.min_precision
-    evaluation = report.evaluate(dataset, found, args.iou_threshold, args.voc07, args.analyse, results, *count)
-    log.info("%s", evaluation.text())
-    if not folder:
-        return
-    evaluation.write(folder)
-    curves = {f"IoU {iou}": evaluation.coco.curves(row) for iou, row in (("0.50", 0), ("0.75", 5))}
-    pictures = {"pr_curves.png": partial(charts.draw_curves, curves), "thresholds.png": evaluation.draw_thresholds}
-    if lost := evaluation.errors:
-        pictures["errors.png"] = partial(charts.draw_bars, lost.lost, "AP50 lost to each kind of error")
-        title, names = f"detections with scores above {CONFUSION_SCORE}", [*dataset.classes, "background"]
-        pictures["confusion.png"] = partial(charts.draw_matrix, lost.confusion, names, title)
-    for name, draw in pictures.items():
-        try:
-            draw(folder / name)
-        except (OSError, ValueError) as error:
-            log.warning("warning: no %s: %s", name, error)
-    log.info("\nwritten to %s: %s", folder, ", ".join(sorted(path.name for path in folder.iterdir())))
+    if args.out:
+        report.check_folder(flags.make_out_dir(args.out))
+    dataset = flags.make_dataset(args, "val", None)
+    results, chosen = coco.read_results(dataset, args.detections), range(len(dataset))[: args.limit]
+    found, ids = coco.to_detections(dataset, results), {dataset.image_ids[index] for index in chosen}
+    results, found = [one for one in results if one["image_id"] in ids], {index: found[index] for index in chosen}
+    limit = (LIMITS | flags.given_limits(args))["max_detections"]
+    api.report_scores(dataset, found, args.out, **how, max_detections=limit, results=results)
 
 
 if __name__ == "__main__":

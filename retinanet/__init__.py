@@ -3,17 +3,23 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from retinanet.api import train as train
+    from retinanet.api import validate as validate
     from retinanet.inference import predict as predict
 
 __version__ = "1.0.0"
 
 
 def __dir__() -> list[str]:
-    return [*globals(), "predict"]
+    return [*globals(), "predict", "train", "validate"]
 
 
 def __getattr__(name: str) -> Any:
-    """`retinanet.predict`, imported at first use, so that `import retinanet` stays light."""
+    """`predict`, `train` and `validate`, imported at first use, so that `import retinanet` stays light."""
+    if name in ("train", "validate"):
+        from retinanet import api
+
+        return getattr(api, name)
     if name == "predict":
         from retinanet.inference import predict
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import distributed
-from tqdm import tqdm
+from tqdm import auto
 
 from retinanet.errors import UserError, printable
 from retinanet.signals import end_with_parent, resume_workers
@@ -100,10 +100,11 @@ def show_log() -> None:
         setup_logging()
 
 
-def progress(items: Iterable, description: str, total: int | None = None, initial: int = 0) -> tqdm:
-    """Show a progress bar over `items`, on rank 0 and on a terminal only."""
-    disable = None if is_main_process() else True  # None: where the output is no terminal
-    return tqdm(items, desc=description, total=total, initial=initial, disable=disable, leave=False, dynamic_ncols=True)
+def progress(items: Iterable, description: str, total: int | None = None, initial: int = 0) -> auto.tqdm:
+    """Show a progress bar over `items`, on rank 0, in a terminal or a notebook only."""
+    in_notebook = auto.notebook_tqdm is not auto.std_tqdm
+    disable = not is_main_process() or (False if in_notebook else None)  # None: where the output is no terminal
+    return auto.tqdm(items, description, total, initial=initial, disable=disable, leave=False, dynamic_ncols=True)
 
 
 def seed_everything(seed: int) -> None:
@@ -222,7 +223,7 @@ def init_distributed(device: torch.device) -> None:
     """Join the other processes of a torchrun job, if this is one; `device` is the one that this process computes on."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if "TORCHELASTIC_RUN_ID" not in os.environ or distributed.is_initialized():
         return
     if device.type == "mps":
         raise UserError("torchrun's processes cannot share the gradients of mps: use one process, or --device cpu")

@@ -24,6 +24,9 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         # nohup ignores SIGHUP, and is not to be overruled.
+        if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+            self.before = {}
+            return self
         ignored = {signum for signum in self.HANDLED[3:] if signal.getsignal(signum) == signal.SIG_IGN}
         self.before = {signum: signal.signal(signum, self._handle) for signum in self.HANDLED if signum not in ignored}
         return self

@@ -30,7 +30,9 @@ RULES = {
     "coco_eval": ("evaluation",),
     "csv_eval": ("evaluation",),
     "utils": ("boxes", "resnet"),
-    "__init__": ("inference",),
+    "running": ("commands.flags", "data", "training", "evaluation", "visual", "inference", *PAPER, *BASE),
+    "api": ("running", "commands.flags", "data", "training", "evaluation", "visual", "inference", *PAPER, *BASE),
+    "__init__": ("inference", "api"),
     "__main__": ("commands",),
 }
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

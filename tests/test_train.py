@@ -18,7 +18,7 @@ from helpers import truncate, write_csv_data
 from torch import distributed
 
 import train
-from retinanet import api
+from retinanet import running
 from retinanet.data.shapes import ShapesDataset
 from retinanet.errors import UserError
 from retinanet.model import ARCHITECTURES, resnet18
@@ -45,9 +45,9 @@ def small_and_quick():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ARCHITECTURES, 18, (BasicBlock, (1, 1, 1, 1)))
-        for module, name in ((api.charts, "draw_training_curves"), (api.views, "save_detections")):
+        for module, name in ((running.charts, "draw_training_curves"), (running.views, "save_detections")):
             patch.setattr(module, name, lambda *_: None)
-        patch.setattr(api.data_views, "save_data_images", lambda *_: None)
+        patch.setattr(running.data_views, "save_data_images", lambda *_: None)
         yield
     torch.set_num_threads(before)
 
@@ -225,7 +225,7 @@ def test_a_signal_saves_in_the_middle_of_an_epoch(tmp_path, reference, name, sta
 
 def test_a_signal_before_the_first_step_saves_after_it(tmp_path):
     folder = tmp_path / "a"
-    change = once(api.data_views, "save_data_images", 1, send("SIGTERM"))
+    change = once(running.data_views, "save_data_images", 1, send("SIGTERM"))
     jobs, output = start(folder, *LIVELY, change=change)
     assert finish(jobs) == [143]
     assert "SIGTERM: stopping after this step" in output() and progress_of(folder) == (0, 1)
@@ -234,7 +234,7 @@ def test_a_signal_before_the_first_step_saves_after_it(tmp_path):
 @SLOW
 def test_a_signal_in_validation_saves_what_was_trained(tmp_path, reference):
     folder = tmp_path / "a"
-    jobs, _ = start(folder, *LIVELY, change=once(api.inference, "detect", 1, send("SIGTERM")))
+    jobs, _ = start(folder, *LIVELY, change=once(running.inference, "detect", 1, send("SIGTERM")))
     assert finish(jobs) == [143]
     assert progress_of(folder) == (0, 3)
     train_to_end(folder, *LIVELY, "--resume", "auto")

@@ -81,6 +81,12 @@ class RunLog:
             self._add_to_board(entry)
             self.board.flush()
 
+    def close(self) -> None:
+        """Close the files, so that another run may use the folder."""
+        for file in (self.file, self.board, self.lock):
+            if file:
+                file.close()
+
     def flush(self) -> int:
         """Write all entries to the disk; returns the log's size, bytes."""
         self.file.flush()

@@ -40,6 +40,8 @@ class Run:
         self.ema = EMA(net, settings.ema) if settings.ema is not None else None
         self.schedule = Schedule(self.optimizer, recipe, settings.epochs * self.steps_per_epoch)
         self.log: RunLog | None = None  # on rank 0
+        self.on_log: Callable[[dict[str, float]], object] | None = None  # likewise
+        self.on_validation: Callable[[dict[str, float]], object] | None = None
         self.progress = Progress()
         self.best = -1.0  # AP of best.pt
         self.stale = 0  # validations since then
@@ -68,6 +70,8 @@ class Run:
         """Add an entry to the log, on rank 0."""
         if self.log:
             self.log.write(entry)
+            if self.on_log:
+                self.on_log(dict(entry))
 
     def after_step(self, signum: int, check_norm: Callable[[], object]) -> None:
         """Call after every optimizer step: update the average, save if it is time, and stop if a signal came."""

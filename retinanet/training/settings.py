@@ -1,63 +1,110 @@
-"""The settings of a training run: what the flags of train.py say, with nothing left to decide."""
+"""The settings of a training run, for train.py and `retinanet.train`, and what they come to."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Real
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import torch
 
+from retinanet.errors import UserError, shown, suggestion
+from retinanet.model import ARCHITECTURES
 from retinanet.process import PRECISIONS, choose_precision, get_world_size
 from retinanet.training.checkpoint import LIMITS
 from retinanet.training.recipes import RECIPES
 
+# The numbers that settings may be: beyond them, memory and arithmetic fail without a word.
+BOUNDS = {
+    **dict.fromkeys(("min_side", "max_side", "jitter"), (1, 16_384)),  # pixels
+    **dict.fromkeys(("batch_size", "accumulate"), (1, 65_536)),
+    **dict.fromkeys(("epochs", "early_stop", "val_every", "log_every"), (1, 10**7)),
+    **dict.fromkeys(("max_detections", "top_k"), (1, 10**6)),
+    **dict.fromkeys(("ema", "random_crop", "colour_jitter", "score_threshold", "nms_threshold"), (0, 1)),
+    "workers": (0, 256),
+    "seed": (0, 2**63 - 1),
+    "lr": (1e-12, 1000),
+    "backbone_lr": (1e-6, 1000),
+    "clip_norm": (1e-9, 10**9),
+    "anchor_sizes": (0.5, 16_384),
+    "anchor_scales": (0.01, 100),
+    "anchor_ratios": (0.01, 100),
+}
+CHOICES = {"depth": [*ARCHITECTURES], "recipe": [*RECIPES], "freeze_stages": [*range(5)]}
+CHOICES["precision"] = ["auto", *PRECISIONS]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a run trains: one value for each flag of train.py, whose help says what it means.
+    """How a run trains: a field for each flag of train.py, whose help says what it means, with its default.
 
-    All are plain types. `global_batch` is the number of images of an optimizer step, over all processes; `other` holds
-    the flags of data, model, augmentation and machine.
+    All are plain types. `resolve` leaves nothing open. `global_batch` is the number of images of an optimizer step,
+    over all processes; `other` holds flags that are not about training, such as those that name the data.
     """
 
-    out_dir: str
-    resume: str | None
-    recipe: str
-    epochs: int
-    batch_size: int
-    accumulate: int
-    global_batch: int
-    lr: float
-    backbone_lr: float
-    freeze_stages: int
-    clip_norm: float | None
-    ema: float | None
-    early_stop: int | None
-    seed: int
-    min_side: int
-    max_side: int
-    precision: str
-    checkpoint_every: tuple[int, str]
-    val_every: int
-    log_every: int
-    tensorboard: bool
-    other: dict[str, Any]
+    depth: int = 50
+    weights: str = "imagenet"
+    anchor_scales: list[float] | None = None
+    anchor_ratios: list[float] | None = None
+    anchor_sizes: list[float] | None = None
+    recipe: str = "original"
+    epochs: int = 100
+    batch_size: int = 2
+    accumulate: int = 1
+    lr: float | None = None
+    backbone_lr: float = 1.0
+    freeze_stages: int | None = None
+    clip_norm: float | None = None
+    ema: float | None = None
+    early_stop: int | None = None
+    seed: int = 0
+    min_side: int = 608
+    max_side: int = 1024
+    jitter: list[int] | None = None
+    random_crop: float | None = None
+    colour_jitter: float | None = None
+    score_threshold: float = LIMITS["score_threshold"]
+    nms_threshold: float = LIMITS["nms_threshold"]
+    top_k: int = LIMITS["top_k"]
+    max_detections: int = LIMITS["max_detections"]
+    device: str = "auto"
+    precision: str = "auto"
+    workers: int = 2
+    strict: bool = False
+    out_dir: str = "runs/train"
+    resume: str | None = None
+    checkpoint_every: tuple[int, str] | str = "10m"
+    val_every: int = 1
+    log_every: int = 20
+    tensorboard: bool = False
+    global_batch: int = 0
+    other: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The default of each setting; None for those that `resolve` fills."""
+        own = {one.name: one.default for one in fields(cls)}
+        return {name: own[name] for name in own.keys() - {"global_batch", "other"}}
 
     @classmethod
     def resolve(cls, flags: Mapping[str, Any], device: torch.device) -> "Settings":
         """Derive from the recipe, the device and the number of processes what flags of None or `auto` leave open."""
-        recipe = RECIPES[flags["recipe"]]
-        dtype, stages = choose_precision(flags["precision"], device), flags["freeze_stages"]
-        global_batch = flags["batch_size"] * flags["accumulate"] * get_world_size()
-        values = {
-            **flags,
-            "global_batch": global_batch,
-            "lr": flags["lr"] or recipe.lr * global_batch / recipe.reference_batch,
-            "freeze_stages": recipe.freeze_stages if stages is None else stages,
-            "clip_norm": flags["clip_norm"] or recipe.clip_norm,
-            "precision": next(name for name, value in PRECISIONS.items() if value == dtype),
-        }
-        own = {field.name: values.pop(field.name) for field in fields(cls) if field.name != "other"}
-        return cls(**own, other=values)
+        known = cls.defaults().keys()
+        own, other = ({name: flags[name] for name in flags if (name in known) == is_own} for is_own in (True, False))
+        settings = cls(**own, other=other)
+        recipe = RECIPES[settings.recipe]
+        dtype, stages = choose_precision(settings.precision, device), settings.freeze_stages
+        global_batch = settings.batch_size * settings.accumulate * get_world_size()
+        return replace(
+            settings,
+            global_batch=global_batch,
+            lr=settings.lr or recipe.lr * global_batch / recipe.reference_batch,
+            freeze_stages=recipe.freeze_stages if stages is None else stages,
+            clip_norm=settings.clip_norm or recipe.clip_norm,
+            precision=next(name for name, value in PRECISIONS.items() if value == dtype),
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,9 +114,85 @@ class Settings:
     @property
     def limits(self) -> dict[str, float]:
         """The limits of detection."""
-        return LIMITS | {name: self.other[name] for name in LIMITS if name in self.other}
+        return {name: getattr(self, name) for name in LIMITS}
 
     def as_dict(self) -> dict[str, Any]:
         """Every flag's name -> its value."""
         own = asdict(self)
         return own.pop("other") | own
+
+
+def contradictions(settings: Mapping[str, Any], has_val_set: bool) -> list[str]:
+    """A message for each setting that contradicts another one."""
+    errors, jitter = [], settings["jitter"]
+    min_side, max_side = settings["min_side"], settings["max_side"]
+    if max_side < min_side:
+        errors.append(f"--max_side {max_side} is below --min_side {min_side}")
+    if jitter and not jitter[0] <= jitter[1] <= max_side:
+        errors.append(f"--jitter {jitter[0]} {jitter[1]} must rise, and end at --max_side {max_side}")
+    if settings["early_stop"] and not has_val_set:
+        errors.append("--early_stop needs a validation set")
+    if settings["ema"] == 1:
+        errors.append("--ema 1 would never change the weights")
+    return errors
+
+
+def check_settings(given: Mapping[str, Any], has_val_set: bool) -> dict[str, Any]:
+    """Hold the arguments of `retinanet.train` against what the flags of train.py may be.
+
+    Returns:
+        All settings, those that are not given too, as the flags would give them.
+
+    Raises:
+        UserError: it lists all that is wrong.
+    """
+    hints, settings, errors = get_type_hints(Settings), Settings.defaults(), []
+    for name, value in given.items():
+        if name not in settings:
+            errors.append(f"there is no setting {shown(name)}{suggestion(name, settings)}")
+            continue
+        try:
+            settings[name] = _as_flag(name, value, get_args(hints[name]) or (hints[name],))
+        except ValueError as error:
+            errors.append(f"{name} {error}")
+    settings["checkpoint_every"] = parse_interval(settings["checkpoint_every"])
+    if errors := errors or contradictions(settings, has_val_set):
+        raise UserError("; ".join(errors))
+    return settings
+
+
+def parse_interval(value: Any) -> tuple[int, str]:
+    """`500` or 500 for optimizer steps, `10m` for minutes -> the number and its unit; a ValueError for all else."""
+    found = re.fullmatch("([0-9]{1,18}(?:e[0-9])?)(m?)", str(value))
+    if not found or not float(found[1]):
+        text = f"must be a number of steps, such as 500, or minutes, such as 10m, not {shown(value)}"
+        raise ValueError(text)
+    return int(float(found[1])), "minutes" if found[2] else "steps"
+
+
+def _as_flag(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
+    """A setting as its flag would give it, a plain value of the first of `kinds`, or None; ValueError if it cannot."""
+    kind, choices = kinds[0], CHOICES.get(name)
+    if name == "checkpoint_every":
+        parse_interval(value)
+        return value
+    if value is None and NoneType in kinds:
+        return None
+    if get_args(kind):  # a list
+        number = {"jitter": 2}.get(name)
+        values = [value] if isinstance(value, str | Real) else list(value)
+        if not values or (number and len(values) != number):
+            raise ValueError(f"must be {number or 'one or more'} numbers, not {shown(value)}")
+        return [_as_flag(name, one, get_args(kind)) for one in values]
+    if kind in (int, float):
+        low, high = BOUNDS.get(name, (0, float("inf")))
+        if not isinstance(value, Real) or isinstance(value, bool) or (kind is int and value != value // 1):
+            raise ValueError(f"must be a {'whole ' * (kind is int)}number, not {shown(value)}")
+        if not choices and not low <= value <= high:
+            raise ValueError(f"must be from {low:g} to {high:,}, not {value}")
+    elif not isinstance(value, str | Path if kind is str else kind) or value == "":
+        raise ValueError(f"must be {'True or False' if kind is bool else 'a text'}, not {shown(value)}")
+    if choices and value not in choices:
+        near = suggestion(str(value), map(str, choices))
+        raise ValueError(f"must be one of {', '.join(map(str, choices))}, not {shown(value)}{near}")
+    return kind(value)

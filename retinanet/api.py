@@ -1,0 +1,168 @@
+"""`retinanet.train` and `retinanet.validate`: what train.py and validate.py do, for programs and notebooks."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retinanet import inference, process
+from retinanet.commands import flags
+from retinanet.data.checks import write_skipped
+from retinanet.data.classes import check_classes
+from retinanet.data.dataset import DetectionDataset
+from retinanet.data.loader import make_loader
+from retinanet.data.transforms import Resizer
+from retinanet.errors import UserError
+from retinanet.evaluation import report
+from retinanet.evaluation.errors import CONFUSION_SCORE
+from retinanet.model import RetinaNet
+from retinanet.postprocess import Detections
+from retinanet.process import log
+from retinanet.running import TrainResult, run_training, transformed
+from retinanet.training import checkpoint
+from retinanet.training.checkpoint import LIMITS
+from retinanet.training.settings import Settings, check_settings
+from retinanet.visual import charts
+
+
+def train(
+    train_set: DetectionDataset,
+    val_set: DetectionDataset | None = None,
+    *,
+    on_log: Callable[[dict[str, float]], object] | None = None,
+    on_validation: Callable[[dict[str, float]], object] | None = None,
+    **settings: Any,
+) -> TrainResult:
+    """Train a detector, as train.py does.
+
+    SIGTERM, Ctrl-C and their like finish the step, save, and raise SystemExit; `resume="auto"` then continues. Under
+    torchrun, every process calls this. Python's, NumPy's and torch's random generators are seeded.
+
+    Args:
+        train_set: of any format; without a transform it gets that of the settings, for this training.
+        val_set: likewise, resized alone; None trains without validation.
+        on_log: called on rank 0 with each entry of log.jsonl: of some steps, and of each epoch, which has no `step`.
+        on_validation: called on rank 0 with `epoch` and COCO's numbers after each validation.
+        **settings: the flags of train.py, under the same names and with the same defaults: the fields of
+            `retinanet.training.settings.Settings`.
+
+    Raises:
+        UserError: a setting or the data is wrong; the message lists all that is.
+    """
+    process.show_log()
+    for name, dataset in (("train_set", train_set), ("val_set", val_set)):
+        if not isinstance(dataset, DetectionDataset) and (name == "train_set" or dataset is not None):
+            raise UserError(f"{name} must be a DetectionDataset, such as CSVDataset, not {type(dataset).__name__}")
+    settings = check_settings(settings, val_set is not None)
+    device = process.choose_device(settings.get("device", "auto"))
+    process.init_distributed(device)
+    return run_training(Settings.resolve(settings, device), device, train_set, val_set, on_log, on_validation)
+
+
+def validate(
+    model: str | Path | RetinaNet | tuple[RetinaNet, dict[str, Any]],
+    dataset: DetectionDataset,
+    *,
+    out: str | Path | None = None,
+    iou_threshold: float = 0.5,
+    min_precision: float | None = None,
+    voc07: bool = False,
+    analyse: bool = False,
+    limit: int | None = None,
+    batch_size: int = 4,
+    workers: int = 2,
+    device: str = "auto",
+    precision: str = "auto",
+    score_threshold: float | None = None,
+    nms_threshold: float | None = None,
+    top_k: int | None = None,
+    max_detections: int | None = None,
+) -> dict[str, Any]:
+    """Score a detector, as validate.py does; under torchrun, all processes share the work.
+
+    Args:
+        model: the path of a checkpoint, the result of `checkpoint.load_model`, or a model with the data set's classes.
+        dataset: without a transform, its images are resized as in the model's training.
+        out: folder for detections.json, metrics.json and charts.
+        iou_threshold: IoU from which a box counts as found, for VOC's scores.
+        min_precision: also find the lowest scores that have this precision.
+        voc07: VOC's mAP by 11 points instead of the area.
+        analyse: find out which kinds of errors cost how much AP (TIDE).
+        limit: number of images, from the first one; default: all.
+        batch_size: images a batch.
+        workers: processes that read images.
+        device: as `--device`.
+        precision: as `--precision`.
+        score_threshold, nms_threshold, top_k, max_detections: of `RetinaNet.detect`; default: those of the model.
+
+    Returns:
+        What metrics.json holds: COCO's numbers by name (`AP`, `AP50`, ...), `mAP`, `classes`, ...
+
+    Raises:
+        UserError: the checkpoint cannot be read, or has other classes than the data set.
+    """
+    process.show_log()
+    chosen = process.choose_device(device)
+    process.init_distributed(chosen)
+    if out is not None:
+        report.check_folder(flags.make_out_dir(str(out)))
+    if isinstance(model, str | Path):
+        model = checkpoint.load_model(model)
+    net, info = model if isinstance(model, tuple) else (getattr(model, "module", model), {})
+    names = info.get("class_names", list(dataset.labels.values()))
+    check_classes("the model", names, dataset)
+    if net.num_classes != dataset.num_classes():
+        raise UserError(f"the model has {net.num_classes} classes, and {dataset.source} {dataset.num_classes()}")
+    values = (score_threshold, nms_threshold, top_k, max_detections)
+    given = {name: value for name, value in zip(LIMITS, values, strict=True) if value is not None}
+    limits = inference.detection_limits(info, given)
+    with transformed(dataset, Resizer(info.get("min_side", 608), info.get("max_side", 1024))):
+        indices = None if limit is None else range(len(dataset))[:limit]
+        loader = make_loader(dataset, batch_size, workers, indices=indices, device=chosen)
+        net.to(chosen, memory_format=torch.channels_last)
+        found = inference.detect(net, loader, chosen, process.choose_precision(precision, chosen), **limits)
+    metrics = None
+    if process.is_main_process():
+        log.info("detections with scores above %g:", limits["score_threshold"])
+        how = iou_threshold, voc07, analyse, min_precision
+        metrics = report_scores(dataset, found, out, *how, limits["max_detections"])
+    return process.from_main_process(metrics)
+
+
+def report_scores(
+    dataset: DetectionDataset,
+    found: Mapping[int, Detections],
+    out: str | Path | None,
+    iou_threshold: float,
+    voc07: bool,
+    analyse: bool,
+    min_precision: float | None,
+    max_detections: int,
+    results: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Score detections, log the tables, and write files to `out` if it is given; the rest is for `report.evaluate`.
+
+    Returns:
+        What metrics.json holds.
+    """
+    folder = out and Path(out)
+    write_skipped(folder, [dataset])
+    evaluation = report.evaluate(dataset, found, iou_threshold, voc07, analyse, results, max_detections, min_precision)
+    log.info("%s", evaluation.text())
+    if folder:
+        evaluation.write(folder)
+        curves = {f"IoU {iou}": evaluation.coco.curves(row) for iou, row in (("0.50", 0), ("0.75", 5))}
+        images = {"pr_curves.png": partial(charts.draw_curves, curves), "thresholds.png": evaluation.draw_thresholds}
+        if lost := evaluation.errors:
+            images["errors.png"] = partial(charts.draw_bars, lost.lost, "AP50 lost to each kind of error")
+            title, names = f"detections with scores above {CONFUSION_SCORE}", [*dataset.classes, "background"]
+            images["confusion.png"] = partial(charts.draw_matrix, lost.confusion, names, title)
+        for name, draw in images.items():
+            try:
+                draw(folder / name)
+            except (OSError, ValueError) as error:
+                log.warning("warning: no %s: %s", name, error)
+        log.info("\nwritten to %s: %s", folder, ", ".join(sorted(path.name for path in folder.iterdir())))
+    return evaluation.metrics()

@@ -1,0 +1,304 @@
+"""A whole training run: data sets -> checks, loaders, model, epochs, validation -> files; what train.py calls."""
+
+import contextlib
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torchvision
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from retinanet import __version__, inference, process
+from retinanet.commands import flags
+from retinanet.data.checks import check_before_training, write_skipped
+from retinanet.data.dataset import DetectionDataset
+from retinanet.data.loader import WorkerDiedError, explained, make_loader
+from retinanet.data.report import counted
+from retinanet.data.sampler import AspectRatioBasedSampler
+from retinanet.data.transforms import Resizer
+from retinanet.errors import UserError
+from retinanet.evaluation import coco as coco_eval
+from retinanet.evaluation import voc
+from retinanet.evaluation.errors import judge
+from retinanet.evaluation.report import limits_note
+from retinanet.model import RetinaNet, resnet
+from retinanet.process import log
+from retinanet.signals import StopSignals
+from retinanet.training import checkpoint
+from retinanet.training.engine import train_one_epoch
+from retinanet.training.files import replaced
+from retinanet.training.finite import NotFiniteError
+from retinanet.training.log import RunLog, read_log
+from retinanet.training.recipes import RECIPES
+from retinanet.training.resume import check_resume, find_checkpoint
+from retinanet.training.run import Run
+from retinanet.training.settings import Settings
+from retinanet.visual import anchor_report, charts, data_views, views
+
+# What the setting `weights` may name in place of a file.
+PRETRAINED = {"imagenet": "IMAGENET1K_V1", "imagenet_v2": "IMAGENET1K_V2", "none": False}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves.
+
+    Attributes:
+        out_dir: the run's folder.
+        best: its best.pt; None without a validation set.
+        last: its last.pt.
+        log: its log.jsonl.
+        metrics: COCO's numbers of `best`; empty without a validation set.
+        last_metrics: those of the last validation.
+    """
+
+    out_dir: Path
+    best: Path | None
+    last: Path
+    log: Path
+    metrics: dict[str, float]
+    last_metrics: dict[str, float]
+
+    @cached_property
+    def model(self) -> RetinaNet:
+        """The detector of `best`, or of `last` without it, on the CPU, in evaluation mode."""
+        return checkpoint.load_model(self.best or self.last)[0]
+
+
+@contextlib.contextmanager
+def transformed(dataset: DetectionDataset | None, transform: Callable[[dict], dict]) -> Iterator[None]:
+    """Within the context, a data set without a transform has this one."""
+    if dataset is None or dataset.transform is not None:
+        yield
+        return
+    dataset.transform = transform
+    try:
+        yield
+    finally:
+        dataset.transform = None
+
+
+def run_training(
+    settings: Settings,
+    device: torch.device,
+    train_set: DetectionDataset,
+    val_set: DetectionDataset | None,
+    on_log: Callable[[dict[str, float]], object] | None = None,
+    on_validation: Callable[[dict[str, float]], object] | None = None,
+) -> TrainResult:
+    """Train with settings that are resolved; the rest is that of `train`."""
+    process.seed_everything(settings.seed)
+    if val_set is train_set:
+        val_set = copy.copy(val_set)  # it needs another transform
+    resizer = Resizer(settings.min_side, settings.max_side)
+    with transformed(train_set, flags.training_transform(settings)), transformed(val_set, resizer):
+        check_before_training(train_set, val_set, settings.strict)
+        ranks = process.get_rank(), process.get_world_size()
+        batch = settings.batch_size
+        sampler = AspectRatioBasedSampler(train_set, batch, False, settings.seed, *ranks, settings.accumulate)
+        train_loader = make_loader(train_set, batch, settings.workers, sampler, device=device)
+        val_loader = make_loader(val_set, batch, settings.workers, device=device) if val_set else None
+
+        out_dir = flags.make_out_dir(settings.out_dir)
+        run = _make_run(settings, device, train_set)
+        run.on_log, run.on_validation = on_log, on_validation
+        try:
+            with StopSignals() as stop:
+                _begin(run, device, train_set, val_set, sampler)
+                with _saving(run, train_set, stop), explained(train_loader, settings.dtype):  # a worker may die
+                    _train(run, train_loader, sampler, val_loader, val_set, device, stop)
+            return _result(run, out_dir)
+        finally:
+            if run.log:
+                run.log.close()
+
+
+def _make_model(settings: Settings, num_classes: int) -> RetinaNet:
+    """The model that a new run starts from."""
+    anchors, weights = flags.anchors_from_arguments(settings), settings.weights
+    try:
+        net = resnet(settings.depth, num_classes, PRETRAINED.get(weights, False), anchors)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if weights not in PRETRAINED:
+        log.info("%s", checkpoint.load_weights(net, weights))
+    return net
+
+
+def _make_run(settings: Settings, device: torch.device, train_set: DetectionDataset) -> Run:
+    """A new run, or the one that `resume` means."""
+    path = find_checkpoint(settings)
+    if path is None:
+        run, log_size = Run(settings, _make_model(settings, train_set.num_classes()), device, train_set), 0
+    else:
+        net, content = checkpoint.load_model(path)
+        check_resume(path, settings, content, train_set)
+        run, log_size = Run(settings, net, device, train_set), content["training"]["log_size"]
+        run.restore(path, content)
+        log.info("resuming %s in epoch %d, after step %d", path, *run.position)
+    if process.is_main_process():
+        run.log = RunLog(settings.out_dir, path, log_size, settings.tensorboard, run.steps_per_epoch)
+    return run
+
+
+def _log_header(run: Run, device: torch.device, train_set: DetectionDataset) -> None:
+    """Log in one line what is trained, on what, and how."""
+    settings, recipe = run.settings, RECIPES[run.settings.recipe]
+    log.info(
+        "%s: %s, %s, %s | ResNet-%d, %.1f M parameters, weights: %s | %s, %s | recipe %s, "
+        "learning rate %.3g (%.3g for %s)%s%s, global batch %d = %s x %s x %s, %s%s | "
+        "retinanet %s, torch %s, torchvision %s",
+        settings.other.get("dataset", train_set.source), counted(run.num_images, "image"),
+        counted(len(train_set.annotations), "box"), counted(len(run.class_names), "class"),
+        settings.depth, sum(weight.numel() for weight in run.net.parameters()) / 1e6, settings.weights,
+        device, str(settings.dtype).removeprefix("torch."), settings.recipe, settings.lr, recipe.lr,
+        counted(recipe.reference_batch, "image"),
+        "" if settings.backbone_lr == 1 else f", backbone x {settings.backbone_lr:g}",
+        "" if settings.freeze_stages == recipe.freeze_stages else f", frozen stages: {settings.freeze_stages}",
+        settings.global_batch, counted(settings.batch_size, "image"),
+        "1 batch" if settings.accumulate == 1 else f"{settings.accumulate} batches",
+        counted(process.get_world_size(), "process"), counted(settings.epochs, "epoch"),
+        "" if settings.ema is None else f", EMA {settings.ema}",
+        __version__, torch.__version__, torchvision.__version__,
+    )  # fmt: skip
+    if settings.weights == "none" and settings.recipe != "scratch":
+        log.warning("warning: recipe %s does not learn from random weights; use --recipe scratch", settings.recipe)
+
+
+def _begin(
+    run: Run,
+    device: torch.device,
+    train_set: DetectionDataset,
+    val_set: DetectionDataset | None,
+    sampler: AspectRatioBasedSampler,
+) -> None:
+    """Log and write, on rank 0, what is known before the first step."""
+    settings, out_dir = run.settings, Path(run.settings.out_dir)
+    _log_header(run, device, train_set)
+    if not process.is_main_process():
+        return
+    write_skipped(out_dir, [train_set, val_set])
+    with replaced(out_dir / "args.json") as file:
+        file.write(json.dumps(settings.as_dict(), indent=2).encode())
+    best_match_iou = RECIPES[settings.recipe].best_match_iou
+    anchor_report.log_summary(train_set, run.net.anchors, settings.min_side, settings.max_side, best_match_iou)
+    with _drawing(run, "labels.png and batch.png"):
+        data_views.save_data_images(train_set, sampler, out_dir)
+    limit = settings.limits["max_detections"]
+    if val_set and (note := limits_note(val_set, range(len(val_set)), limit)):
+        log.warning("%s", note)
+
+
+def _validate(
+    run: Run, loader: DataLoader, dataset: DetectionDataset, device: torch.device, stop: StopSignals
+) -> dict[str, float]:
+    """COCO's numbers of the detector, computed by all ranks together."""
+    settings = run.settings
+    process.broadcast_buffers(run.detector)  # each rank has BatchNorm statistics of its own
+    with process.seeded(settings.seed):  # what a loader draws here must not change the training
+        stopped, limits = (lambda: bool(stop.signum)), settings.limits
+        found = inference.detect(run.detector, loader, device, settings.dtype, stopped, **limits)
+    signum = max(process.gather_objects(stop.signum))
+    if signum:
+        run.stop(signum)
+    metrics = None
+    if process.is_main_process():
+        metrics = coco_eval.score(dataset, found, limits["max_detections"]).metrics
+        run.score_thresholds = voc.best_scores(voc.evaluate_detections(dataset, found), dataset)
+        log.info("%s", coco_eval.metrics_table(metrics))
+        if run.on_validation:
+            run.on_validation({"epoch": run.progress.epoch, **metrics})
+        with _drawing(run, "detections.png"):
+            views.save_detections(dataset, judge(dataset, found, 0.5), Path(settings.out_dir) / "detections.png")
+    return process.from_main_process(metrics)
+
+
+@contextlib.contextmanager
+def _drawing(run: Run, what: str) -> Iterator[None]:
+    """Within the context, `what` is drawn. No image is worth a run: an error is a warning, once."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if what not in run.not_drawn:
+            log.warning("warning: no %s: %s", what, error)
+        run.not_drawn.add(what)
+
+
+def _train(
+    run: Run,
+    train_loader: DataLoader,
+    sampler: AspectRatioBasedSampler,
+    val_loader: DataLoader | None,
+    val_set: DetectionDataset | None,
+    device: torch.device,
+    stop: StopSignals,
+) -> None:
+    """Train and validate, epoch by epoch, until the run is over or a signal comes."""
+    settings = run.settings
+    model = run.net
+    if process.get_world_size() > 1:
+        devices = [device] if device.type == "cuda" else None
+        model = DistributedDataParallel(run.net, device_ids=devices, gradient_as_bucket_view=True)
+    while not run.is_over:
+        epoch = run.progress.epoch
+        sampler.set_epoch(*run.position)
+        statistics = train_one_epoch(
+            model, train_loader, run.optimizer, run.scaler, run.schedule, device, settings.dtype, run.progress,
+            settings.clip_norm, settings.accumulate, stop_signal=lambda: stop.signum, after_step=run.after_step,
+            log_step=run.write, log_every=settings.log_every,
+        )  # fmt: skip
+        log.info(
+            "epoch %d: class loss %.3f, box loss %.3f, %.1f images/s",
+            epoch, statistics["class_loss"], statistics["box_loss"], statistics["images_per_second"],
+        )  # fmt: skip
+        is_last = epoch + 1 == settings.epochs
+        run.metrics, run.score_thresholds = {}, {}
+        if val_loader is not None and ((epoch + 1) % settings.val_every == 0 or is_last):
+            run.metrics = _validate(run, val_loader, val_set, device, stop)
+        run.end_epoch(statistics)
+        if run.log and (run.metrics or is_last):
+            with _drawing(run, "curves.png"):
+                charts.draw_training_curves(read_log(run.log.path), run.steps_per_epoch, run.log.folder / "curves.png")
+    best = f", best AP {run.best:.3f}" if run.best >= 0 else ""
+    log.info("done after %s%s", counted(run.progress.epoch, "epoch"), best)
+
+
+@contextlib.contextmanager
+def _saving(run: Run, train_set: DetectionDataset, stop: StopSignals) -> Iterator[None]:
+    """Within the context, a batch without finite losses is saved, as is the run when a signal takes its workers."""
+    try:
+        yield
+    except NotFiniteError as error:
+        if not error.batches:
+            raise
+        path = Path(run.settings.out_dir) / f"not_finite_rank{process.get_rank()}.pt"
+        checkpoint.save(path, {"batches": error.batches, "epoch": run.progress.epoch, "step": run.progress.step})
+        paths = [train_set.image_path(index) for batch in error.batches for index in batch["index"]]
+        raise UserError(f"{error}. The batch ({', '.join(paths)}) is saved in {path}") from error
+    except (RuntimeError, WorkerDiedError) as error:
+        if not stop.signum:
+            raise
+        # The signal went to workers and peers as well. What the last step left is complete, except for BatchNorm's
+        # statistics, which the forward pass of this one may have changed.
+        log.warning("%s", error)
+        if not RECIPES[run.settings.recipe].train_bn:
+            run.save_last()
+        raise SystemExit(128 + stop.signum) from error
+
+
+def _result(run: Run, out_dir: Path) -> TrainResult:
+    """What a run that is over left in its folder; the same on all ranks."""
+    found = None
+    if run.log:
+        scores = [entry for entry in read_log(run.log.path) if "AP" in entry]
+        best = max(scores, key=lambda entry: entry["AP"], default={})
+        found = (out_dir / "best.pt").exists(), best
+    has_best, best = process.from_main_process(found)
+    best = {name: best[name] for name in coco_eval.metric_names(run.settings.max_detections) if name in best}
+    paths = out_dir, out_dir / "best.pt" if has_best else None, out_dir / "last.pt", out_dir / "log.jsonl"
+    return TrainResult(*paths, best, run.metrics)
