@@ -37,14 +37,17 @@ def collater(data: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"img": pad_images(images, height, width), "annot": padded, **others}
 
 
-def read_sample(dataset: Dataset, seed: int, epoch: int, index: int) -> dict[str, Any]:
-    """A sample with its augmentation as training draws it: from the seed, the epoch and the index alone."""
-    with seeded(seed, epoch, index):
-        return dataset[index]
+def read_sample(dataset: Dataset, seed: int, epoch: int, number: int) -> dict[str, Any]:
+    """A sample with its augmentation as training draws it: from the seed, the epoch and the number alone.
+
+    The number is the sample's index, or that of a repeat, see `AspectRatioBasedSampler.numbered_batches`.
+    """
+    with seeded(seed, epoch, number):
+        return dataset[number % len(dataset)]
 
 
 class _KeySampler(Sampler[list[tuple[int, int]]]):
-    """The batches of an AspectRatioBasedSampler, each index with its epoch, for `_Reader`."""
+    """The batches of an AspectRatioBasedSampler, each number with its epoch, for `_Reader`."""
 
     def __init__(self, sampler: AspectRatioBasedSampler):
         self.sampler = sampler
@@ -54,12 +57,12 @@ class _KeySampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.sampler.epoch
-        for batch in self.sampler:
-            yield [(epoch, index) for index in batch]
+        for batch in self.sampler.numbered_batches():
+            yield [(epoch, number) for number in batch]
 
 
 class _Reader(Dataset):
-    """A data set as a loader reads it, with augmentations from `seed` for keys (epoch, index)."""
+    """A data set as a loader reads it, with augmentations from `seed` for keys (epoch, number)."""
 
     def __init__(self, dataset: DetectionDataset, seed: int, workers: int):
         self.dataset = dataset
@@ -71,12 +74,12 @@ class _Reader(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any] | UserError:
-        epoch, index = key if isinstance(key, tuple) else (None, key)
+        epoch, number = key if isinstance(key, tuple) else (None, key)
         worker = get_worker_info()
         state = self.reading[worker.id if worker else 0]
-        state[:] = torch.tensor([os.getpid(), index])
+        state[:] = torch.tensor([os.getpid(), number % len(self)])
         try:
-            return self.dataset[index] if epoch is None else read_sample(self.dataset, self.seed, epoch, index)
+            return self.dataset[number] if epoch is None else read_sample(self.dataset, self.seed, epoch, number)
         except UserError as error:
             if worker is None:
                 raise

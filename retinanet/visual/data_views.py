@@ -57,9 +57,9 @@ def save_data_images(dataset: DetectionDataset, sampler: AspectRatioBasedSampler
     Without matplotlib, a warning takes the place of `labels.png`. The sampler's position does not change.
     """
     epoch, first_step = sampler.epoch, sampler.first_step
-    indices = next(iter(sampler))[:BATCH_LIMIT]
+    numbers = next(sampler.numbered_batches())[:BATCH_LIMIT]
     sampler.set_epoch(epoch, first_step)
-    batch = collater([read_sample(dataset, sampler.seed, epoch, index) for index in indices])
+    batch = collater([read_sample(dataset, sampler.seed, epoch, number) for number in numbers])
     save_image(draw_batch(batch, list(dataset.labels.values())), folder / "batch.png")
     try:
         draw_label_chart(dataset, folder / "labels.png")

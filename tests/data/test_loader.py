@@ -16,7 +16,8 @@ from retinanet.data import loader as loaders
 from retinanet.data.csv import CSVDataset
 from retinanet.data.loader import collater, explained, make_loader, read_sample
 from retinanet.data.sampler import AspectRatioBasedSampler
-from retinanet.data.transforms import Augmenter, Resizer, pad_value
+from retinanet.data.shapes import ShapesDataset
+from retinanet.data.transforms import Augmenter, RandomCrop, Resizer, pad_value
 from retinanet.errors import UserError
 
 
@@ -196,3 +197,16 @@ def test_a_worker_that_is_asked_to_end_ends(data):
     worker.terminate()
     worker.join(timeout=10)
     assert not worker.is_alive()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_repeats_of_an_image_are_augmented_in_their_own_way(workers):
+    data = ShapesDataset(4, seed=1, transform=Compose([RandomCrop(0.3), Resizer(32, 64)]))
+    data.annotations[:, 4] = data.image_index == 0  # a class of image 0 alone: sqrt(0.5 / 0.25) = 1.4
+    sampler = AspectRatioBasedSampler(data, 5, seed=2, balance=0.5)
+    (numbers,) = sampler.numbered_batches()
+    sampler.set_epoch(0)
+    (batch,) = make_loader(data, 5, workers, batch_sampler=sampler)
+    assert batch["index"] == [number % 4 for number in numbers] and sorted(numbers) == [0, 1, 2, 3, 4]
+    first, second = (batch["img"][numbers.index(number)] for number in (0, 4))
+    assert not torch.equal(first, second)

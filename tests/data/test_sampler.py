@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from helpers import Ratios
+from helpers import Ratios, in_memory
 
-from retinanet.data.sampler import AspectRatioBasedSampler
+from retinanet.data.sampler import AspectRatioBasedSampler, epoch_size, repeat_factors
 
 TEN = Ratios(np.linspace(0.5, 2, 10))
 
@@ -114,3 +114,80 @@ def test_an_epoch_can_start_in_its_middle(accumulate):
     assert list(sampler) == following and len(sampler) == 5
     sampler.set_epoch(0, -(-5 // accumulate))
     assert list(sampler) == []
+
+
+# Rare classes
+
+
+def shelf():
+    """100 images, the last two of them empty: a in all others, b in four, c in one, which has two of it."""
+    rows = [(image, 0) for image in range(98)] + [(image, 1) for image in (0, 1, 2, 3)] + [(3, 2), (3, 2)]
+    data = in_memory([[0, 0, 5, 5, label] for _, label in rows], [image for image, _ in rows], 100, ("a", "b", "c"))
+    data.known_sizes[:] = 50, 100
+    data.known_sizes[::3] = 100, 50
+    return data
+
+
+def test_repeat_factors_by_hand():
+    factors = repeat_factors(shelf(), 0.16)
+    # b: 4 of 100 images, sqrt(0.16 / 0.04) = 2; c: sqrt(0.16 / 0.01) = 4; a: 0.98 is above the threshold.
+    assert factors.tolist() == pytest.approx([2, 2, 2, 4] + [1] * 96)
+    assert epoch_size(factors) == 106
+    assert repeat_factors(shelf(), 0.01).tolist() == repeat_factors(shelf(), None).tolist() == [1] * 100
+    assert epoch_size(repeat_factors(shelf(), 0.09)) == 104  # 1.5 + 1.5 + 1.5 + 3 + 96 = 103.5
+    assert repeat_factors(in_memory([], num_images=3), 0.5).tolist() == [1, 1, 1]
+
+
+def test_classes_are_seen_as_often_as_their_factors_say():
+    sampler, epochs = AspectRatioBasedSampler(shelf(), 4, balance=0.09), 400
+    counts = np.zeros((epochs, 100), dtype=int)
+    for count in counts:
+        np.add.at(count, np.concatenate(list(sampler)), 1)
+    assert (counts.sum(axis=1) == 104).all() and len(sampler) == 26
+    # 4 repeats are drawn for 3.5: each is rounded to a neighbour of 4 / 3.5 times its share.
+    assert set(counts[:, 0]) <= {1, 2} and set(counts[:, 3]) <= {3, 4} and (counts[:, 4:] == 1).all()
+    expected = 1 + np.array([0.5, 0.5, 0.5, 2]) * 4 / 3.5
+    assert np.abs(counts[:, :4].mean(axis=0) - expected).max() < 0.1  # 4 standard deviations
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_balanced_epochs_have_one_length_on_all_ranks(world_size, accumulate, drop_last):
+    options = {"batch_size": 4, "drop_last": drop_last, "accumulate": accumulate, "balance": 0.09}
+    ranks = [
+        AspectRatioBasedSampler(shelf(), rank=rank, world_size=world_size, **options) for rank in range(world_size)
+    ]
+    for _ in range(3):
+        shares = [list(sampler) for sampler in ranks]
+        assert {len(share) for share in shares} == {len(ranks[0])}
+        assert len({index for share in shares for batch in share for index in batch}) == 100 or drop_last
+
+
+def test_balanced_ranks_see_step_by_step_what_one_process_sees():
+    alone = list(AspectRatioBasedSampler(shelf(), 4, seed=3, balance=0.16).numbered_batches())
+    shares = [
+        list(AspectRatioBasedSampler(shelf(), 2, seed=3, rank=rank, world_size=2, balance=0.16).numbered_batches())
+        for rank in (0, 1)
+    ]
+    assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in alone]
+
+
+def test_a_balanced_epoch_resumes_in_its_middle():
+    sampler = AspectRatioBasedSampler(shelf(), 4, seed=1, balance=0.09)
+    first, second = list(sampler.numbered_batches()), list(sampler.numbered_batches())
+    assert first != second
+    sampler.set_epoch(1, 7)
+    assert list(sampler.numbered_batches()) == second[7:]
+
+
+def test_every_repeat_has_a_number_of_its_own():
+    sampler = AspectRatioBasedSampler(shelf(), 4, balance=0.16)
+    for _ in range(5):
+        numbers = sorted(number for batch in sampler.numbered_batches() for number in batch)
+        assert numbers == [*range(100), 100, 101, 102, 103, 203, 303]
+
+
+def test_balance_that_repeats_nothing_changes_nothing():
+    plain, balanced = (AspectRatioBasedSampler(shelf(), 4, balance=balance) for balance in (None, 0.001))
+    assert [list(plain) for _ in range(3)] == [list(balanced) for _ in range(3)]
