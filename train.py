@@ -48,6 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("images").add_argument
     add("--min_side", type=count, help=f"pixels of the resized short side {flags.DEFAULT}")
     add("--max_side", type=count, help=f"limit of the resized long side, pixels {flags.DEFAULT}")
+    flags.add_tile_arguments(parser, training=True, of_model=False)
     flags.add_augmentation_arguments(parser)
     flags.add_detection_arguments(parser, of_model=False)
     flags.add_machine_arguments(parser)

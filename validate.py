@@ -19,6 +19,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--detections", help="COCO results file of any detector, in place of a model")
     flags.add_data_arguments(parser, training=False)
     flags.add_detection_arguments(parser)
+    flags.add_tile_arguments(parser, training=False)
     flags.add_machine_arguments(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--batch_size", type=flags.positive_int, default=4, help=f"images a batch {flags.DEFAULT}")
@@ -32,8 +33,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--out", help="folder for detections.json, metrics.json and charts")
     args = parser.parse_args(argv)
     errors = flags.check_data_arguments(args, ["csv_val"])
-    if args.detections and (limits := sorted(flags.given_limits(args).keys() - {"max_detections"})):
-        errors.append(f"--detections scores the file as it is, without --{' and --'.join(limits)}")
+    of_model = flags.given_limits(args) | flags.given_tiles(args)
+    if args.detections and (given := sorted(of_model.keys() - {"max_detections"})):
+        errors.append(f"--detections scores the file as it is, without --{' and --'.join(given)}")
     if errors:
         parser.error("; ".join(errors))
     return args
@@ -51,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         dataset = flags.make_dataset(args, "val", None, info["class_names"])
         check_classes(args.model, info["class_names"], dataset)
         machine = {name: getattr(args, name) for name in ("batch_size", "workers", "device", "precision", "limit")}
-        api.validate((net, info), dataset, out=args.out, **how, **machine, **flags.given_limits(args))
+        given = flags.given_limits(args) | flags.given_tiles(args)
+        api.validate((net, info), dataset, out=args.out, **how, **machine, **given)
         return
     if args.out:
         report.check_folder(flags.make_out_dir(args.out))

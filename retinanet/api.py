@@ -13,7 +13,6 @@ from retinanet.data.checks import write_skipped
 from retinanet.data.classes import check_classes
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.loader import make_loader
-from retinanet.data.transforms import Resizer
 from retinanet.errors import UserError
 from retinanet.evaluation import report
 from retinanet.evaluation.errors import CONFUSION_SCORE
@@ -79,6 +78,8 @@ def validate(
     nms_threshold: float | None = None,
     top_k: int | None = None,
     max_detections: int | None = None,
+    tile: int | None = None,
+    tile_overlap: float | None = None,
 ) -> dict[str, Any]:
     """Score a detector, as validate.py does; under torchrun, all processes share the work.
 
@@ -96,6 +97,7 @@ def validate(
         device: as `--device`.
         precision: as `--precision`.
         score_threshold, nms_threshold, top_k, max_detections: of `RetinaNet.detect`; default: those of the model.
+        tile, tile_overlap: of `retinanet.predict`; 0: no tiles; default: those of the model.
 
     Returns:
         What metrics.json holds: COCO's numbers by name (`AP`, `AP50`, ...), `mAP`, `classes`, ...
@@ -118,9 +120,11 @@ def validate(
     values = (score_threshold, nms_threshold, top_k, max_detections)
     given = {name: value for name, value in zip(LIMITS, values, strict=True) if value is not None}
     limits = inference.detection_limits(info, given)
-    with transformed(dataset, Resizer(info.get("min_side", 608), info.get("max_side", 1024))):
+    tiles = {"tile": tile, "tile_overlap": tile_overlap}
+    tiling = inference.choose_tiling(info, {name: value for name, value in tiles.items() if value is not None})
+    with transformed(dataset, inference.make_resizer(info)):
         indices = None if limit is None else range(len(dataset))[:limit]
-        loader = make_loader(dataset, batch_size, workers, indices=indices, device=chosen)
+        loader = make_loader(dataset, batch_size, workers, indices=indices, device=chosen, tiling=tiling)
         net.to(chosen, memory_format=torch.channels_last)
         found = inference.detect(net, loader, chosen, process.choose_precision(precision, chosen), **limits)
     metrics = None

@@ -139,7 +139,9 @@ def predict(
     names = [str(label) for label in range(net.num_classes)] if names is None else names
     if isinstance(names, str) or len(names) != net.num_classes:
         raise ValueError(f"class_names must be {net.num_classes} names, as many as the model's classes: {shown(names)}")
-    resizer, tiling = make_resizer(info, min_side, max_side), choose_tiling(info, tile, tile_overlap)
+    tiles = {"tile": tile, "tile_overlap": tile_overlap}
+    tiles = {name: value for name, value in tiles.items() if value != "auto"}
+    resizer, tiling = make_resizer(info, min_side, max_side), choose_tiling(info, tiles)
     if isinstance(precision, str):
         precision = choose_precision(precision, next(net.parameters()).device)
     given = dict(zip(LIMITS, (score_threshold, nms_threshold, top_k, max_detections), strict=True))
@@ -184,18 +186,20 @@ def make_resizer(info: Mapping[str, Any], min_side: int | None = None, max_side:
     return Resizer(*sides, enlarge=not info.get("tile"))
 
 
-def choose_tiling(
-    info: Mapping[str, Any], tile: int | str | None = "auto", tile_overlap: float | str = "auto"
-) -> Tiling | None:
-    """The tiles of a model, from its `info` of `load_model`, unless others are given; None or 0 stand for no tiles.
+def choose_tiling(info: Mapping[str, Any], given: Mapping[str, Any]) -> Tiling | None:
+    """The tiles of a model.
+
+    Args:
+        info: from `load_model`; its `tile` and `tile_overlap` are the defaults.
+        given: those that are given; a tile of None or 0 stands for no tiles.
 
     Raises:
         UserError: a value is out of range, or there is an overlap without tiles.
     """
-    side = info.get("tile") if tile == "auto" else tile
-    if side is not None and side is not False and side != 0:
-        return Tiling(side, info.get("tile_overlap", OVERLAP) if tile_overlap == "auto" else tile_overlap)
-    if tile_overlap != "auto":
+    chosen = {"tile": info.get("tile"), "tile_overlap": info.get("tile_overlap", OVERLAP), **given}
+    if chosen["tile"] is not None and chosen["tile"] != 0:
+        return Tiling(chosen["tile"], chosen["tile_overlap"])
+    if "tile_overlap" in given:
         raise UserError("an overlap of tiles (tile_overlap) needs the side of the tiles (tile)")
     return None
 

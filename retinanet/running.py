@@ -71,16 +71,18 @@ class TrainResult:
 
 
 @contextlib.contextmanager
-def transformed(dataset: DetectionDataset | None, transform: Callable[[dict], dict]) -> Iterator[None]:
-    """Within the context, a data set without a transform has this one."""
+def transformed(
+    dataset: DetectionDataset | None, transform: Callable[[dict], dict], by_parts: bool = False
+) -> Iterator[None]:
+    """Within the context, a data set without a transform has this one, which may take images of `open_image`."""
     if dataset is None or dataset.transform is not None:
         yield
         return
-    dataset.transform = transform
+    dataset.transform, dataset.by_parts = transform, by_parts
     try:
         yield
     finally:
-        dataset.transform = None
+        dataset.transform, dataset.by_parts = None, False
 
 
 def run_training(
@@ -95,14 +97,17 @@ def run_training(
     process.seed_everything(settings.seed)
     if val_set is train_set:
         val_set = copy.copy(val_set)  # it needs another transform
-    resizer = Resizer(settings.min_side, settings.max_side)
-    with transformed(train_set, flags.training_transform(settings)), transformed(val_set, resizer):
+    resizer, by_parts = Resizer(*settings.sides, enlarge=not settings.tile), bool(settings.tile)
+    with transformed(train_set, flags.training_transform(settings), by_parts), transformed(val_set, resizer):
         check_before_training(train_set, val_set, settings.strict)
         ranks = process.get_rank(), process.get_world_size()
         batch = settings.batch_size
-        sampler = AspectRatioBasedSampler(train_set, batch, False, settings.seed, *ranks, settings.accumulate)
+        sampler = AspectRatioBasedSampler(
+            train_set, batch, False, settings.seed, *ranks, settings.accumulate, tile=settings.tile
+        )
         train_loader = make_loader(train_set, batch, settings.workers, sampler, device=device)
-        val_loader = make_loader(val_set, batch, settings.workers, device=device) if val_set else None
+        machine = {"device": device, "tiling": settings.tiling}
+        val_loader = make_loader(val_set, batch, settings.workers, **machine) if val_set else None
 
         out_dir = flags.make_out_dir(settings.out_dir)
         run = _make_run(settings, device, train_set)
@@ -186,7 +191,8 @@ def _begin(
     with replaced(out_dir / "args.json") as file:
         file.write(json.dumps(settings.as_dict(), indent=2).encode())
     best_match_iou = RECIPES[settings.recipe].best_match_iou
-    anchor_report.log_summary(train_set, run.net.anchors, settings.min_side, settings.max_side, best_match_iou)
+    sides = (None, None) if settings.tile else settings.sides
+    anchor_report.log_summary(train_set, run.net.anchors, *sides, best_match_iou)
     with _drawing(run, "labels.png and batch.png"):
         data_views.save_data_images(train_set, sampler, out_dir)
     limit = settings.limits["max_detections"]
@@ -209,12 +215,15 @@ def _validate(
     metrics = None
     if process.is_main_process():
         metrics = coco_eval.score(dataset, found, limits["max_detections"]).metrics
-        run.score_thresholds = voc.best_scores(voc.evaluate_detections(dataset, found), dataset)
+        results = voc.evaluate_detections(dataset, found)
+        run.score_thresholds = voc.best_scores(results, dataset)
         log.info("%s", coco_eval.metrics_table(metrics))
         if run.on_validation:
             run.on_validation({"epoch": run.progress.epoch, **metrics})
         with _drawing(run, "detections.png"):
-            views.save_detections(dataset, judge(dataset, found, 0.5), Path(settings.out_dir) / "detections.png")
+            sheet = Path(settings.out_dir) / "detections.png"
+            views.save_detections(dataset, judge(dataset, found, 0.5), sheet)
+            run.log.add_pictures(run.progress.epoch, sheet, voc.board_curves(results, dataset))
     return process.from_main_process(metrics)
 
 
@@ -250,11 +259,11 @@ def _train(
         statistics = train_one_epoch(
             model, train_loader, run.optimizer, run.scaler, run.schedule, device, settings.dtype, run.progress,
             settings.clip_norm, settings.accumulate, stop_signal=lambda: stop.signum, after_step=run.after_step,
-            log_step=run.write, log_every=settings.log_every,
+            log_step=run.write, log_every=settings.log_every, outlook=run.outlook,
         )  # fmt: skip
         log.info(
-            "epoch %d: class loss %.3f, box loss %.3f, %.1f images/s",
-            epoch, statistics["class_loss"], statistics["box_loss"], statistics["images_per_second"],
+            "epoch %d: class loss %.3f, box loss %.3f, %.1f images/s%s",
+            epoch, *(statistics[name] for name in ("class_loss", "box_loss", "images_per_second")), run.time_left(),
         )  # fmt: skip
         is_last = epoch + 1 == settings.epochs
         run.metrics, run.score_thresholds = {}, {}

@@ -17,6 +17,7 @@ from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset, read_boxes
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.report import Report
+from retinanet.data.tiles import BACKGROUND, OVERLAP, RandomTile
 from retinanet.data.transforms import Augmenter, ColourJitter, RandomCrop, Resizer, ScaleJitter
 from retinanet.data.voc import VOCDataset
 from retinanet.data.yolo import YoloDataset
@@ -159,11 +160,33 @@ def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--colour_jitter", type=fraction, help="strength of random changes of colour, such as 0.4")
 
 
+def add_tile_arguments(parser: argparse.ArgumentParser, training: bool, of_model: bool = True) -> None:
+    """Add the flags of tiles; `of_model`, those that are not given are None, which stands for the model's."""
+    group, source = parser.add_argument_group("tiles of large images"), "the model's, or " if of_model else ""
+    text = "detect in images that are larger than this, pixels, by tiles of this side at full resolution"
+    text = f"train on random tiles of this side, and {text}" if training and not of_model else text
+    none = "; 0: none" if of_model else ""
+    kind = non_negative_int if of_model else positive_int
+    group.add_argument("--tile", type=kind, help=f"{text} (default: {source}none{none})")
+    text = f"share of the side by which tiles overlap, more than objects are large (default: {source}{OVERLAP:g})"
+    group.add_argument("--tile_overlap", type=fraction, default=None if of_model else OVERLAP, help=text)
+    if training:
+        text = f"share of the tiles to train on that are drawn anywhere, if possible without a box {DEFAULT}"
+        group.add_argument("--tile_background", type=fraction, default=BACKGROUND, help=text)
+
+
+def given_tiles(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of tiles to detect in that are given."""
+    return {name: getattr(args, name) for name in ("tile", "tile_overlap") if getattr(args, name) is not None}
+
+
 def training_transform(args: argparse.Namespace) -> Callable[[dict], dict]:
     """The transforms of a training sample."""
     steps = [RandomCrop(args.random_crop)] if args.random_crop is not None else []
     steps += [ColourJitter(args.colour_jitter)] if args.colour_jitter is not None else []
-    resizer = ScaleJitter(*args.jitter, args.max_side) if args.jitter else Resizer(args.min_side, args.max_side)
+    steps = [RandomTile(args.tile, args.tile_background), *steps] if args.tile else steps
+    sides = (args.tile, args.tile) if args.tile else (args.min_side, args.max_side)
+    resizer = ScaleJitter(*args.jitter, args.max_side) if args.jitter else Resizer(*sides, enlarge=not args.tile)
     return Compose([*steps, Augmenter(), resizer])
 
 

@@ -11,21 +11,25 @@ from retinanet.data.dataset import DetectionDataset
 SORTED_STEPS = 32
 
 
-def repeat_factors(dataset: DetectionDataset, threshold: float | None) -> np.ndarray:
+def repeat_factors(dataset: DetectionDataset, threshold: float | None, tile: int | None = None) -> np.ndarray:
     """How often an epoch should show each image [I], at least 1, so that rare classes are seen more often.
 
     A class that a share f of the images holds asks for sqrt(threshold / f), an image for what its rarest class does
     (repeat-factor sampling: Gupta et al., "LVIS", 2019, appendix B.2). No threshold, no repeats.
+    With a `tile`, the side of those that are drawn from images, each image is shown as often as tiles cover it.
     """
     factors = np.ones(len(dataset))
+    if tile is not None:
+        factors *= (-(-np.asarray(dataset.image_sizes) // tile)).prod(axis=1)
     if threshold is None:
         return factors
     num_classes = dataset.num_classes()
     pairs = np.unique(dataset.image_index * num_classes + dataset.annotations[:, 4].astype(np.int64))
     images, labels = np.divmod(pairs, num_classes)
     shares = np.bincount(labels, minlength=num_classes) / len(dataset)
-    np.maximum.at(factors, images, np.sqrt(threshold / shares[labels]))
-    return factors
+    balanced = np.ones(len(dataset))
+    np.maximum.at(balanced, images, np.sqrt(threshold / shares[labels]))
+    return factors * balanced
 
 
 def epoch_size(factors: np.ndarray) -> int:
@@ -49,6 +53,7 @@ class AspectRatioBasedSampler(Sampler[list[int]]):
         accumulate: batches of one process in an optimizer step.
         balance: threshold of `repeat_factors`. Every epoch then shows each image once, and as many repeats as make up
             `epoch_size`: chance decides, anew for each epoch, whether a factor is rounded up or down.
+        tile: of `repeat_factors`, likewise.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class AspectRatioBasedSampler(Sampler[list[int]]):
         world_size: int = 1,
         accumulate: int = 1,
         balance: float | None = None,
+        tile: int | None = None,
     ):
         self.batch_size = batch_size
         self.drop_last = drop_last
@@ -72,7 +78,7 @@ class AspectRatioBasedSampler(Sampler[list[int]]):
         self.first_step = 0
         self.aspect_ratios = np.array([data_source.image_aspect_ratio(index) for index in range(len(data_source))])
         self.num_images = len(self.aspect_ratios)
-        self.factors = repeat_factors(data_source, balance)
+        self.factors = repeat_factors(data_source, balance, tile)
         self.epoch_size = epoch_size(self.factors)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:

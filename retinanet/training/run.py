@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from tqdm import tqdm
 
 from retinanet.data.dataset import DetectionDataset
+from retinanet.data.sampler import epoch_size, repeat_factors
 from retinanet.errors import UserError
 from retinanet.model import RetinaNet
-from retinanet.process import from_main_process, is_main_process, log, random_states, set_random_states
+from retinanet.process import from_main_process, is_main_process, log, random_states, set_random_states, shows_progress
 from retinanet.signals import undisturbed
 from retinanet.training import checkpoint
 from retinanet.training.accounting import Progress
@@ -19,6 +21,8 @@ from retinanet.training.log import RunLog
 from retinanet.training.recipes import EMA, RECIPES, Schedule, make_optimizer
 from retinanet.training.resume import CHANGING, NOT_CONTINUED, check_state
 from retinanet.training.settings import Settings
+
+MOST_LINES = 1000  # of the steps of a run, where no progress bar shows them
 
 
 class Run:
@@ -36,7 +40,8 @@ class Run:
         self.net = net.to(device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(net, recipe, settings.lr, settings.backbone_lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == torch.float16)
-        self.steps_per_epoch = -(-self.num_images // settings.global_batch)
+        factors = repeat_factors(train_set, None, settings.tile)
+        self.steps_per_epoch = -(-epoch_size(factors) // settings.global_batch)
         self.ema = EMA(net, settings.ema) if settings.ema is not None else None
         self.schedule = Schedule(self.optimizer, recipe, settings.epochs * self.steps_per_epoch)
         self.log: RunLog | None = None  # on rank 0
@@ -47,6 +52,8 @@ class Run:
         self.stale = 0  # validations since then
         self.metrics: dict[str, float] = {}  # of the last validation
         self.score_thresholds: dict[str, Any] = {}  # of the best F1 there; on rank 0
+        self.last_ap: float | None = None  # of the last validation
+        self.clock: tuple[float, int] | None = None  # when this process had done its first step, and steps done then
         self.saved_at = time.monotonic()
         self.not_drawn: set[str] = set()  # images that could not be written
 
@@ -61,6 +68,11 @@ class Run:
         return self.progress.epoch, self.progress.step
 
     @property
+    def steps_done(self) -> int:
+        """Optimizer steps of the whole run that are done."""
+        return self.progress.epoch * self.steps_per_epoch + self.progress.step
+
+    @property
     def is_over(self) -> bool:
         """Whether all epochs are trained, or `--early_stop` ends the run before."""
         settings = self.settings
@@ -72,9 +84,36 @@ class Run:
             self.log.write(entry)
             if self.on_log:
                 self.on_log(dict(entry))
+            if "step" in entry and not shows_progress():
+                self._log_step(entry)
+
+    def _log_step(self, entry: dict[str, float]) -> None:
+        """Log an entry as a plain line; of an epoch's last step, whose line follows, and beyond MOST_LINES, none."""
+        number, of = self.settings.epochs * self.steps_per_epoch // self.settings.log_every, self.steps_per_epoch
+        every = self.settings.log_every * (1 + number // MOST_LINES)
+        if entry["step"] % every == 0 and entry["step"] < of:
+            log.info(
+                "epoch %d, step %d of %d: class loss %.3f, box loss %.3f, lr %.1e, %.1f images/s%s",
+                *(entry[name] for name in ("epoch", "step")), of,
+                *(entry[name] for name in ("class_loss", "box_loss", "lr", "images_per_second")), self.outlook(),
+            )  # fmt: skip
+
+    def outlook(self) -> str:
+        """How the run stands, for a line about a step: the AP of the last validation, and the time left."""
+        return (f", AP {self.last_ap:.3f}" if self.last_ap is not None else "") + self.time_left()
+
+    def time_left(self) -> str:
+        """How long the run still takes, validations included, as far as its steps so far can say."""
+        start, first = self.clock or (0.0, self.steps_done)
+        left = self.settings.epochs * self.steps_per_epoch - self.steps_done
+        if self.steps_done == first or not left:
+            return ""
+        pace = (time.monotonic() - start) / (self.steps_done - first)  # seconds a step
+        return f", {tqdm.format_interval(pace * left)} left"
 
     def after_step(self, signum: int, check_norm: Callable[[], object]) -> None:
         """Call after every optimizer step: update the average, save if it is time, and stop if a signal came."""
+        self.clock = self.clock or (time.monotonic(), self.steps_done)
         if self.ema:
             self.ema.update(self.net)
         number, unit = self.settings.checkpoint_every
@@ -94,7 +133,7 @@ class Run:
             self.progress = Progress(epoch + 1)
             self.write({"epoch": epoch, **statistics, **self.metrics})
             if self.metrics:
-                self.stale += 1
+                self.stale, self.last_ap = self.stale + 1, self.metrics["AP"]
                 ap = self.metrics["AP"]
                 if ap > self.best or ap < 0:  # without boxes there is no AP, and the last model is as good as any
                     self.best, self.stale = ap, 0
@@ -117,8 +156,8 @@ class Run:
                 "learning rate (--lr), or clip the gradient (--clip_norm)"
             )
         settings = self.settings
-        sides, limits = (settings.min_side, settings.max_side), (settings.limits, self.score_thresholds)
-        entries = checkpoint.model_entries(self.detector, self.class_names, *sides, *limits)
+        found = settings.limits, self.score_thresholds, settings.tiling
+        entries = checkpoint.model_entries(self.detector, self.class_names, *settings.sides, *found)
         entries |= {"epoch": self.progress.epoch, "metrics": self.metrics}
         checkpoint.save(Path(settings.out_dir) / name, entries | extra)
 
@@ -152,6 +191,7 @@ class Run:
             weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
             check_state(state, own, weights, self.settings, self.steps_per_epoch)
             self.metrics = content["metrics"]
+            self.last_ap = self.metrics.get("AP")
             self.progress = Progress(**state["progress"])
             self.best, self.stale = state["best"], state["stale"]
             # All but the rates and the counters follows from the settings, and is not taken from the file.

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
+from retinanet.data.tiles import BACKGROUND, MAX_OVERLAP, OVERLAP, SIDES, Tiling
 from retinanet.errors import UserError, shown, suggestion
 from retinanet.model import ARCHITECTURES
 from retinanet.process import PRECISIONS, choose_precision, get_world_size
@@ -23,6 +24,9 @@ BOUNDS = {
     **dict.fromkeys(("epochs", "early_stop", "val_every", "log_every"), (1, 10**7)),
     **dict.fromkeys(("max_detections", "top_k"), (1, 10**6)),
     **dict.fromkeys(("ema", "random_crop", "colour_jitter", "score_threshold", "nms_threshold"), (0, 1)),
+    "tile": SIDES,  # pixels
+    "tile_overlap": (0, MAX_OVERLAP),
+    "tile_background": (0, 1),
     "workers": (0, 256),
     "seed": (0, 2**63 - 1),
     "lr": (1e-12, 1000),
@@ -62,6 +66,9 @@ class Settings:
     seed: int = 0
     min_side: int = 608
     max_side: int = 1024
+    tile: int | None = None
+    tile_overlap: float = OVERLAP
+    tile_background: float = BACKGROUND
     jitter: list[int] | None = None
     random_crop: float | None = None
     colour_jitter: float | None = None
@@ -112,6 +119,16 @@ class Settings:
         return PRECISIONS[self.precision]
 
     @property
+    def tiling(self) -> Tiling | None:
+        """What `tile` and `tile_overlap` mean."""
+        return Tiling(self.tile, self.tile_overlap) if self.tile else None
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Short side and long side's limit, pixels, of the images that the network gets: those of a tile."""
+        return (self.tile, self.tile) if self.tile else (self.min_side, self.max_side)
+
+    @property
     def limits(self) -> dict[str, float]:
         """The limits of detection."""
         return {name: getattr(self, name) for name in LIMITS}
@@ -130,6 +147,12 @@ def contradictions(settings: Mapping[str, Any], has_val_set: bool) -> list[str]:
         errors.append(f"--max_side {max_side} is below --min_side {min_side}")
     if jitter and not jitter[0] <= jitter[1] <= max_side:
         errors.append(f"--jitter {jitter[0]} {jitter[1]} must rise, and end at --max_side {max_side}")
+    changed = {name for name, value in Settings.defaults().items() if settings[name] != value}
+    if settings["tile"]:
+        given = sorted(changed & {"min_side", "max_side"})
+        errors += [f"--tile takes images at full resolution, without --{name}" for name in given]
+    else:
+        errors += [f"--{name} needs --tile" for name in sorted(changed & {"tile_overlap", "tile_background"})]
     if settings["early_stop"] and not has_val_set:
         errors.append("--early_stop needs a validation set")
     if settings["ema"] == 1:
