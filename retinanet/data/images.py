@@ -4,36 +4,43 @@ import contextlib
 import functools
 import glob
 import io
+import logging
+import math
 import os
 import re
 import struct
+import sys
 import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from retinanet.data.pixels import Deferred, PixelRange, RawImage
 from retinanet.data.report import FileError
+from retinanet.data.tiff import TIFF_STARTS, open_tiff
 from retinanet.data.video import VIDEO_SUFFIXES
 from retinanet.errors import UserError, shown
 
 # Pillow warns of large, palette and oddly tagged images, which are read, without their names; torchvision of its end.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torchvision\.io")
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
 # What decodes JPEG, bytes [N] uint8 -> [3, H, W] uint8, best first, where it is installed. Pillow gives the same
 # pixels, more slowly.
 JPEG_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {}
+PNG_DECODER: Callable[[Tensor], Tensor] | None = None  # torchvision's crashes on damaged files
 with contextlib.suppress(Exception):  # whatever its libraries of other versions raise
     from torchcodec.decoders import decode_image
 
-    JPEG_DECODERS["torchcodec"] = functools.partial(decode_image, mode="RGB")
+    JPEG_DECODERS["torchcodec"] = PNG_DECODER = functools.partial(decode_image, mode="RGB")
 with contextlib.suppress(ImportError):  # torchvision 0.29 announces that it will go
     from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -45,8 +52,9 @@ IMAGE_SUFFIXES = {
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
     *(".tif", ".tiff", ".webp"),
 }
-MAX_PIXELS = 178_956_970  # of an image; from here on Pillow, too, takes it for a decompression bomb
-MAX_BYTES = 2**31  # of an image's file: more than MAX_PIXELS of 16 bits a channel
+PIXEL_LIMIT = 179  # millions of pixels of an image; Pillow, too, takes a larger one for a decompression bomb
+BYTES_A_PIXEL = 12  # of an image's file, at most: three numbers of 32 bits
+LARGE = 2**24  # pixels from which `open_image` decodes parts where it can
 # What the readers of Pillow and torchvision raise for one broken file or another.
 BROKEN_IMAGE = (
     OSError, RuntimeError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
@@ -63,27 +71,42 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# How Pillow names 16-bit colours, of which it reads the upper byte alone -> what reads both bytes, one after the other.
+HALVES = {
+    f"{kind};16{order}": (f"{kind};16{order}", f"{kind};16{other}")
+    for kind in ("RGB", "RGBX", "RGBA")
+    for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))
+} | {"LA;16B": ("RGBA",)}
+BITS, NUMBER_KIND = TiffImagePlugin.BITSPERSAMPLE, TiffImagePlugin.SAMPLEFORMAT
 
 
 @contextlib.contextmanager
-def _open(path: str | Path, whole: bool = False) -> Iterator[Image.Image]:
-    """Open an image of at most MAX_PIXELS; whatever a broken one raises inside becomes a FileError that names it."""
-    limit = f"the limit of {MAX_PIXELS:,} (retinanet.data.images.MAX_PIXELS)"
+def _open(path: str | Path, pixel_limit: float | None, whole: bool = False) -> Iterator[Image.Image | RawImage]:
+    """Open an image of at most `pixel_limit` million pixels: by Pillow, unless that would lose bits or bands.
+
+    Whatever a broken image raises inside becomes a FileError that names it.
+    """
     try:
         if not os.path.exists(path):  # noqa: PTH110, pathlib raises errors of its own for impossible names
             raise FileNotFoundError("the file does not exist")
         if not Path(path).is_file():
             raise OSError("it is not a file")
-        if Path(path).stat().st_size > MAX_BYTES:
-            raise OSError(f"it has more than {MAX_BYTES:,} bytes")
-        with Image.open(io.BytesIO(Path(path).read_bytes()) if whole else path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise FileError(str(path), f"has {image.width} x {image.height} pixels, more than {limit}")
-            yield image
+        size = Path(path).stat().st_size
+        if pixel_limit and size > (most := int(BYTES_A_PIXEL * pixel_limit * 1e6)):
+            raise OSError(f"it has more than {most:,} bytes; --pixel_limit raises that")
+        with open(path, "rb") as opened:
+            file = io.BytesIO(opened.read()) if whole and size <= LARGE else opened
+            image = _identify(file, path)
+            raw = _open_raw(image, file, path)
+            height, width, *_ = raw.shape if raw else image.size[::-1]
+            if pixel_limit and width * height > pixel_limit * 1e6:
+                message = f"has {width} x {height} pixels, more than the limit of {pixel_limit:g} million"
+                raise FileError(str(path), f"{message}; --pixel_limit {-(-width * height // 10**6)} allows it")
+            yield raw or image
     except FileError:
         raise
-    except Image.DecompressionBombError as error:
-        raise FileError(str(path), f"has more pixels than {limit}") from error
+    except Image.DecompressionBombError as error:  # of a part of the file
+        raise FileError(str(path), f"cannot be read as an image ({error})") from error
     except UnidentifiedImageError as error:
         with open(path, "rb") as file:
             start = shown(file.read(12))
@@ -94,6 +117,93 @@ def _open(path: str | Path, whole: bool = False) -> Iterator[Image.Image]:
         raise FileError(str(path), f"cannot be read as an image ({reason})") from error
 
 
+def _identify(file: BinaryIO, path: str | Path) -> Image.Image | None:
+    """The image as Pillow recognises it; other than Image.open, of any size, because this decodes nothing."""
+    Image.init()  # only once
+    start = file.read(16)
+    for name in FORMATS:
+        factory, accept = Image.OPEN[name]
+        if accept(start) is True:
+            file.seek(0)
+            with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
+                return factory(file, path)
+    return None
+
+
+def _open_raw(image: Image.Image | None, file: BinaryIO, path: str | Path) -> RawImage | None:
+    """An image that Pillow does not read, or with fewer bits or bands; None for all others.
+
+    Raises:
+        UnidentifiedImageError: it is of no known format.
+    """
+    if image is not None and image.format != "TIFF":
+        return (found := _deep_pixels(image, file)) and RawImage(*found)
+    if image is not None and max(image.tag_v2.get(BITS, (1,))) <= 8 and max(image.tag_v2.get(NUMBER_KIND, (1,))) == 1:
+        return None
+    file.seek(0)
+    if image is None and file.read(4) not in TIFF_STARTS:
+        raise UnidentifiedImageError
+    found = image and _deep_pixels(image, file)
+    raw = open_tiff(path, found and found[0])
+    if raw is None and image is None:
+        raise ValueError("its colours are neither RGB nor grey")
+    return raw
+
+
+def _deep_pixels(image: Image.Image, file: BinaryIO) -> tuple[Deferred, PixelRange | None] | None:
+    """The pixels of an image of more than 8 bits as Pillow reads them, and the range that its file declares."""
+    if not image.tile:
+        return None
+    decoder, _, start, rest = image.tile[0]
+    mode, *rest = rest if isinstance(rest, tuple) else (rest,)
+    size, bands, kind = image.size[::-1], len(image.getbands()), np.dtype(np.uint16)
+    if decoder in ("ppm", "ppm_plain") and rest[0] > 255 and (decoder == "ppm" or image.mode == "I"):
+        return Deferred((*size, bands), kind, lambda: _read_ppm(image, file, start, rest[0])), (0, rest[0])
+    if image.mode == "F" or image.mode[:1] == "I":
+        kind = {"F": np.dtype(np.float32), "I": np.dtype(np.int32)}.get(image.mode, kind)
+        pixels = Deferred((*size, 1), kind, lambda: np.asarray(image).astype(kind)[:, :, None])
+    elif mode in HALVES:
+        pixels = Deferred((*size, 1 if mode == "LA;16B" else 3), kind, lambda: _join_halves(image, file, mode))
+    else:
+        return None
+    return pixels, _significant_bits(file) if image.format == "PNG" else None
+
+
+def _read_ppm(image: Image.Image, file: BinaryIO, start: int, largest: int) -> np.ndarray:
+    """[H, W, C] uint16 up to `largest`, to which Pillow's numbers, in plain text up to 65535, are scaled back."""
+    if image.tile[0][0] == "ppm_plain":
+        return np.rint(np.asarray(image) * (largest / 65535)).astype(np.uint16)[:, :, None]
+    shape = *image.size[::-1], len(image.getbands())
+    file.seek(start)
+    return np.frombuffer(file.read(2 * math.prod(shape)), ">u2").reshape(shape).astype(np.uint16)
+
+
+def _join_halves(image: Image.Image, file: BinaryIO, mode: str) -> np.ndarray:
+    """[H, W, C] uint16 where Pillow reads upper bytes alone: in the other byte order, those are the lower ones."""
+    halves = []
+    for half_mode in HALVES[mode]:
+        file.seek(0)
+        half = type(image)(file, image.filename)
+        half.tile = [
+            tile._replace(args=(half_mode, *tile.args[1:]) if isinstance(tile.args, tuple) else half_mode)
+            for tile in half.tile
+        ]
+        halves.append(np.asarray(half).astype(np.uint16))
+    if len(halves) == 1:  # grey and alpha, of two bytes each
+        return halves[0][:, :, :1] << 8 | halves[0][:, :, 1:2]
+    return (halves[0] << 8 | halves[1])[:, :, :3]
+
+
+def _significant_bits(file: BinaryIO) -> PixelRange | None:
+    """The range that a PNG declares by sBIT."""
+    file.seek(0)
+    start = file.read(4096)
+    if (place := start.find(b"sBIT")) < 4:
+        return None
+    bits = max(start[place + 4 : place + 4 + start[place - 1]], default=16)
+    return (0, 2**bits - 1) if 8 < bits < 16 else None
+
+
 def _orientation(image: Image.Image) -> int:
     """EXIF's orientation, from 1 to 8; 1, upright, in place of anything else."""
     # The method of the base class, because PNG's own decodes the whole image to find EXIF at its end.
@@ -101,46 +211,82 @@ def _orientation(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) and orientation in TURNS else 1
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, pixel_range: PixelRange | None = None, pixel_limit: float = PIXEL_LIMIT) -> np.ndarray:
     """Read an image of any common kind as RGB, turned upright as its EXIF orientation says.
 
-    Grey, palette, CMYK and 16-bit images and those with an alpha channel are converted.
+    Grey, palette and CMYK images are converted; of those with alpha or more bands, the first three are taken.
+
+    Args:
+        path: the file.
+        pixel_range: what becomes black and white in images of more than 8 bits; default: see `pixels`, of this image.
+        pixel_limit: millions of pixels that the image may have.
 
     Returns:
         [H, W, 3] uint8.
 
     Raises:
-        FileError: the file is missing, truncated, larger than MAX_PIXELS, or not an image.
+        FileError: the file is missing, truncated, larger than the limit, or not an image.
     """
-    with _open(path, whole=True) as image:
+    with _open(path, pixel_limit, whole=True) as image:
+        if isinstance(image, RawImage):
+            return _turn(image.decode(pixel_range), image.orientation)
         orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns TIFF files by itself
         if image.format in ("JPEG", "MPO") and orientation == 1 and JPEG_DECODERS:
-            data = bytearray(image.fp.getbuffer())
+            image.fp.seek(0)
+            data = bytearray(image.fp.read())
             if data.endswith(b"\xff\xd9"):  # whole; decoders make up what is missing
                 if "exif" in image.info:  # hidden: TorchCodec turns images by it, even where it is invalid
                     start = data.index(b"Exif\0\0")
                     data[start : start + 8] = bytes(8)
                 pixels = next(iter(JPEG_DECODERS.values()))(torch.frombuffer(data, dtype=torch.uint8))
                 return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+        large = image.width * image.height > LARGE
+        if large and image.format == "PNG" and image.mode == "RGB" and "exif" not in image.info and PNG_DECODER:
+            data = torch.from_file(str(path), False, Path(path).stat().st_size, dtype=torch.uint8)
+            return PNG_DECODER(data).permute(1, 2, 0).numpy()  # in half of Pillow's memory
         image.load()
-        return to_rgb(image if orientation == 1 else image.transpose(TURNS[orientation]))
+        return _turn(to_rgb(image), orientation)
 
 
-def open_image(path: str | Path) -> np.ndarray:
-    """Open an image for reading parts of it: [H, W, 3] uint8 RGB as `read_image` gives it, by slicing.
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """[H, W, 3] as a file stores it -> upright."""
+    turn = TURNS.get(orientation)
+    return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
 
-    Raises:
-        FileError: as `read_image`.
+
+def open_image(
+    path: str | Path, pixel_range: PixelRange | None = None, pixel_limit: float = PIXEL_LIMIT
+) -> np.ndarray | RawImage:
+    """Open an image of which parts are wanted.
+
+    Arguments and errors are those of `read_image`; a part may be found damaged only when it is read.
+
+    Returns:
+        What `read_image` gives; or, of TIFF files of more than LARGE pixels whose compression allows it, an object
+        with `shape` [H, W, 3] that gives the same when sliced by rows and columns, and decodes no more than that.
     """
-    return read_image(path)
+    with _open(path, pixel_limit) as image:
+        large = math.prod(image.shape[:2] if isinstance(image, RawImage) else image.size) > LARGE
+        if large and not isinstance(image, RawImage) and image.format == "TIFF":
+            image = open_tiff(path, None)
+        if large and isinstance(image, RawImage) and image.by_parts and image.orientation == 1:
+            image.pixel_range = pixel_range
+            return image
+    return read_image(path, pixel_range, pixel_limit)
 
 
-def to_rgb(image: Image.Image) -> np.ndarray:
-    """A Pillow image of any mode -> [H, W, 3] uint8."""
-    if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper 8
-        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.array(image.convert("RGB"))
+def to_rgb(image: Image.Image, pixel_range: PixelRange | None = None) -> np.ndarray:
+    """A Pillow image of any mode -> [H, W, 3] uint8; `pixel_range` as in `read_image`."""
+    if image.mode == "F" or image.mode[:1] == "I":
+        values = np.asarray(image)
+        return RawImage(values.astype(values.dtype.newbyteorder("="))).decode(pixel_range)
+    rows = max(1, LARGE // image.width)
+    if image.height <= rows:
+        return np.array(image.convert("RGB"))
+    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    for top in range(0, image.height, rows):  # in parts, because Pillow copies what it converts
+        pixels[top : top + rows] = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGB")
+    return pixels
 
 
 class ImageHeader(NamedTuple):
@@ -151,13 +297,16 @@ class ImageHeader(NamedTuple):
     orientation: int  # of EXIF, from 1, upright, to 8: how the file stores it
 
 
-def read_header(path: str | Path) -> ImageHeader:
+def read_header(path: str | Path, pixel_limit: float | None = None) -> ImageHeader:
     """Read an image's header.
 
     Raises:
-        FileError: the file is missing, larger than MAX_PIXELS, or not an image.
+        FileError: the file is missing, has more than `pixel_limit` million pixels, or is not an image.
     """
-    with _open(path) as image:
+    with _open(path, pixel_limit) as image:
+        if isinstance(image, RawImage):
+            height, width, _ = image.shape
+            return ImageHeader(*((width, height) if image.orientation >= 5 else (height, width)), image.orientation)
         orientation = _orientation(image)
         width, height = image.size
         turned = orientation >= 5 and image.format != "TIFF"

@@ -1,0 +1,158 @@
+"""From pixels of any depth to 8 bits: the range of values that becomes black to white.
+
+8-bit pixels stay as they are. All others are scaled linearly, those of a data set by one range. It is what the files
+declare, else what their values are: from the 0.1th to the 99.9th percentile of a sample, without the few brightest and
+darkest pixels, so that a defect of the sensor does not decide.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PixelRange = tuple[float, float]  # the values that become black and white
+
+PERCENTILES = 0.1, 99.9
+SAMPLE_SIDE = 256  # pixels of each side of an image, at most, that are looked at
+NODATA = (-9999, -32768)  # what geodata without a declared one have where there is no measurement
+HUGE = 1e30  # so do some floating-point files with the largest numbers that there are
+VISIBLE = 1 / 32  # a declared range of which the values take up less would leave a black or a white image
+STRIP = 2**22  # pixels that are scaled at once
+
+
+class Sample(NamedTuple):
+    """What is looked at of an image to choose a range."""
+
+    values: np.ndarray  # [N] float64, finite
+    declared: PixelRange | None  # by the file, unless that says no more than its data type does
+    dtype: np.dtype
+
+
+def percentile_range(values: np.ndarray) -> PixelRange:
+    """The range of values [N], some of which are left out; never an empty one."""
+    low, high = np.percentile(values, PERCENTILES) if len(values) else (0.0, 0.0)
+    if low == high and len(values):  # nearly all are background
+        low, high = values.min(), values.max()
+    if low == high:
+        low, high = low - max(1, abs(low)), high + max(1, abs(high))
+    return float(low), float(high)
+
+
+def pooled_range(samples: Iterable[Sample]) -> PixelRange:
+    """The one range of several images: the union of those that all of them declare, else that of their values."""
+    samples = list(samples)
+    low, high = percentile_range(np.concatenate([sample.values for sample in samples]))
+    declared = [sample.declared for sample in samples if sample.declared]
+    if len(declared) == len(samples):
+        black, white = min(lows for lows, _ in declared), max(highs for _, highs in declared)
+        seen = min(high, white) - max(low, black)
+        if seen >= VISIBLE * (white - black) and seen >= (high - low) / 2:
+            return float(black), float(white)
+    return low, high
+
+
+def to_bytes(values: np.ndarray, pixel_range: PixelRange, nodata: float | None = None) -> np.ndarray:
+    """Scale numbers of any type to uint8, black to white; NaN and `nodata` become black, uint8 stays as it is."""
+    if values.dtype in (np.uint8, np.bool_):
+        return values if values.dtype == np.uint8 else values * np.uint8(255)
+    low, high = pixel_range
+    with np.errstate(all="ignore"):  # infinite ones are clipped
+        scaled = values.astype(np.result_type(values.dtype, np.float32))
+        scaled -= low
+        scaled *= 255 / (high - low)
+        np.rint(scaled.clip(0, 255, out=scaled), out=scaled)
+    scaled[np.isnan(scaled) if nodata is None else np.isnan(scaled) | (values == nodata)] = 0
+    return scaled.astype(np.uint8)
+
+
+def to_three_bands(image: np.ndarray) -> np.ndarray:
+    """[H, W] or [H, W, C] -> [H, W, 3]: one or two bands become grey, from more the first three are taken."""
+    image = image[:, :, None] if image.ndim == 2 else image
+    image = image[:, :, :3] if image.shape[2] >= 3 else image[:, :, [0, 0, 0]]
+    return np.ascontiguousarray(image)
+
+
+class Deferred:
+    """An array [H, W, C] that is decoded when it is first sliced."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: np.dtype, decode: Callable[[], np.ndarray]):
+        self.shape = shape
+        self.dtype = dtype
+        self._decode = decode
+
+    @functools.cached_property
+    def _values(self) -> np.ndarray:
+        return self._decode()
+
+    def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
+        return self._values[window]
+
+
+class RawImage:
+    """An image as its file has it, of more than 8 bits or of many bands; sliced, it gives [h, w, 3] uint8 RGB.
+
+    Args:
+        values: [H, W] or [H, W, C] of any real type; sliced by rows and columns, gives such an array.
+        declared: the range that the file declares.
+        nodata: the value of pixels that were not measured.
+        inverted: whether the largest value is black.
+        orientation: of EXIF; sliced, the image is not turned.
+        by_parts: whether a slice costs no more than its share of the image.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(
+        self,
+        values: Any,
+        declared: PixelRange | None = None,
+        nodata: float | None = None,
+        inverted: bool = False,
+        orientation: int = 1,
+        by_parts: bool = False,
+    ):
+        self.values = values
+        self.declared = declared
+        self.nodata = nodata
+        self.inverted = inverted
+        self.orientation = orientation
+        self.by_parts = by_parts
+        self.pixel_range: PixelRange | None = None  # None: its own
+        self.shape = (*values.shape[:2], 3)
+
+    @functools.cached_property
+    def _range(self) -> PixelRange:
+        """The range by which this image is scaled."""
+        if self.values.dtype == np.uint8:
+            return 0, 255
+        return self.pixel_range or pooled_range([self.sample()])
+
+    def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
+        grey = to_bytes(to_three_bands(self.values[window]), self._range, self.nodata)
+        return 255 - grey if self.inverted else grey
+
+    def decode(self, pixel_range: PixelRange | None = None) -> np.ndarray:
+        """All of it, [H, W, 3], in a range; by default its own."""
+        self.pixel_range = pixel_range
+        height, width, _ = self.shape
+        image, step = np.empty(self.shape, dtype=np.uint8), max(1, STRIP // width)
+        for top in range(0, height, step):
+            image[top : top + step] = self[top : top + step, :]
+        return image
+
+    def sample(self) -> Sample:
+        """Some of its values: all windows of a grid, or a grid of all pixels."""
+        height, width = self.shape[:2]
+        if height * width <= STRIP:
+            parts = [self.values[:, :]]
+        else:
+            tops, lefts = (np.linspace(0, max(0, length - 128), 8).astype(int) for length in (height, width))
+            parts = [self.values[top : top + 128, left : left + 128] for top in tops for left in lefts]
+        step = max(1, -(-min(height, width) // SAMPLE_SIDE)) if len(parts) == 1 else 4
+        values = np.concatenate([to_three_bands(part)[::step, ::step].ravel() for part in parts])
+        measured = np.isfinite(values) if self.nodata is None else np.isfinite(values) & (values != self.nodata)
+        if values.dtype.kind != "u" and self.nodata is None:
+            measured &= ~np.isin(values, NODATA)
+        values = values[measured].astype(np.float64)
+        return Sample(values[np.abs(values) < HUGE], self.declared, self.values.dtype)
