@@ -100,11 +100,16 @@ def show_log() -> None:
         setup_logging()
 
 
-def progress(items: Iterable, description: str, total: int | None = None, initial: int = 0) -> auto.tqdm:
-    """Show a progress bar over `items`, on rank 0, in a terminal or a notebook only."""
+def shows_progress() -> bool:
+    """Whether `progress` shows its bars: on rank 0, and in a terminal or a notebook."""
     in_notebook = auto.notebook_tqdm is not auto.std_tqdm
-    disable = not is_main_process() or (False if in_notebook else None)  # None: where the output is no terminal
-    return auto.tqdm(items, description, total, initial=initial, disable=disable, leave=False, dynamic_ncols=True)
+    return is_main_process() and (in_notebook or (sys.stderr is not None and sys.stderr.isatty()))
+
+
+def progress(items: Iterable, description: str, total: int | None = None, initial: int = 0) -> auto.tqdm:
+    """Show a progress bar over `items`, where `shows_progress`."""
+    hidden = not shows_progress()
+    return auto.tqdm(items, description, total, initial=initial, disable=hidden, leave=False, dynamic_ncols=True)
 
 
 def seed_everything(seed: int) -> None:

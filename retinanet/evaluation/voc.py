@@ -15,12 +15,13 @@ from torch import nn
 from retinanet.boxes import box_iou
 from retinanet.data.dataset import DetectionDataset
 from retinanet.errors import shortened
-from retinanet.evaluation.thresholds import Point, Ranking, at_precision, best_f1, pooled
+from retinanet.evaluation.thresholds import Point, Ranking, at_precision, best_f1, counts_above, pooled, rates_above
 from retinanet.inference import detect_dataset
 from retinanet.postprocess import MAX_DETECTIONS, SCORE_THRESHOLD, Detections
 from retinanet.process import log, show_log
 from retinanet.visual import charts
 
+BOARD_CLASSES = 20  # that TensorBoard shows a curve of
 VOC07_RECALLS = np.linspace(0, 1, 11) - 1e-12  # less a rounding error: a recall of 3 / 10 counts as 0.3
 
 
@@ -127,6 +128,18 @@ def all_rankings(results: Mapping[int, ClassResult]) -> list[Ranking]:
     """The Ranking of each label, and at the end that of all classes together, for one threshold."""
     rankings = [result.ranking for result in results.values()]
     return [*rankings, pooled(rankings)]
+
+
+def board_curves(results: Mapping[int, ClassResult], dataset: DetectionDataset) -> dict[str, np.ndarray]:
+    """Precision-recall curves of the classes with the most boxes and of all, as `RunLog.add_pictures` takes them."""
+    *classes, over_all = zip([*dataset.labels.values(), "all classes"], all_rankings(results), strict=True)
+    classes.sort(key=lambda pair: -pair[1].boxes.sum())
+    scores, curves = np.linspace(0, 1, 127), {}  # as many as TensorBoard's own curves have
+    for name, ranking in [over_all, *classes[:BOARD_CLASSES]]:
+        counts, right = counts_above(ranking, scores)
+        rates = np.nan_to_num(rates_above(ranking, scores)[:2])
+        curves[name] = np.stack([right, counts - right, ranking.boxes.sum() - right, *rates])
+    return curves
 
 
 def best_scores(results: Mapping[int, ClassResult], dataset: DetectionDataset) -> dict[str, Any]:

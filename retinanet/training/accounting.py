@@ -33,9 +33,15 @@ class Meter:
     """
 
     def __init__(
-        self, progress: Progress, num_steps: int, log_every: int, log_step: Callable[[dict[str, float]], None]
+        self,
+        progress: Progress,
+        num_steps: int,
+        log_every: int,
+        log_step: Callable[[dict[str, float]], None],
+        outlook: Callable[[], str],
     ):
         self.progress, self.num_steps, self.log_every, self.log_step = progress, num_steps, log_every, log_step
+        self.outlook = outlook  # of the whole run
         steps = range(progress.step, num_steps)
         self.bar = process.progress(steps, f"epoch {progress.epoch}", num_steps, progress.step)
         self.num_images = self.recent_images = 0
@@ -59,7 +65,8 @@ class Meter:
         entry = {"epoch": progress.epoch, "step": progress.step, "class_loss": class_loss, "box_loss": box_loss}
         entry |= {"lr": lr, **norm()}
         speed = entry["images_per_second"] = self.recent_images / (time.perf_counter() - self.recent_start)
-        self.bar.set_postfix_str(f"class {class_loss:.3f}, box {box_loss:.3f}, lr {lr:.1e}, {speed:.1f} images/s")
+        text = f"class {class_loss:.3f}, box {box_loss:.3f}, lr {lr:.1e}, {speed:.1f} images/s"
+        self.bar.set_postfix_str(text + self.outlook())
         self.log_step(entry)
         self.recent_images, self.recent_start = 0, time.perf_counter()
 

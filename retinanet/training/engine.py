@@ -34,6 +34,7 @@ def train_one_epoch(
     after_step: Callable[[int, Callable[[], dict[str, float]]], None] = lambda signum, check_norm: None,
     log_step: Callable[[dict[str, float]], None] = lambda entry: None,
     log_every: int = 20,
+    outlook: Callable[[], str] = lambda: "",
 ) -> dict[str, float]:
     """Train on every batch of `loader` once.
 
@@ -49,6 +50,7 @@ def train_one_epoch(
         after_step: called with that number after every optimizer step: to update an EMA, save a checkpoint, stop; and
             with a function that makes sure, before anything is saved, that the step's gradient was finite.
         log_step: called every `log_every` steps with their mean losses, the rate, the gradient's norm and images/s.
+        outlook: called after that for what the progress bar adds to them about the whole run.
 
     Returns:
         The epoch's mean `class_loss`, `box_loss` and `loss`, over all ranks, and `images_per_second`.
@@ -60,7 +62,7 @@ def train_one_epoch(
     model.train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
-    meter = Meter(progress, -(-len(loader) // accumulate), log_every, log_step)
+    meter = Meter(progress, -(-len(loader) // accumulate), log_every, log_step, outlook)
     check_norm, on_gpu = None, device.type == "cuda"  # which copies from pinned memory while the host goes on
     with explained(loader, precision) as seen:
         for step, group in zip(meter.bar, _groups(loader, accumulate, seen), strict=False):

@@ -7,12 +7,16 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from retinanet.data.reading import read_bytes
 from retinanet.errors import UserError, output_file
 from retinanet.process import log
 from retinanet.training.files import lock_folder, replaced
 
 BOARD_FILES = "events.out.tfevents.*"
+BOARD_SIDE = 1280  # pixels of the long side of an image there: one is kept for each validation
 RUN_FILES = (
     *("last.pt", "best.pt", "log.jsonl", "log_damaged.jsonl", "args.json", "not_finite_rank*.pt", BOARD_FILES),
     *("curves.png", "labels.png", "batch.png", "detections.png"),
@@ -80,6 +84,27 @@ class RunLog:
         if self.board:
             self._add_to_board(entry)
             self.board.flush()
+
+    def add_pictures(self, epoch: int, sheet: Path, curves: Mapping[str, np.ndarray]) -> None:
+        """Show a validation in TensorBoard, if that is asked for.
+
+        Args:
+            epoch: of the validation.
+            sheet: the image file of its detections.
+            curves: of each name, [5, T] right, false and missed objects, precision and recall above T scores, from 0
+                to 1 in equal steps.
+        """
+        if not self.board:
+            return
+        step = (epoch + 1) * self.steps_per_epoch
+        if sheet.is_file():
+            with Image.open(sheet) as image:
+                image.thumbnail((BOARD_SIDE, BOARD_SIDE))
+                self.board.add_image("detections", np.asarray(image), step, dataformats="HWC")
+        for name, (right, false, missed, *rates) in curves.items():
+            counts = right, false, np.zeros_like(right), missed  # detection has no true negatives
+            self.board.add_pr_curve_raw(f"PR/{name}", *counts, *rates, step, num_thresholds=len(right))
+        self.board.flush()
 
     def close(self) -> None:
         """Close the files, so that another run may use the folder."""

@@ -40,8 +40,8 @@ class Run:
         self.net = net.to(device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(net, recipe, settings.lr, settings.backbone_lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == torch.float16)
-        factors = repeat_factors(train_set, None, settings.tile)
-        self.steps_per_epoch = -(-epoch_size(factors) // settings.global_batch)
+        self.epoch_size = epoch_size(repeat_factors(train_set, settings.balance, settings.tile))
+        self.steps_per_epoch = -(-self.epoch_size // settings.global_batch)
         self.ema = EMA(net, settings.ema) if settings.ema is not None else None
         self.schedule = Schedule(self.optimizer, recipe, settings.epochs * self.steps_per_epoch)
         self.log: RunLog | None = None  # on rank 0
