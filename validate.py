@@ -30,7 +30,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--min_precision", type=flags.fraction, help=text)
     group.add_argument("--voc07", action="store_true", help="VOC's mAP by 11 points instead of the area")
     group.add_argument("--analyse", action="store_true", help="find out which kinds of errors cost how much AP (TIDE)")
-    group.add_argument("--out", help="folder for detections.json, metrics.json and charts")
+    group.add_argument("--out", help="folder for report.html, detections.json, metrics.json and charts")
     args = parser.parse_args(argv)
     errors = flags.check_data_arguments(args, ["csv_val"])
     of_model = flags.given_limits(args) | flags.given_tiles(args)
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     found, ids = coco.to_detections(dataset, results), {dataset.image_ids[index] for index in chosen}
     results, found = [one for one in results if one["image_id"] in ids], {index: found[index] for index in chosen}
     limit = (LIMITS | flags.given_limits(args))["max_detections"]
-    api.report_scores(dataset, found, args.out, **how, max_detections=limit, results=results)
+    api.report_scores(dataset, found, args.out, **how, max_detections=limit, source=args.detections, results=results)
 
 
 if __name__ == "__main__":

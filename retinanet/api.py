@@ -9,6 +9,7 @@ import torch
 
 from retinanet import inference, process
 from retinanet.commands import flags
+from retinanet.commands.page import write_page
 from retinanet.data.checks import write_skipped
 from retinanet.data.classes import check_classes
 from retinanet.data.dataset import DetectionDataset
@@ -86,7 +87,7 @@ def validate(
     Args:
         model: the path of a checkpoint, the result of `checkpoint.load_model`, or a model with the data set's classes.
         dataset: without a transform, its images are resized as in the model's training.
-        out: folder for detections.json, metrics.json and charts.
+        out: folder for detections.json, metrics.json, report.html and charts.
         iou_threshold: IoU from which a box counts as found, for VOC's scores.
         min_precision: also find the lowest scores that have this precision.
         voc07: VOC's mAP by 11 points instead of the area.
@@ -131,7 +132,8 @@ def validate(
     if process.is_main_process():
         log.info("detections with scores above %g:", limits["score_threshold"])
         how = iou_threshold, voc07, analyse, min_precision
-        metrics = report_scores(dataset, found, out, *how, limits["max_detections"])
+        source = info.get("path", "model")
+        metrics = report_scores(dataset, found, out, *how, limits["max_detections"], source, model=(net, info))
     return process.from_main_process(metrics)
 
 
@@ -144,9 +146,13 @@ def report_scores(
     analyse: bool,
     min_precision: float | None,
     max_detections: int,
+    source: str,
     results: Sequence[Mapping[str, Any]] | None = None,
+    model: tuple[RetinaNet, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Score detections, log the tables, and write files to `out` if it is given; the rest is for `report.evaluate`.
+    """Score detections, log the tables, and write files to `out` if it is given.
+
+    `source` and `model` are those of `write_page`; the rest is for `report.evaluate`.
 
     Returns:
         What metrics.json holds.
@@ -163,6 +169,7 @@ def report_scores(
             images["errors.png"] = partial(charts.draw_bars, lost.lost, "AP50 lost to each kind of error")
             title, names = f"detections with scores above {CONFUSION_SCORE}", [*dataset.classes, "background"]
             images["confusion.png"] = partial(charts.draw_matrix, lost.confusion, names, title)
+        images["report.html"] = partial(write_page, evaluation=evaluation, source=source, model=model)
         for name, draw in images.items():
             try:
                 draw(folder / name)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from retinanet import __version__, inference, process
 from retinanet.commands import flags
+from retinanet.commands.page import write_page
 from retinanet.data.checks import check_before_training, write_skipped
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.loader import WorkerDiedError, explained, make_loader
@@ -23,9 +24,8 @@ from retinanet.data.sampler import AspectRatioBasedSampler
 from retinanet.data.transforms import Resizer
 from retinanet.errors import UserError
 from retinanet.evaluation import coco as coco_eval
-from retinanet.evaluation import voc
+from retinanet.evaluation import report, voc
 from retinanet.evaluation.errors import judge
-from retinanet.evaluation.report import limits_note
 from retinanet.model import RetinaNet, resnet
 from retinanet.process import log
 from retinanet.signals import StopSignals
@@ -103,7 +103,7 @@ def run_training(
         ranks = process.get_rank(), process.get_world_size()
         batch = settings.batch_size
         sampler = AspectRatioBasedSampler(
-            train_set, batch, False, settings.seed, *ranks, settings.accumulate, tile=settings.tile
+            train_set, batch, False, settings.seed, *ranks, settings.accumulate, settings.balance, settings.tile
         )
         train_loader = make_loader(train_set, batch, settings.workers, sampler, device=device)
         machine = {"device": device, "tiling": settings.tiling}
@@ -117,6 +117,8 @@ def run_training(
                 _begin(run, device, train_set, val_set, sampler)
                 with _saving(run, train_set, stop), explained(train_loader, settings.dtype):  # a worker may die
                     _train(run, train_loader, sampler, val_loader, val_set, device, stop)
+                if val_loader:
+                    _report(run, val_loader, val_set, device, stop)
             return _result(run, out_dir)
         finally:
             if run.log:
@@ -156,7 +158,7 @@ def _log_header(run: Run, device: torch.device, train_set: DetectionDataset) -> 
     settings, recipe = run.settings, RECIPES[run.settings.recipe]
     log.info(
         "%s: %s, %s, %s | ResNet-%d, %.1f M parameters, weights: %s | %s, %s | recipe %s, "
-        "learning rate %.3g (%.3g for %s)%s%s, global batch %d = %s x %s x %s, %s%s | "
+        "learning rate %.3g (%.3g for %s)%s%s, global batch %d = %s x %s x %s, %s%s%s | "
         "retinanet %s, torch %s, torchvision %s",
         settings.other.get("dataset", train_set.source), counted(run.num_images, "image"),
         counted(len(train_set.annotations), "box"), counted(len(run.class_names), "class"),
@@ -169,6 +171,8 @@ def _log_header(run: Run, device: torch.device, train_set: DetectionDataset) -> 
         "1 batch" if settings.accumulate == 1 else f"{settings.accumulate} batches",
         counted(process.get_world_size(), "process"), counted(settings.epochs, "epoch"),
         "" if settings.ema is None else f", EMA {settings.ema}",
+        "" if settings.balance is None else
+        f", balance {settings.balance:g}: {counted(run.num_images, 'image')} seen as {run.epoch_size:,} an epoch",
         __version__, torch.__version__, torchvision.__version__,
     )  # fmt: skip
     if settings.weights == "none" and settings.recipe != "scratch":
@@ -196,7 +200,7 @@ def _begin(
     with _drawing(run, "labels.png and batch.png"):
         data_views.save_data_images(train_set, sampler, out_dir)
     limit = settings.limits["max_detections"]
-    if val_set and (note := limits_note(val_set, range(len(val_set)), limit)):
+    if val_set and (note := report.limits_note(val_set, range(len(val_set)), limit)):
         log.warning("%s", note)
 
 
@@ -275,6 +279,25 @@ def _train(
                 charts.draw_training_curves(read_log(run.log.path), run.steps_per_epoch, run.log.folder / "curves.png")
     best = f", best AP {run.best:.3f}" if run.best >= 0 else ""
     log.info("done after %s%s", counted(run.progress.epoch, "epoch"), best)
+
+
+def _report(
+    run: Run, loader: DataLoader, dataset: DetectionDataset, device: torch.device, stop: StopSignals
+) -> None:
+    """Write report.html, of best.pt on the validation set, which all ranks detect in together."""
+    settings, path = run.settings, Path(run.settings.out_dir) / "best.pt"
+    if not process.from_main_process(path.is_file()):
+        return
+    try:
+        net, info = checkpoint.load_model(path)
+        net.to(device, memory_format=torch.channels_last)
+        found = inference.detect(net, loader, device, settings.dtype, lambda: bool(stop.signum), **settings.limits)
+        if run.log and not stop.signum:
+            evaluation = report.evaluate(dataset, found, limit=settings.limits["max_detections"])
+            write_page(path.with_name("report.html"), evaluation, str(path), (net, info))
+            log.info("what it gets wrong: %s", path.with_name("report.html"))
+    except (OSError, ValueError, RuntimeError) as error:  # the run itself is complete
+        log.warning("warning: no report.html: %s", error)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
 """All scores of a detector at once, as text and as files."""
 
+import copy
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,15 @@ class Evaluation:
     limits_note: str  # of `limits_note`
     min_precision: float | None
     limit: int  # detections of a class in an image that count
+
+    @cached_property
+    def scored(self) -> DetectionDataset:
+        """The data set without the images that do not count."""
+        if len(self.detections) == len(self.dataset):
+            return self.dataset
+        scored = copy.copy(self.dataset)
+        scored.select_images(np.isin(np.arange(len(scored)), list(self.detections)))
+        return scored
 
     def text(self) -> str:
         """All tables."""

@@ -4,8 +4,12 @@ The page and the folder `report` beside it, with JPEG images, are all that it ta
 so that its slider moves them. The template, style sheet and script are in `page/`.
 """
 
+import datetime
 import itertools
 import os
+import platform
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +17,10 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import torch
 from PIL import Image
 
+from retinanet import __version__
 from retinanet.data.dataset import DetectionDataset
 from retinanet.errors import UserError, escaped, output_file
 from retinanet.evaluation import errors, voc
@@ -31,6 +37,10 @@ MATRIX_LIMIT = 20  # classes of the confusion matrix: those that are confused mo
 BAR_LIMIT = 40  # classes of the chart of boxes
 NEAR_IOU = 0.1  # a box that no detection overlaps by more may be wrong itself
 SIDES = (0, 16, 32, 64, 96, 128, 256, 512)  # pixels, the root of the area
+CURVE_LIMIT = 24  # classes whose curves are drawn: the most frequent ones
+# Of their lines; told apart by colour-blind readers, on light and dark ground.
+COLOURS = ("#1f83c8", "#d95f02", "#0f9b74", "#c266a0", "#b8860b", "#7a6fd0", "#3aa7b8")
+DASHES = ("none", "7 3", "2 3", "10 3 2 3")
 GRID = 24  # cells a side of the map of positions
 
 # Of each of errors.KINDS, its title and what it is.
@@ -48,26 +58,28 @@ KINDS = {
 
 
 def write(
+    path: Path,
     evaluation: Evaluation,
-    folder: Path,
-    about: Mapping[str, str],
+    source: str,
+    is_model: bool,
     training: Sequence[Mapping[str, float]] = (),
     anchors: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `report.html` and the images of `report/`; those of an earlier report are removed.
+    """Write the page and the images of the folder `report` beside it; those of an earlier one are removed.
 
     Args:
+        path: of the page, report.html; its folder exists.
         evaluation: detections and their scores.
-        folder: exists.
-        about: what stands at the head, such as the model and the command, by its title.
+        source: the file of the model, or else of the detections.
+        is_model: whether it is that of a model.
         training: the entries of the run's log.jsonl.
-        anchors: from `anchor_report.as_dict`, and its `summary`: how well the anchors reach the boxes.
+        anchors: the `summary` of `anchor_report`, and the `coverage` of its `as_dict`.
 
     Raises:
         UserError: something lies at the place of the files that must not be overwritten.
         OSError: a file cannot be written.
     """
-    page, images = output_file(folder / "report.html"), folder / "report"
+    page, images = output_file(path), path.parent / "report"
     if images.is_symlink():
         raise UserError(f"{images}: is a link; remove it, or choose another folder")
     images.mkdir(exist_ok=True)
@@ -89,12 +101,20 @@ def write(
         "iou": evaluation.iou_threshold,
         "surely": errors.CONFUSION_SCORE,
         "near": NEAR_IOU,
-        "kinds": {kind: title for kind, (title, _) in KINDS.items()},
+        "kinds": {"right": "Right"} | {kind: title for kind, (title, _) in KINDS.items()},
+        "styles": _line_styles(steps["boxes"]),
         "images": [
             _image_entry(dataset, index, analysis.images[index], size, path.name, np.array(steps["steps"]))
             for index, size, path in zip(chosen, sizes, paths, strict=True)
         ],
-        "training": _epochs(training),
+        "training": _training_charts(training),
+    }
+    about = {
+        "Model" if is_model else "Detections": source if is_model else f"{source}; the model is not known",
+        "Data": dataset.source,
+        "Command": shlex.join(sys.argv),
+        "Date": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
+        "Versions": f"retinanet {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
     }
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("retinanet.evaluation", "page"),
@@ -105,13 +125,15 @@ def write(
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     text = environment.get_template("report.html").render(
-        about={title: escaped(value) for title, value in about.items()},
+        source=escaped(source),
+        data_set=escaped(dataset.source),
+        about={title: escaped(text) for title, text in about.items()},
         metrics=evaluation.coco.metrics,
         classes=_class_rows(evaluation, points),
         errors=[(kind, *KINDS[kind], analysis.counts[kind], analysis.lost[kind]) for kind in errors.KINDS],
         ap50=analysis.ap50,
         matrix=confusion_rows(analysis.confusion, data["names"]),
-        statistics=_statistics(dataset, sorted(evaluation.detections)),
+        statistics=_statistics(evaluation.scored),
         num_images=len(evaluation.detections),
         anchors=anchors,
         data=data,
@@ -259,25 +281,48 @@ def _finite(values: np.ndarray, digits: int) -> list:
     return np.asarray(values, dtype=np.float64).clip(-1e9, 1e9).round(digits).tolist()
 
 
-def _epochs(entries: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """The epochs of a log, with the numbers that are drawn."""
-    names = ("class_loss", "box_loss", "AP", "AP50")
+def _line_styles(boxes: Sequence[int]) -> dict[int, dict[str, str]]:
+    """How the curves of the most frequent classes are drawn, and in black that of all, the last one."""
+    frequent = np.argsort(-np.array(boxes[:-1]), kind="stable")[:CURVE_LIMIT].tolist()
+    looks = itertools.product(DASHES, COLOURS)
+    styles = {label: {"colour": colour, "dash": dash} for label, (dash, colour) in zip(frequent, looks, strict=False)}
+    return styles | {len(boxes) - 1: {"colour": "var(--ink)", "dash": "none"}}
+
+
+def _training_charts(entries: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Losses and AP over the epochs of a log, as the page draws them; nothing without an epoch."""
     epochs = [entry for entry in entries if "step" not in entry]
-    return [{"epoch": e["epoch"] + 1} | {n: e[n] for n in names if np.isfinite(e.get(n, np.nan))} for e in epochs]
+    charts = []
+    for name, keys in (("loss", ("class_loss", "box_loss")), ("ap", ("AP", "AP50"))):
+        lines = [
+            {
+                "name": key.replace("_", " "),
+                "colour": colour,
+                "points": [(e["epoch"] + 1, e[key]) for e in epochs if np.isfinite(e.get(key, np.nan))],
+            }
+            for key, colour in zip(keys, COLOURS, strict=False)
+        ]
+        lines = [line for line in lines if line["points"]]
+        top = 1 if name == "ap" else 1.05 * max((y for line in lines for _, y in line["points"]), default=1)
+        if lines:
+            charts.append({"id": name, "high": epochs[-1]["epoch"] + 1, "top": max(top, 0.1), "lines": lines})
+    return charts
 
 
 def _class_rows(evaluation: Evaluation, points: Sequence[Point | None]) -> list[dict[str, Any]]:
-    """The rows of the table of classes; numbers that do not exist are None."""
-    return [
+    """The rows of the table of classes, the lowest AP first; numbers that do not exist are None."""
+    rows = [
         {
+            "label": label,
             "name": escaped(row.name),
             **{name: getattr(row, name) if row.boxes else None for name in ("AP", "AP50", "AR")},
             "F1": point and point.f1,
             "score": point and point.score,
             "boxes": row.boxes,
         }
-        for row, point in zip(evaluation.coco.classes, points[:-1], strict=True)
+        for label, (row, point) in enumerate(zip(evaluation.coco.classes, points[:-1], strict=True))
     ]
+    return sorted(rows, key=lambda row: (row["AP"] is None, row["AP"]))
 
 
 def confusion_rows(confusion: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
@@ -293,10 +338,9 @@ def confusion_rows(confusion: np.ndarray, names: Sequence[str]) -> dict[str, Any
     return {"labels": labels, "names": [titles[label] for label in labels], "rows": rows, "all": background}
 
 
-def _statistics(dataset: DetectionDataset, indices: Sequence[int]) -> dict[str, Any]:
+def _statistics(dataset: DetectionDataset) -> dict[str, Any]:
     """Boxes of each class, their sizes and, where the sizes of the images are known, the positions of their centres."""
-    annotations = dataset.annotations[np.isin(dataset.image_index, indices)].astype(np.float64)
-    images = dataset.image_index[np.isin(dataset.image_index, indices)]
+    annotations, images = dataset.annotations.astype(np.float64), dataset.image_index
     counts = np.bincount(annotations[:, 4].astype(int), minlength=dataset.num_classes())
     shown = np.argsort(-counts, kind="stable")[:BAR_LIMIT]
     sides = np.sqrt((annotations[:, 2:4] - annotations[:, :2]).clip(0).prod(axis=1))
@@ -312,7 +356,7 @@ def _statistics(dataset: DetectionDataset, indices: Sequence[int]) -> dict[str, 
         positions = np.bincount(cells[:, 1] * GRID + cells[:, 0], minlength=GRID**2).reshape(GRID, GRID).tolist()
     return {
         "boxes": len(annotations),
-        "empty": len(indices) - len(np.unique(images)),
+        "empty": len(dataset) - len(np.unique(images)),
         "classes": [(escaped(dataset.labels[label]), int(counts[label])) for label in shown.tolist()],
         "sizes": list(zip(groups, by_size.tolist(), strict=True)),
         "positions": positions,

@@ -255,7 +255,7 @@ def load_model(path: str | Path) -> tuple[RetinaNet, dict[str, Any]]:
 
     Returns:
         The model in evaluation mode, and the rest of the checkpoint: `class_names` (those of `placeholder_names`
-        where the file has none), `min_side`, `max_side`, ...
+        where the file has none), `min_side`, `max_side`, ..., and its `path`.
 
     Raises:
         UserError: it is no checkpoint of a RetinaNet, or of one that cannot be represented here.
@@ -274,7 +274,7 @@ def load_model(path: str | Path) -> tuple[RetinaNet, dict[str, Any]]:
     _load_state(net, state, path)
     level = logging.DEBUG if "depth" in info else logging.INFO  # our own checkpoint is no news
     log.log(level, "%s: %s, ResNet-%d, %d classes", path, found, depth, net.num_classes)
-    return net.eval(), info
+    return net.eval(), info | {"path": str(path)}
 
 
 def load_weights(net: RetinaNet, path: str | Path) -> str:

@@ -19,7 +19,7 @@ BOARD_FILES = "events.out.tfevents.*"
 BOARD_SIDE = 1280  # pixels of the long side of an image there: one is kept for each validation
 RUN_FILES = (
     *("last.pt", "best.pt", "log.jsonl", "log_damaged.jsonl", "args.json", "not_finite_rank*.pt", BOARD_FILES),
-    *("curves.png", "labels.png", "batch.png", "detections.png"),
+    *("curves.png", "labels.png", "batch.png", "detections.png", "report.html", "report"),
 )
 
 

@@ -1,385 +1,293 @@
 "use strict";
-const $ = (id) => document.getElementById(id);
-const data = JSON.parse($("data").textContent);
-const K = data.names.length, ALL = K;
-const state = { step: data.start, label: null, kind: "label", cell: null, limit: 24, list: [], open: 0 };
+const $ = (id) => document.getElementById(id), all = (selector) => document.querySelectorAll(selector);
+const on = (id, event, action) => $(id).addEventListener(event, action);
+const data = JSON.parse($("data").textContent), ALL = data.names.length, BACKGROUND = ALL, PAGE = 24;
+const state = { step: data.start, label: null, kind: "label", cell: null, limit: PAGE, list: [], open: 0 };
 const running = (changes) => { let total = 0; return changes.map((change) => (total += change)); };
 const counts = data.counts.map(running), rights = data.right.map(running);
-const MARGIN = { left: 42, right: 10, top: 10, bottom: 40 }, WIDTH = 440, HEIGHT = 300;
-const COLOURS = ["#1f83c8", "#d95f02", "#0f9b74", "#c266a0", "#b8860b", "#7a6fd0", "#3aa7b8"];
-const DASHES = ["none", "7 3", "2 3", "10 3 2 3"];
+const WIDTH = 440, HEIGHT = 300, LEFT = 42, RIGHT = WIDTH - 10, TOP = 10, BOTTOM = HEIGHT - 40;
 
 function element(tag, attributes = {}, ...children) {
-  const isSvg = /^(svg|rect|image|text|line|polyline|circle|g|path)$/.test(tag);
+  const isSvg = ["svg", "rect", "image", "text", "line", "polyline", "circle", "g"].includes(tag);
   const node = isSvg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   node.append(...children);
   return node;
 }
 
-// Numbers at a threshold: row K is all classes together. The formulas are those of evaluation/thresholds.py.
+// Numbers above a threshold; the last row is of all classes. The formulas are those of evaluation/thresholds.py.
 function rates(row, step) {
   const found = counts[row][step], right = rights[row][step], boxes = data.boxes[row];
-  return {
-    precision: found ? right / found : null, recall: right / Math.max(1, boxes),
-    f1: (2 * right) / Math.max(found + boxes, 1), right, wrong: found - right, missed: boxes - right,
-  };
+  const precision = found ? right / found : null, recall = right / Math.max(1, boxes);
+  const f1 = (2 * right) / Math.max(found + boxes, 1);
+  return { precision, recall, f1, right, wrong: found - right, missed: boxes - right };
 }
-const share = (value) => (value === null ? "–" : value.toFixed(3));
 function cells(row) {
-  const { precision, recall, f1, right, wrong, missed } = rates(row, state.step);
-  return [share(precision), share(recall), share(f1), right, wrong, missed].map(String);
+  const { right, wrong, missed, ...shares } = rates(row, state.step);
+  return [...Object.values(shares).map((share) => share?.toFixed(3) ?? "–"), right, wrong, missed];
 }
-function fill(tableRow, row) {
-  const texts = cells(row), old = tableRow.querySelectorAll("td.now");
-  if (old.length) old.forEach((cell, place) => { cell.textContent = texts[place]; });
-  else tableRow.append(...texts.map((text) => element("td", { class: "now" }, text)));
+function fillRow(row) {
+  const texts = cells(+row.dataset.row);
+  row.querySelectorAll(".now").forEach((cell, place) => (cell.textContent = texts[place]));
 }
 
 // Charts.
-const lastOf = (values, otherwise) => values.reduce((most, value) => Math.max(most, value), otherwise);
 function ticks(high) {
-  const rough = high / 4, unit = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * unit).find((size) => size >= rough * 0.999);
-  return Array.from({ length: Math.floor(high / step + 1e-6) + 1 }, (_, place) => +(place * step).toPrecision(6));
+  const unit = 10 ** Math.floor(Math.log10(high / 4));
+  const gap = [1, 2, 2.5, 5, 10].map((factor) => factor * unit).find((size) => size >= high / 4.001);
+  return Array.from({ length: Math.floor(high / gap + 1e-6) + 1 }, (_, place) => +(place * gap).toPrecision(6));
 }
 function chart(svg, { low = 0, high, top = 1, xName, lines }) {
-  const x = (value) => MARGIN.left + ((value - low) / (high - low || 1)) * (WIDTH - MARGIN.left - MARGIN.right);
-  const y = (value) => HEIGHT - MARGIN.bottom - (value / top) * (HEIGHT - MARGIN.top - MARGIN.bottom);
+  const x = (value) => LEFT + ((value - low) / (high - low)) * (RIGHT - LEFT);
+  const y = (value) => BOTTOM - (value / top) * (BOTTOM - TOP);
+  const write = (x, y, anchor, text, colour = "var(--soft)") =>
+    svg.append(element("text", { x, y, "text-anchor": anchor, fill: colour }, text));
   svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
   svg.replaceChildren();
   for (const value of ticks(top)) {
-    svg.append(element("line", { class: "axis", x1: MARGIN.left, x2: WIDTH - MARGIN.right, y1: y(value), y2: y(value) }),
-      element("text", { x: MARGIN.left - 6, y: y(value) + 4, "text-anchor": "end" }, value));
+    svg.append(element("line", { stroke: "var(--line)", x1: LEFT, x2: RIGHT, y1: y(value), y2: y(value) }));
+    write(LEFT - 6, y(value) + 4, "end", value);
   }
-  for (const value of low < 0 ? [low, high] : ticks(high)) {
-    svg.append(element("text", { x: x(value), y: HEIGHT - MARGIN.bottom + 17, "text-anchor": "middle" }, value));
-  }
-  const middle = (MARGIN.left + WIDTH - MARGIN.right) / 2;
-  svg.append(element("text", { x: middle, y: HEIGHT - 5, "text-anchor": "middle" }, xName));
-  for (const { points, colour, dash = "none", row, name } of lines) {
-    const text = points.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(" ");
-    const line = element("polyline", { points: text, stroke: colour, "stroke-dasharray": dash, "data-row": row ?? "" });
-    if (row === ALL) line.classList.add("all");
-    svg.append(line);
-    if (name) {
-      const [a, b] = points.at(-1);
-      svg.append(element("text", { x: x(a) - 4, y: y(b) - 7, "text-anchor": "end", style: `fill: ${colour}` }, name),
-        element("circle", { cx: x(a), cy: y(b), r: 3, fill: colour }));
-    }
+  for (const value of low < 0 ? [low, high] : ticks(high)) write(x(value), BOTTOM + 17, "middle", value);
+  write((LEFT + RIGHT) / 2, HEIGHT - 5, "middle", xName);
+  for (const { points, colour, dash = "none", row = "", name } of lines) {
+    const path = points.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(" ");
+    svg.append(element("polyline", { points: path, stroke: colour, "stroke-dasharray": dash, "data-row": row }));
+    if (!name) continue;
+    const [a, b] = points.at(-1);
+    svg.append(element("circle", { cx: x(a), cy: y(b), r: 3, fill: colour }));
+    write(x(a) - 4, y(b) - 8, "end", name, colour);
   }
   return { x, y };
 }
-const drawn = [...data.names.keys()].sort((a, b) => data.boxes[b] - data.boxes[a]).slice(0, 24);
-const colourOf = (row) => (row === ALL ? "var(--ink)" : COLOURS[Math.max(0, drawn.indexOf(row)) % COLOURS.length]);
-const dashOf = (row) => DASHES[Math.floor(Math.max(0, drawn.indexOf(row)) / COLOURS.length) % DASHES.length];
-const scales = {};
+const scales = {}, styleOf = (row) => ({ row, ...(data.styles[row] ?? data.styles[0]) });
 function drawCurves() {
-  const rows = [...drawn, ALL];
-  if (state.label !== null && !drawn.includes(state.label)) rows.push(state.label);
-  const style = (row) => ({ row, colour: colourOf(row), dash: dashOf(row) });
-  const places = [...data.steps.keys()];
-  const pr = (row) => places.map((step) => rates(row, step)).filter((rate) => rate.precision !== null)
-    .map(({ recall, precision }) => [recall, precision]);
-  const f1 = (row) => places.map((step) => [data.steps[step], rates(row, step).f1]);
-  const [low, high] = [data.steps[0], data.steps.at(-1)];
-  scales.pr = chart($("pr"), { high: 1, xName: "recall", lines: rows.map((row) => ({ ...style(row), points: pr(row) })) });
-  scales.f1 = chart($("f1"), { low, high, xName: "score", lines: rows.map((row) => ({ ...style(row), points: f1(row) })) });
-  $("pr").append(element("g", { id: "dots" }));
-  $("f1").append(element("line", { id: "cut", stroke: "var(--accent)", y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom }));
+  const rows = new Set([...Object.keys(data.styles).map(Number), state.label ?? ALL]), steps = [...data.steps.keys()];
+  const lines = (points) => [...rows].map((row) => {
+    return { ...styleOf(row), points: points(steps.map((step) => rates(row, step))) };
+  });
+  const pr = (all) => all.filter((one) => one.precision !== null).map((one) => [one.recall, one.precision]);
+  const f1 = (all) => all.map((one, step) => [data.steps[step], one.f1]);
+  scales.pr = chart($("pr"), { high: 1, xName: "recall", lines: lines(pr) });
+  scales.f1 = chart($("f1"), { low: data.steps[0], high: data.steps.at(-1), xName: "score", lines: lines(f1) });
+  $("pr").append(element("g", { id: "dots", stroke: "var(--ground)", "stroke-width": 2 }));
+  $("f1").append(element("line", { id: "cut", stroke: "var(--accent)", y1: TOP, y2: BOTTOM }));
   highlight(state.label);
-  moveMarks();
 }
 function highlight(row) {
-  document.querySelectorAll("#pr polyline, #f1 polyline").forEach((line) => {
-    line.classList.toggle("strong", row !== null && +line.dataset.row === row);
+  for (const line of all("polyline[data-row]:not([data-row=''])")) {
+    line.classList.toggle("strong", +line.dataset.row === (row ?? ALL));
     line.classList.toggle("faint", row !== null && +line.dataset.row !== row);
-  });
+  }
 }
 function moveMarks() {
-  const at = scales.f1.x(data.steps[state.step]);
-  $("cut").setAttribute("x1", at);
-  $("cut").setAttribute("x2", at);
-  const rows = state.label === null ? [ALL] : [ALL, state.label];
-  $("dots").replaceChildren(...rows.filter((row) => counts[row][state.step]).map((row) => {
+  for (const end of ["x1", "x2"]) $("cut").setAttribute(end, scales.f1.x(data.steps[state.step]));
+  const rows = [...new Set([ALL, state.label ?? ALL])].filter((row) => counts[row][state.step]);
+  $("dots").replaceChildren(...rows.map((row) => {
     const { recall, precision } = rates(row, state.step);
-    return element("circle", { cx: scales.pr.x(recall), cy: scales.pr.y(precision), r: 6, fill: colourOf(row),
-      stroke: "var(--ground)", "stroke-width": 2 });
+    return element("circle", { cx: scales.pr.x(recall), cy: scales.pr.y(precision), r: 6, fill: styleOf(row).colour });
   }));
-}
-function makeLegend() {
-  $("legend").append(...[...drawn, ALL].map((row) => {
-    const line = element("line", { x1: 0, x2: 26, y1: 5, y2: 5, stroke: colourOf(row), "stroke-width": row === ALL ? 4 : 3,
-      "stroke-dasharray": dashOf(row) });
-    const name = element("bdi", {}, row === ALL ? "all" : data.names[row]);
-    const button = element("button", { type: "button", "data-label": row, title: name.textContent, "aria-pressed": false },
-      element("svg", { viewBox: "0 0 26 10", "aria-hidden": true }, line), name);
-    button.addEventListener("click", () => choose(row === ALL || row === state.label ? null : row));
-    for (const event of ["mouseenter", "focus"]) button.addEventListener(event, () => highlight(row));
-    for (const event of ["mouseleave", "blur"]) button.addEventListener(event, () => highlight(state.label));
-    return button;
-  }));
-  if (K > drawn.length) $("legend").append(`the ${drawn.length} most frequent of ${K} classes`);
 }
 
 // The gallery: its cases follow from the boxes of its images.
 function cases() {
-  const { step, kind, cell, label } = state, found = [], truth = [], mixed = [];
+  const { step, kind, cell, label } = state, found = [], truth = [];
   const asked = { false: ["background", "both"], label: ["background"] }[kind] ?? [kind];
   for (const image of data.images) {
     const hit = new Set(), near = new Set(), taken = new Set();
-    image.found.forEach(([, , , , name, score, what, target, took, level], box) => {
+    image.found.forEach(([, , , , name, weight, what, target, took, level], box) => {
       if (what === "right" && level > step) hit.add(target);
       near.add(target);
       taken.add(took);
-      const overlapped = took < 0 ? K : image.truth[took][4];
-      const wanted = cell ? took !== -2 && overlapped === cell[0] && name === cell[1] : level > step && asked.includes(what);
-      const names = [name, cell ? overlapped : what === "class" ? image.truth[target][4] : name];
-      if (wanted && (label === null || names.includes(label))) found.push({ image, box, weight: score });
+      const under = took < 0 ? BACKGROUND : image.truth[took][4];
+      const wanted = cell ? took !== -2 && under === cell[0] && name === cell[1] : level > step && asked.includes(what);
+      const names = [name, cell ? under : what === "class" ? image.truth[target][4] : name];
+      if (wanted && (label === null || names.includes(label))) found.push({ image, box, weight });
     });
     image.truth.forEach(([x1, y1, x2, y2, name, iou], box) => {
-      const wanted = cell ? cell[1] === K && name === cell[0] && !taken.has(box)
+      const wanted = cell ? cell[1] === BACKGROUND && name === cell[0] && !taken.has(box)
         : { missing: !hit.has(box), missed: !near.has(box), label: iou <= data.near }[kind];
-      const weight = ((x2 - x1) * (y2 - y1)) / (kind === "label" ? image.size[0] * image.size[1] : 1);
+      const weight = (x2 - x1) * (y2 - y1);
       if (wanted && (label === null || name === label)) truth.push({ image, box, isTruth: true, weight });
     });
   }
   for (const list of [found, truth]) list.sort((a, b) => b.weight - a.weight);
-  for (let place = 0; place < Math.max(found.length, truth.length); place++) {
-    mixed.push(...[found[place], truth[place]].filter(Boolean));
-  }
-  return mixed;
+  const longest = Math.max(found.length, truth.length);
+  return Array.from({ length: longest }, (_, place) => [found[place], truth[place]]).flat().filter(Boolean);
 }
-const VERDICTS = { ...data.kinds, right: "Right", missed: "Missed" };
 const fileOf = (path) => path.split(/[\\/]/).at(-1);
 function describe({ image, box, isTruth }) {
   if (isTruth) {
-    const [, , , , name, iou, place] = image.truth[box];
-    return { what: data.names[name], verdict: iou <= data.near ? "Annotated, no detection near" : "Annotated, missed",
-      where: fileOf(place), long: `Annotated in ${place}; the nearest detection overlaps it by an IoU of ${iou.toFixed(2)}.` };
+    const [, , , , name, iou, place] = image.truth[box], verdict = iou <= data.near ? "no detection near" : "missed";
+    const long = `Annotated in ${place}. The nearest detection overlaps it by an IoU of ${iou.toFixed(2)}.`;
+    return { what: data.names[name], verdict: `Annotated, ${verdict}`, where: fileOf(place), long };
   }
   const [, , , , name, score, kind, target, took] = image.found[box];
-  const other = image.truth[kind === "class" ? target : state.cell && took >= 0 ? took : -1];
-  return { what: `${data.names[name]} ${score.toFixed(2)}`, where: fileOf(image.path),
-    verdict: other ? `${VERDICTS[kind]}: annotated as ${data.names[other[4]]}` : VERDICTS[kind],
-    long: other ? `Annotated in ${other[6]}.` : "" };
+  const other = image.truth[kind === "class" ? target : state.cell ? took : -1];
+  const verdict = data.kinds[kind] + (other ? `: annotated as ${data.names[other[4]]}` : "");
+  const long = other ? `Annotated in ${other[6]}.` : "";
+  return { what: `${data.names[name]} ${score.toFixed(2)}`, verdict, where: fileOf(image.path), long };
 }
-function boxOf({ image, box, isTruth }) { return (isTruth ? image.truth : image.found)[box]; }
 function draw(svg, { image, box, isTruth }, view, withText) {
-  const [height, width] = image.size, hit = new Set(), rectangles = [], texts = [];
+  const [height, width] = image.size, size = Math.max(view[2], view[3]) / 50, hit = new Set(), boxes = [], texts = [];
+  const write = (x, y, size, text) => texts.push(element("text", { x, y, class: "caption", "font-size": size }, text));
   svg.setAttribute("viewBox", view.join(" "));
   svg.replaceChildren();
-  if (image.file) {
-    svg.append(element("image", { href: `report/${image.file}`, width, height, preserveAspectRatio: "none" }));
-  } else {
-    svg.append(element("rect", { width, height, fill: "#555" }),
-      element("text", { x: view[0] + view[2] / 2, y: view[1] + view[3] / 2, "text-anchor": "middle", class: "caption",
-        "font-size": view[2] / 20 }, "image not readable"));
-  }
-  const shown = image.found.map((one, place) => [one, place]).filter(([one, place]) =>
-    one[9] > state.step || (!isTruth && place === box));
-  for (const [one] of shown) if (one[6] === "right") hit.add(one[7]);
-  image.ignored.forEach((one) => rectangles.push([one, "ignored", false]));
-  image.truth.forEach((one, place) => rectangles.push(
-    [one, hit.has(place) ? "truth" : "lost", isTruth && place === box, `${data.names[one[4]]} (annotated)`]));
-  shown.forEach(([one, place]) => rectangles.push([one, one[6] === "right" ? "right" : "wrong", !isTruth && place === box,
-    `${data.names[one[4]]} ${one[5].toFixed(2)}`]));
-  rectangles.sort((a, b) => a[2] - b[2]);  // the box in question on top
-  const size = Math.max(view[2], view[3]) / 50, few = rectangles.length <= 30;
-  for (const [[x1, y1, x2, y2], style, isFocus, text] of rectangles) {
+  const place = { width, height, preserveAspectRatio: "none" };
+  if (image.file) svg.append(element("image", { href: `report/${image.file}`, ...place }));
+  else write(view[0] + size, view[1] + 3 * size, 2 * size, "The image cannot be read.");
+  image.ignored.forEach((one) => boxes.push([one, "ignored", false, ""]));
+  image.found.forEach((one, place) => {
+    const isFocus = !isTruth && place === box, isRight = one[6] === "right";
+    if (!isFocus && one[9] <= state.step) return;
+    if (isRight) hit.add(one[7]);
+    boxes.push([one, isRight ? "found-right" : "found-false", isFocus, `${data.names[one[4]]} ${one[5].toFixed(2)}`]);
+  });
+  image.truth.forEach((one, place) => {
+    const isFocus = isTruth && place === box;
+    boxes.unshift(hit.has(place) ? [one, "truth", isFocus, ""] : [one, "lost", isFocus, data.names[one[4]]]);
+  });
+  boxes.sort((a, b) => a[2] - b[2]); // the box in question on top
+  for (const [[x1, y1, x2, y2], style, isFocus, text] of boxes) {
     const place = { x: x1, y: y1, width: Math.max(0, x2 - x1), height: Math.max(0, y2 - y1) };
-    for (const name of ["edge", style]) {
-      svg.append(element("rect", { ...place, class: `${name}${isFocus ? " focus" : few ? "" : " dim"}` }));
-    }
-    if (withText && text && (isFocus || (few && style !== "truth"))) {
-      const y = style === "lost" ? Math.min(y2 + size, height - 2) : Math.max(y1 - size / 3, size);
-      texts.push(element("text", { x: Math.max(x1, 0), y, class: "caption", "font-size": isFocus ? size * 1.2 : size }, text));
-    }
+    const end = isFocus ? " focus" : "";
+    svg.append(...["edge", style].map((name) => element("rect", { ...place, class: name + end })));
+    const below = style === "lost" ? Math.min(y2 + size, height - size / 4) : Math.max(y1 - size / 3, size);
+    if (withText && (isFocus || boxes.length <= 60)) write(Math.max(x1, 0), below, isFocus ? size * 1.25 : size, text);
   }
   svg.append(...texts);
 }
-function crop(one) {
-  const [x1, y1, x2, y2] = boxOf(one), [height, width] = one.image.size, ratio = 4 / 3;
-  const across = Math.max(2.2 * (x2 - x1), 2.2 * ratio * (y2 - y1), Math.min(96, width), 1), down = across / ratio;
+function crop({ image, box, isTruth }) {
+  const [x1, y1, x2, y2] = (isTruth ? image.truth : image.found)[box], [height, width] = image.size;
+  const across = Math.max(2.2 * (x2 - x1), 2.9 * (y2 - y1), Math.min(96, width)), down = across * 0.75;
   const start = (low, high, span, whole) =>
-    span >= whole ? (whole - span) / 2 : Math.min(Math.max((low + high - span) / 2, 0), whole - span);
+    Math.max(Math.min((low + high - span) / 2, whole - span), Math.min(0, (whole - span) / 2));
   return [start(x1, x2, across, width), start(y1, y2, down, height), across, down];
 }
 function drawCards() {
   const list = (state.list = cases()), more = list.length - state.limit;
   $("cards").replaceChildren(...list.slice(0, state.limit).map((one, place) => {
-    const { what, verdict, where } = describe(one), svg = element("svg", { "aria-hidden": true });
+    const svg = element("svg", { "aria-hidden": true }), { what, verdict, where } = describe(one);
+    const lines = Object.entries({ what, verdict, where }).map(([name, text]) =>
+      element("span", { class: name, dir: "auto", title: text }, text));
     draw(svg, one, crop(one), false);
-    const line = (name, text) => element("span", { class: name, dir: "auto", title: text }, text);
-    const card = element("button", { type: "button", class: "card" }, svg, line("what", what), line("", verdict),
-      line("where", where));
-    card.addEventListener("click", () => { $("whole").showModal(); show(place); });
-    return element("li", {}, card);
+    return element("li", {}, element("button", { type: "button", class: "card", "data-case": place }, svg, ...lines));
   }));
   $("more").hidden = more <= 0;
-  $("more").textContent = `Show ${Math.min(24, more)} more of ${more}`;
+  $("more").textContent = `Show ${Math.min(PAGE, more)} of ${more} more`;
   $("shown").textContent = `${list.length} ${list.length === 1 ? "case" : "cases"}`;
   $("to-gallery").textContent = `${$("shown").textContent} below`;
 }
-const HINTS = {
-  label: "Either the detector or the annotation is wrong: confident detections where nothing is annotated, in turn with " +
-    "annotated objects that no detection came near. What you correct here makes the next training better.",
-  missing: "Objects without a right detection above the threshold.",
-  missed: "Objects that no detection of any score found or nearly found: set the threshold to 0 to see all detections.",
-  cell: "Cases of a cell of the confusion matrix, whatever the threshold.",
-};
-
-// The whole image.
-function show(place) {
-  const one = state.list[place];
+function showWhole(place) {
+  const one = (state.shown = state.list[place]), { what, verdict, long } = describe(one);
   state.open = place;
-  state.shown = one;
-  const { what, verdict, long } = describe(one);
   $("whole-title").textContent = `${what}: ${verdict.toLowerCase()}`;
   $("whole-text").textContent = `${place + 1} of ${state.list.length}. ${one.image.path}. ${long}`;
-  $("previous").disabled = place === 0;
-  $("next").disabled = place === state.list.length - 1;
+  $("previous").disabled = !state.list[place - 1];
+  $("next").disabled = !state.list[place + 1];
   drawWhole();
 }
 function drawWhole() {
   const { image } = state.shown, [height, width] = image.size;
+  const name = (one) => element("th", { scope: "row" }, element("bdi", {}, data.names[one[4]]));
+  const row = (one, ...texts) =>
+    element("tr", {}, name(one), ...[...texts, one.slice(0, 4).join(", ")].map((text) => element("td", {}, text)));
+  const found = image.found.filter((one) => one[9] > state.step);
   draw($("whole-image"), state.shown, [0, 0, width, height], true);
-  const row = (one, score, verdict) => element("tr", {}, element("th", { scope: "row" }, element("bdi", {}, data.names[one[4]])),
-    ...[score, verdict, one.slice(0, 4).join(", ")].map((text) => element("td", {}, text)));
-  $("boxes").tBodies[0].replaceChildren(
-    ...image.truth.map((one) => row(one, "–", `annotated in ${fileOf(one[6])}`)),
-    ...image.found.filter((one) => one[9] > state.step).map((one) => row(one, one[5].toFixed(3), VERDICTS[one[6]])));
+  $("boxes").tBodies[0].replaceChildren(...image.truth.map((one) => row(one, "–", `annotated in ${fileOf(one[6])}`)),
+    ...found.map((one) => row(one, one[5].toFixed(3), data.kinds[one[6]])));
 }
 
 // What the user changes.
-let speaking, drawing;
+let drawing, speaking;
 function moveTo(step) {
-  state.step = Math.max(0, Math.min(data.steps.length - 1, step));
-  const score = data.steps[state.step];
-  for (const [slider, output] of [["slider", "score"], ["slider-2", "score-2"]]) {
-    $(slider).value = state.step;
-    $(slider).setAttribute("aria-valuetext", score);
-    $(output).textContent = score;
+  const score = data.steps[(state.step = step)];
+  for (const slider of all("input[type=range]")) {
+    slider.value = step;
+    slider.setAttribute("aria-valuetext", score);
   }
+  for (const output of all("output")) output.textContent = score;
   $("flag").textContent = `--score_threshold ${score}`;
-  document.querySelectorAll("tr[data-row]").forEach((row) => fill(row, +row.dataset.row));
+  all("tr[data-row]").forEach(fillRow);
   moveMarks();
   cancelAnimationFrame(drawing);
-  drawing = requestAnimationFrame(() => { if ($("whole").open) drawWhole(); drawCards(); });
-  clearTimeout(speaking);  // a screen reader hears where the slider stops
-  speaking = setTimeout(() => {
-    const [precision, recall, f1] = cells(state.label ?? ALL);
-    $("status").textContent = `Scores above ${score}: precision ${precision}, recall ${recall}, F1 ${f1}`;
-  }, 400);
+  drawing = requestAnimationFrame(() => ($("whole").open ? drawWhole() : drawCards()));
+  clearTimeout(speaking); // a screen reader says where the slider stops
+  const [precision, recall, f1] = cells(state.label ?? ALL);
+  const text = `Scores above ${score}: precision ${precision}, recall ${recall}, F1 ${f1}`;
+  speaking = setTimeout(() => ($("status").textContent = text), 400);
 }
 function choose(label) {
-  const name = label === null ? "" : data.names[label];
-  state.label = label;
-  state.limit = 24;
-  document.querySelectorAll("button[data-label]").forEach((button) =>
-    button.setAttribute("aria-pressed", +button.dataset.label === (label ?? ALL)));
+  const best = data.best[label] ?? null;
+  Object.assign(state, { label, limit: PAGE });
+  for (const button of all("[data-label]")) button.ariaPressed = +button.dataset.label === (label ?? ALL);
+  for (const name of all("#filter bdi, #now-class bdi")) name.textContent = data.names[label] ?? "";
   $("class").value = label ?? "";
   $("filter").hidden = $("now-class").hidden = label === null;
-  $("filter").querySelector("bdi").textContent = $("now-class").querySelector("bdi").textContent = name;
   $("now-class").dataset.row = label ?? ALL;
-  $("best-class").hidden = label === null || data.best[label] === null;
-  if (!$("best-class").hidden) $("best-class").textContent = `Best F1 of it: ${data.steps[data.best[label]]}`;
+  $("best-class").hidden = best === null;
+  $("best-class").textContent = `Best F1 of the class: ${data.steps[best]}`;
   drawCurves();
   moveTo(state.step);
 }
 function chooseKind(kind, cell = null) {
-  Object.assign(state, { kind, cell, limit: 24 });
+  Object.assign(state, { kind, cell, limit: PAGE });
   $("cell").hidden = !cell;
-  if (cell) {
-    const [from, to] = cell.map((label) => data.names[label] ?? "background");
-    $("cell").textContent = to === "background" && cell[1] === K ? `${from} missed` : `${from} found as ${to}`;
-  }
+  const [from, to] = (cell ?? []).map((label) => data.names[label]);
+  $("cell").textContent = cell?.[1] === BACKGROUND ? `${from} missed` : `${to}, annotated: ${from ?? "nothing"}`;
   $("kind").value = kind;
-  $("hint").textContent = HINTS[kind] ?? "The highest scores come first.";
+  $("hint").textContent = $("kind").selectedOptions[0].dataset.hint ?? "The highest scores come first.";
   drawCards();
 }
-function toGallery() {
+function sortBy(header, isDown) {
+  const body = $("class-table").tBodies[0], column = header.cellIndex;
+  const key = (row) => row.cells[column].textContent.trim();
+  const compare = (a, b) => (column ? a - b : a.localeCompare(b)) * (isDown ? -1 : 1);
+  const lacks = (row) => key(row) === "–"; // what does not exist comes last
+  for (const other of all("#class-table [aria-sort]")) other.removeAttribute("aria-sort");
+  header.setAttribute("aria-sort", isDown ? "descending" : "ascending");
+  body.append(...[...body.rows].sort((a, b) => lacks(a) - lacks(b) || (lacks(a) ? 0 : compare(key(a), key(b)))));
+}
+function copyFlag() {
+  getSelection().selectAllChildren($("flag"));
+  $("status").textContent = $("copied").textContent = document.execCommand("copy") ? "copied" : "select and copy it";
+}
+document.addEventListener("click", ({ target }) => {
+  const button = target.closest("button"), { label, cell, kind, case: place } = button?.dataset ?? {};
+  if (label) choose(+label === ALL || +label === state.label ? null : +label);
+  if (place) $("whole").showModal(), showWhole(+place);
+  if (button?.matches("#class-table thead *")) sortBy(button.parentNode, button.parentNode.ariaSort === "ascending");
+  if (!cell && !kind) return;
+  chooseKind(kind ?? "cell", cell?.split(" ").map(Number));
+  choose(null);
+  if (kind) moveTo(0); // all scores count there
   $("gallery").scrollIntoView();
   $("gallery-title").focus({ preventScroll: true });
-}
-function sortBy(header) {
-  const down = header.getAttribute("aria-sort") === "ascending", column = header.cellIndex, body = $("class-table").tBodies[0];
-  $("class-table").querySelectorAll("th[aria-sort]").forEach((other) => other.removeAttribute("aria-sort"));
-  header.setAttribute("aria-sort", down ? "descending" : "ascending");
-  const keys = new Map([...body.rows].map((row) => [row, row.cells[column].textContent.trim()]));
-  const compare = (a, b) => {
-    const [left, right] = [keys.get(a), keys.get(b)];
-    if ((left === "–") !== (right === "–")) return left === "–" ? 1 : -1;  // what does not exist comes last
-    return (down ? -1 : 1) * (column ? left - right || 0 : left.localeCompare(right));
-  };
-  body.append(...[...body.rows].sort(compare));
-}
-async function copyFlag() {
-  const text = $("flag").textContent;
-  try {
-    await navigator.clipboard.writeText(text);
-  } catch {  // not every browser lets a page from a file do so
-    getSelection().selectAllChildren($("flag"));
-    document.execCommand("copy");
-  }
-  $("status").textContent = `copied: ${text}`;
-  $("copy").classList.add("done");
-  setTimeout(() => $("copy").classList.remove("done"), 1500);
-}
-
-makeLegend();
-for (const slider of ["slider", "slider-2"]) $(slider).addEventListener("input", (event) => moveTo(+event.target.value));
-const best = data.best[ALL];
-$("best-all").hidden = $("mark").hidden = best === null;
-if (best !== null) {
-  $("best-all").textContent = `Best F1: ${data.steps[best]}`;
-  $("mark").style.left = `calc(8px + ${best / (data.steps.length - 1)} * (100% - 16px))`;
-  $("best-all").addEventListener("click", () => moveTo(best));
-}
-$("best-class").addEventListener("click", () => moveTo(data.best[state.label]));
-$("copy").addEventListener("click", copyFlag);
-$("clear").addEventListener("click", () => { choose(null); $("slider").focus(); });
-$("class").addEventListener("change", (event) => choose(event.target.value === "" ? null : +event.target.value));
-$("kind").addEventListener("change", (event) => chooseKind(event.target.value));
-$("more").addEventListener("click", () => {
-  const first = state.limit;
-  state.limit += 24;
+});
+for (const slider of all("input[type=range]")) slider.addEventListener("input", () => moveTo(+slider.value));
+on("best-all", "click", () => moveTo(data.best[ALL]));
+on("best-class", "click", () => moveTo(data.best[state.label]));
+on("copy", "click", copyFlag);
+on("clear", "click", () => (choose(null), $("slider").focus()));
+on("class", "change", ({ target }) => choose(target.value === "" ? null : +target.value));
+on("kind", "change", ({ target }) => chooseKind(target.value, target.value === "cell" ? state.cell : null));
+on("more", "click", () => {
+  state.limit += PAGE;
   drawCards();
-  $("cards").children[first]?.firstChild.focus();
+  $("cards").children[state.limit - PAGE].firstChild.focus();
 });
-$("class-table").tHead.addEventListener("click", ({ target }) => target.closest("button") && sortBy(target.closest("th")));
-document.querySelectorAll("#class-table .name").forEach((button) => button.addEventListener("click", () =>
-  choose(+button.dataset.label === state.label ? null : +button.dataset.label)));
-document.querySelectorAll("[data-cell]").forEach((button) => button.addEventListener("click", () => {
-  choose(null);
-  chooseKind("cell", button.dataset.cell.split(" ").map(Number));
-  toGallery();
-}));
-document.querySelectorAll("[data-kind]").forEach((button) => button.addEventListener("click", () => {
-  choose(null);
-  chooseKind(button.dataset.kind);
-  moveTo(0);  // scores of all sizes count
-  toGallery();
-}));
-$("previous").addEventListener("click", () => show(state.open - 1));
-$("next").addEventListener("click", () => show(state.open + 1));
-$("close").addEventListener("click", () => $("whole").close());
-$("whole").addEventListener("close", () => $("cards").children[state.open]?.firstChild.focus());
-$("whole").addEventListener("keydown", ({ key, target }) => {
+on("previous", "click", () => showWhole(state.open - 1));
+on("next", "click", () => showWhole(state.open + 1));
+on("close", "click", () => $("whole").close());
+on("whole", "close", () => (drawCards(), $("cards").children[state.open]?.firstChild.focus()));
+on("whole", "keydown", ({ key, target }) => {
   const place = state.open + ({ ArrowLeft: -1, ArrowRight: 1 }[key] ?? 0);
-  if (target.type !== "range" && place !== state.open && state.list[place]) show(place);
+  if (target.type !== "range" && place !== state.open && state.list[place]) showWhole(place);
 });
-sortBy($("class-table").querySelectorAll("th")[1]);
-sortBy($("class-table").querySelectorAll("th")[1]);
+for (const button of all("#legend button")) {
+  for (const event of ["mouseenter", "focus"]) button.addEventListener(event, () => highlight(+button.dataset.label));
+  for (const event of ["mouseleave", "blur"]) button.addEventListener(event, () => highlight(state.label));
+}
 choose(null);
 chooseKind("label");
-if (data.training.length) {
-  const lines = (names) => names.map(([key, name], place) => ({ name, colour: COLOURS[place],
-    points: data.training.filter((entry) => key in entry).map((entry) => [entry.epoch, entry[key]]) }))
-    .filter(({ points }) => points.length);
-  const losses = lines([["class_loss", "class loss"], ["box_loss", "box loss"]]);
-  const high = lastOf(data.training.map(({ epoch }) => epoch), 1);
-  const top = lastOf(losses.flatMap(({ points }) => points.map(([, value]) => value)), 0.1) * 1.05;
-  chart($("loss"), { high, top, xName: "epochs", lines: losses });
-  chart($("ap"), { high, xName: "epochs", lines: lines([["AP", "AP"], ["AP50", "AP50"]]) });
-}
+for (const { id, ...lines } of data.training) chart($(id), { xName: "epochs", ...lines });
