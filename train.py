@@ -44,6 +44,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--clip_norm", type=rate, help="limit of the gradient's norm (default: the recipe's)")
     add("--ema", type=flags.fraction, help="average the weights with this decay, such as 0.999, and save the average")
     add("--early_stop", type=count, help="stop after this many validations without a better AP")
+    text = "repeat images of rare classes: those in less than this share of the images, such as 0.01"
+    add("--balance", type=rate, help=f"{text} (repeat-factor sampling)")
     add("--seed", type=flags.non_negative_int, help=f"for weights, order and augmentation {flags.DEFAULT}")
     add = parser.add_argument_group("images").add_argument
     add("--min_side", type=count, help=f"pixels of the resized short side {flags.DEFAULT}")

@@ -22,6 +22,7 @@ from retinanet.evaluation.errors import judge
 from retinanet.model import RetinaNet
 from retinanet.process import log, progress, script
 from retinanet.training.checkpoint import load_model
+from retinanet.training.settings import Settings, augmentation_errors
 from retinanet.visual import anchor_fit, anchor_report, anchor_views, data_views, heatmaps, views
 from retinanet.visual.drawing import draw_boxes, save_image, side_by_side
 
@@ -35,6 +36,7 @@ SHOWS = {
     "loss": "where the class loss comes from: maps, and the paper's Figure 4",
     "anchor_fit": "whether the anchors fit the boxes of the training set, and which would fit better",
 }
+AUGMENTATIONS = ("flip", "rotate90", "scale_jitter", "jitter", "random_crop", "colour_jitter")
 NEED_MODEL = ("detections", "pyramid", "loss")
 
 
@@ -95,9 +97,9 @@ def contradictions(args: argparse.Namespace) -> list[str]:
         errors.append("--model brings its own anchors: leave out --anchor_scales, --anchor_ratios and --anchor_sizes")
     if args.augment and args.show in ("detections", "anchor_fit"):
         errors.append(f"--show {args.show} takes no --augment")
-    if not args.augment and (args.jitter or args.random_crop is not None or args.colour_jitter is not None):
-        errors.append("--jitter, --random_crop and --colour_jitter need --augment")
-    return errors
+    if not args.augment and any(getattr(args, name) != Settings.defaults()[name] for name in AUGMENTATIONS):
+        errors.append(f"{', '.join(f'--{name}' for name in AUGMENTATIONS)} need --augment")
+    return errors + augmentation_errors(vars(args))
 
 
 def choose_indices(args: argparse.Namespace, dataset: DetectionDataset) -> list[int]:

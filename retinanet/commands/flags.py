@@ -18,7 +18,7 @@ from retinanet.data.csv import CSVDataset, read_boxes
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.report import Report
 from retinanet.data.tiles import BACKGROUND, OVERLAP, RandomTile
-from retinanet.data.transforms import Augmenter, ColourJitter, RandomCrop, Resizer, ScaleJitter
+from retinanet.data.transforms import FLIPS, Augmenter, ColourJitter, LargeScaleJitter, RandomCrop, Resizer, ScaleJitter
 from retinanet.data.voc import VOCDataset
 from retinanet.data.yolo import YoloDataset
 from retinanet.errors import UserError
@@ -153,8 +153,15 @@ def anchors_from_arguments(args: argparse.Namespace) -> Anchors:
 
 
 def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that augment the training images, beside mirroring."""
+    """Add the flags that augment the training images."""
     group = parser.add_argument_group("augmentation")
+    text = f"mirror half of the images, left to right and upside down {DEFAULT}"
+    group.add_argument("--flip", choices=[*FLIPS], default="horizontal", help=text)
+    text = "turn the images by 0, 90, 180 or 270 degrees at random, as for views from above"
+    group.add_argument("--rotate90", action="store_true", help=text)
+    text = "resize by a random factor on --min_side and --max_side, such as 0.1 2.0, then crop or pad to a square of "
+    text += "--max_side pixels (large-scale jitter)"
+    group.add_argument("--scale_jitter", type=positive_float, nargs=2, metavar=("LOW", "HIGH"), help=text)
     group.add_argument("--jitter", type=positive_int, nargs=2, help="draw the short side from this range, pixels")
     group.add_argument("--random_crop", type=fraction, help="crop to at least this share of each side")
     group.add_argument("--colour_jitter", type=fraction, help="strength of random changes of colour, such as 0.4")
@@ -187,7 +194,9 @@ def training_transform(args: argparse.Namespace) -> Callable[[dict], dict]:
     steps = [RandomTile(args.tile, args.tile_background), *steps] if args.tile else steps
     sides = (args.tile, args.tile) if args.tile else (args.min_side, args.max_side)
     resizer = ScaleJitter(*args.jitter, args.max_side) if args.jitter else Resizer(*sides, enlarge=not args.tile)
-    return Compose([*steps, Augmenter(), resizer])
+    if args.scale_jitter:
+        resizer = LargeScaleJitter(*args.scale_jitter, *sides)
+    return Compose([*steps, Augmenter(args.flip, args.rotate90), resizer])
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:

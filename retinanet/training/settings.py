@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from retinanet.data.tiles import BACKGROUND, MAX_OVERLAP, OVERLAP, SIDES, Tiling
+from retinanet.data.transforms import FLIPS
 from retinanet.errors import UserError, shown, suggestion
 from retinanet.model import ARCHITECTURES
 from retinanet.process import PRECISIONS, choose_precision, get_world_size
@@ -32,11 +33,14 @@ BOUNDS = {
     "lr": (1e-12, 1000),
     "backbone_lr": (1e-6, 1000),
     "clip_norm": (1e-9, 10**9),
+    "balance": (1e-6, 1),
+    "scale_jitter": (0.01, 100),
     "anchor_sizes": (0.5, 16_384),
     "anchor_scales": (0.01, 100),
     "anchor_ratios": (0.01, 100),
 }
 CHOICES = {"depth": [*ARCHITECTURES], "recipe": [*RECIPES], "freeze_stages": [*range(5)]}
+CHOICES["flip"] = [*FLIPS]
 CHOICES["precision"] = ["auto", *PRECISIONS]
 
 
@@ -63,12 +67,16 @@ class Settings:
     clip_norm: float | None = None
     ema: float | None = None
     early_stop: int | None = None
+    balance: float | None = None
     seed: int = 0
     min_side: int = 608
     max_side: int = 1024
     tile: int | None = None
     tile_overlap: float = OVERLAP
     tile_background: float = BACKGROUND
+    flip: str = "horizontal"
+    rotate90: bool = False
+    scale_jitter: list[float] | None = None
     jitter: list[int] | None = None
     random_crop: float | None = None
     colour_jitter: float | None = None
@@ -139,14 +147,25 @@ class Settings:
         return own.pop("other") | own
 
 
+def augmentation_errors(settings: Mapping[str, Any]) -> list[str]:
+    """A message for each setting of augmentation that contradicts another; `max_side` may be None, not known yet."""
+    errors, (jitter, scales, max_side) = [], (settings[name] for name in ("jitter", "scale_jitter", "max_side"))
+    if jitter and not jitter[0] <= jitter[1] <= (max_side or jitter[1]):
+        end = f", and end at --max_side {max_side}" if max_side else ""
+        errors.append(f"--jitter {jitter[0]} {jitter[1]} must rise{end}")
+    if scales and scales[0] > scales[1]:
+        errors.append(f"--scale_jitter {scales[0]:g} {scales[1]:g} must rise")
+    if jitter and scales:
+        errors.append("--jitter and --scale_jitter both draw the size: give one of them")
+    return errors
+
+
 def contradictions(settings: Mapping[str, Any], has_val_set: bool) -> list[str]:
     """A message for each setting that contradicts another one."""
-    errors, jitter = [], settings["jitter"]
+    errors = augmentation_errors(settings)
     min_side, max_side = settings["min_side"], settings["max_side"]
     if max_side < min_side:
         errors.append(f"--max_side {max_side} is below --min_side {min_side}")
-    if jitter and not jitter[0] <= jitter[1] <= max_side:
-        errors.append(f"--jitter {jitter[0]} {jitter[1]} must rise, and end at --max_side {max_side}")
     changed = {name for name, value in Settings.defaults().items() if settings[name] != value}
     if settings["tile"]:
         given = sorted(changed & {"min_side", "max_side"})
@@ -202,7 +221,7 @@ def _as_flag(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
     if value is None and NoneType in kinds:
         return None
     if get_args(kind):  # a list
-        number = {"jitter": 2}.get(name)
+        number = {"jitter": 2, "scale_jitter": 2}.get(name)
         values = [value] if isinstance(value, str | Real) else list(value)
         if not values or (number and len(values) != number):
             raise ValueError(f"must be {number or 'one or more'} numbers, not {shown(value)}")
