@@ -147,9 +147,9 @@ def _look_at(dataset: DetectionDataset, index: int, header: bool, pixels: bool) 
     if path is None:
         return "missing image", "", None
     try:
-        found = read_header(path) if header else None
+        found = read_header(path, dataset.pixel_limit) if header else None
         if pixels:
-            read_image(path)
+            read_image(path, dataset.pixel_range, dataset.pixel_limit)
     except FileError as error:
         return "unreadable image", str(error), None
     return "", "", found

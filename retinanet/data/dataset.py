@@ -5,8 +5,9 @@ A sample is a dict: `img`, a uint8 RGB array [H, W, 3], and `annot`, a float32 a
 worker processes share instead of copying.
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,23 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from retinanet.data.ground_truth import GroundTruth, coco_content, from_arrays, quiet_coco
-from retinanet.data.images import explain_missing, open_image, read_header, read_image
+from retinanet.data.images import (
+    LOOKS,
+    PIXEL_LIMIT,
+    choose_pixel_range,
+    evenly,
+    explain_missing,
+    open_image,
+    read_header,
+    read_image,
+)
+from retinanet.data.pixels import PixelRange
 from retinanet.data.placing import place_boxes, place_by_some_headers, read_headers
 from retinanet.data.reading import check_boxes
 from retinanet.data.report import DROPPED, Report
 from retinanet.data.transforms import SampleError, check_sample, clip_to_image
 from retinanet.errors import UserError
-from retinanet.process import log, progress
+from retinanet.process import from_main_process, is_main_process, log, progress
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
@@ -54,6 +65,8 @@ class DetectionDataset(Dataset):
         headers_read: [I] bool: whether known_sizes are those of the file, and the boxes are moved accordingly.
         misfit: [I] bool: images whose boxes must be those of another one.
         affine: [I, 2, 3] of `placing`; None where no boxes were moved.
+        pixel_range: what becomes black and white in images of more than 8 bits, see `pixels`; None: of each, its own.
+        pixel_limit: millions of pixels that an image may have.
 
     Raises:
         DataError: the report holds errors.
@@ -68,6 +81,8 @@ class DetectionDataset(Dataset):
     in_files = True  # False where images are drawn or kept in memory
     by_parts = False  # whether the transform takes images of `open_image`
     box_format = "xyxy"  # of the annotation files
+    pixel_range: PixelRange | None = None
+    pixel_limit: float = PIXEL_LIMIT
     has_coco_ids = False  # whether image_ids and coco_labels are those of a COCO file, instead of positions
 
     def __init__(
@@ -167,13 +182,30 @@ class DetectionDataset(Dataset):
 
     def load_image(self, index: int) -> np.ndarray:
         """[H, W, 3] uint8 RGB."""
-        return read_image(self.image_path(index))
+        return read_image(self.image_path(index), self.pixel_range, self.pixel_limit)
 
     def open_image(self, index: int) -> np.ndarray:
         """What `load_image` gives, or for a large image an object that gives such parts of it when sliced."""
-        image = open_image(self.image_path(index)) if self.in_files else self.load_image(index)
+        pixels = self.pixel_range, self.pixel_limit
+        image = open_image(self.image_path(index), *pixels) if self.in_files else self.load_image(index)
         self._place(index, image.shape[:2])
         return image
+
+    @contextlib.contextmanager
+    def scaled(self, pixel_range: PixelRange | None = None) -> Iterator[None]:
+        """Within the context, `pixel_range` is that of the data set, else the given one, else the one for its images.
+
+        Under torchrun, all processes must enter together.
+        """
+        own = self.pixel_range
+        if self.in_files:
+            looks = evenly(range(len(self)), LOOKS) if is_main_process() else ()
+            files = list(filter(None, map(self.find_image, looks)))
+            self.pixel_range = from_main_process(choose_pixel_range(files, own or pixel_range, self.pixel_limit))
+        try:
+            yield
+        finally:
+            self.pixel_range = own
 
     def load_annotations(self, index: int) -> np.ndarray:
         """[G, 5] float32 (x1, y1, x2, y2, label) as in the file; those of a sample are clipped to its image."""

@@ -19,14 +19,15 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from retinanet.data.pixels import Deferred, PixelRange, RawImage
+from retinanet.data.pixels import Deferred, PixelRange, RawImage, is_hidden, pooled_range
 from retinanet.data.report import FileError
-from retinanet.data.tiff import TIFF_STARTS, open_tiff
+from retinanet.data.tiff import TIFF_STARTS, has_more_pages, open_tiff
 from retinanet.data.video import VIDEO_SUFFIXES
 from retinanet.errors import UserError, shown
+from retinanet.process import log
 
 # Pillow warns of large, palette and oddly tagged images, which are read, without their names; torchvision of its end.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -54,6 +55,7 @@ IMAGE_SUFFIXES = {
 }
 PIXEL_LIMIT = 179  # millions of pixels of an image; Pillow, too, takes a larger one for a decompression bomb
 BYTES_A_PIXEL = 12  # of an image's file, at most: three numbers of 32 bits
+LOOKS, SAMPLED = 500, 32  # images of a data set whose headers, and of those whose pixels choose its pixel range
 LARGE = 2**24  # pixels from which `open_image` decodes parts where it can
 # What the readers of Pillow and torchvision raise for one broken file or another.
 BROKEN_IMAGE = (
@@ -77,7 +79,7 @@ HALVES = {
     for kind in ("RGB", "RGBX", "RGBA")
     for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))
 } | {"LA;16B": ("RGBA",)}
-BITS, NUMBER_KIND = TiffImagePlugin.BITSPERSAMPLE, TiffImagePlugin.SAMPLEFORMAT
+BITS, NUMBER_KIND, BANDS = 258, 339, 277  # tags of TIFF
 
 
 @contextlib.contextmanager
@@ -311,6 +313,61 @@ def read_header(path: str | Path, pixel_limit: float | None = None) -> ImageHead
         width, height = image.size
         turned = orientation >= 5 and image.format != "TIFF"
     return ImageHeader(*((width, height) if turned else (height, width)), orientation)
+
+
+def choose_pixel_range(
+    files: Sequence[str], given: PixelRange | None = None, pixel_limit: float = PIXEL_LIMIT
+) -> PixelRange | None:
+    """The one range for the images of a data set that have more than 8 bits: the given one, or else their own.
+
+    At most LOOKS of the files are looked at, always the same ones. What is not read of them is logged, once for all,
+    and so is what is nearly black or white in the range.
+
+    Returns:
+        The range; None where none is given, and all images have 8 bits.
+    """
+    deep, extra, pages = [], [], []
+    for path in evenly(files, LOOKS):
+        with contextlib.suppress(FileError), _open(path, None) as image:
+            is_deep, bands, has_pages = _look_at(image, path)
+            deep += [path] * is_deep
+            extra += [path] * (bands == 2 or bands > 3)
+            pages += [path] * has_pages
+    for found, text in (
+        (extra, "bands beyond red, green and blue, or beyond grey, such as alpha or near infrared; they are not read"),
+        (pages, "several pages, of which the first is read"),
+    ):
+        if found:
+            log.info("some images have %s (%s%s)", text, shown(str(found[0])), ", ..." * (len(found) > 1))
+    samples = {}
+    for path in evenly(deep, SAMPLED):
+        with contextlib.suppress(FileError), _open(path, pixel_limit) as image:
+            samples[path] = image.sample()
+    if not samples:
+        return given
+    low, high = pixel_range = given or pooled_range(samples.values())
+    kinds = ", ".join(sorted({str(sample.dtype) for sample in samples.values()}))
+    log.info("pixels of %s: %g becomes black, %g white (--pixel_range)", kinds, low, high)
+    if hidden := [path for path, sample in samples.items() if is_hidden(sample, pixel_range)]:
+        text = "warning: %d of %d images of more than 8 bits are nearly black or white in this range, the first is %s: "
+        text += "are they of another kind than the others? Another --pixel_range, or one scale for all files, may help"
+        log.warning(text, len(hidden), len(samples), shown(str(hidden[0])))
+    return pixel_range
+
+
+def _look_at(image: Image.Image | RawImage, path: str) -> tuple[bool, int, bool]:
+    """Whether an image has more than 8 bits, its number of bands, and whether it has pages that are not read."""
+    is_raw = isinstance(image, RawImage)
+    bands = image.values.shape[2] if is_raw else 3 if image.mode == "CMYK" else len(image.getbands())
+    if not is_raw and image.format == "TIFF" and image.mode != "CMYK":
+        bands = image.tag_v2.get(BANDS, bands)
+    return is_raw and image.values.dtype not in (np.uint8, np.bool_), bands, has_more_pages(path)
+
+
+def evenly(items: Sequence[str], number: int) -> list[str]:
+    """At most so many of the items, from the first to the last."""
+    places = np.unique(np.linspace(0, len(items) - 1, min(number, len(items))).astype(int))
+    return [items[place] for place in places]
 
 
 def _plain(name: str) -> str:

@@ -18,6 +18,7 @@ SAMPLE_SIDE = 256  # pixels of each side of an image, at most, that are looked a
 NODATA = (-9999, -32768)  # what geodata without a declared one have where there is no measurement
 HUGE = 1e30  # so do some floating-point files with the largest numbers that there are
 VISIBLE = 1 / 32  # a declared range of which the values take up less would leave a black or a white image
+DARK = 16  # of 255: an image whose pixels are all darker is nearly black
 STRIP = 2**22  # pixels that are scaled at once
 
 
@@ -50,6 +51,14 @@ def pooled_range(samples: Iterable[Sample]) -> PixelRange:
         if seen >= VISIBLE * (white - black) and seen >= (high - low) / 2:
             return float(black), float(white)
     return low, high
+
+
+def is_hidden(sample: Sample, pixel_range: PixelRange) -> bool:
+    """Whether an image is nearly black or nearly white in a range, unless it is of one colour."""
+    if not len(sample.values) or sample.values.min() == sample.values.max():
+        return False
+    darkest, brightest = to_bytes(np.array(percentile_range(sample.values)), pixel_range)
+    return brightest < DARK or darkest > 255 - DARK
 
 
 def to_bytes(values: np.ndarray, pixel_range: PixelRange, nodata: float | None = None) -> np.ndarray:

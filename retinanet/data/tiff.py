@@ -22,6 +22,7 @@ TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2
 ASSOCIATED_ALPHA = 1
 ORIENTATION = 274
+REDUCED, MASK = 1, 4
 
 
 class Pixels:
@@ -109,6 +110,16 @@ def _first_page(path: str | Path) -> "Iterator[TiffPage]":
             yield page
     except TiffFileError as error:
         raise ValueError(str(error)) from error
+
+
+def has_more_pages(path: str | Path) -> bool:
+    """Whether a file is a TIFF file with images beside the first one, other than smaller copies and masks of it."""
+    with open(path, "rb") as file:
+        if file.read(4) not in TIFF_STARTS:
+            return False
+    with _first_page(path) as page:
+        pages = page.parent.pages
+        return any(not pages[number].subfiletype & (REDUCED | MASK) for number in range(1, min(len(pages), 16)))
 
 
 def open_tiff(path: str | Path, by_pillow: Deferred | None) -> RawImage | None:
