@@ -5,7 +5,7 @@ import sys
 
 from retinanet import api, process
 from retinanet.commands import flags
-from retinanet.data.classes import check_classes
+from retinanet.commands.save_csv import check_csv
 from retinanet.evaluation import coco, report
 from retinanet.process import script
 from retinanet.training.checkpoint import LIMITS, load_model
@@ -30,6 +30,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--min_precision", type=flags.fraction, help=text)
     group.add_argument("--voc07", action="store_true", help="VOC's mAP by 11 points instead of the area")
     group.add_argument("--analyse", action="store_true", help="find out which kinds of errors cost how much AP (TIDE)")
+    group.add_argument("--save_csv", metavar="FILE.csv", help=flags.SAVE_CSV)
     group.add_argument("--out", help="folder for report.html, detections.json, metrics.json and charts")
     args = parser.parse_args(argv)
     errors = flags.check_data_arguments(args, ["csv_val"])
@@ -51,19 +52,21 @@ def main(argv: list[str] | None = None) -> None:
         process.init_distributed(process.choose_device(args.device))
         net, info = load_model(args.model)
         dataset = flags.make_dataset(args, "val", None, info["class_names"])
-        check_classes(args.model, info["class_names"], dataset)
         machine = {name: getattr(args, name) for name in ("batch_size", "workers", "device", "precision", "limit")}
         given = flags.given_limits(args) | flags.given_tiles(args)
-        api.validate((net, info), dataset, out=args.out, **how, **machine, **given)
+        api.validate((net, info), dataset, out=args.out, save_csv=args.save_csv, **how, **machine, **given)
         return
     if args.out:
         report.check_folder(flags.make_out_dir(args.out))
+    if args.save_csv:
+        check_csv(args.save_csv)
     dataset = flags.make_dataset(args, "val", None)
     results, chosen = coco.read_results(dataset, args.detections), range(len(dataset))[: args.limit]
     found, ids = coco.to_detections(dataset, results), {dataset.image_ids[index] for index in chosen}
     results, found = [one for one in results if one["image_id"] in ids], {index: found[index] for index in chosen}
     limit = (LIMITS | flags.given_limits(args))["max_detections"]
-    api.report_scores(dataset, found, args.out, **how, max_detections=limit, source=args.detections, results=results)
+    how |= {"max_detections": limit, "source": args.detections, "save_csv": args.save_csv}
+    api.report_scores(dataset, found, args.out, results=results, **how)
 
 
 if __name__ == "__main__":

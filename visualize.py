@@ -12,17 +12,18 @@ from retinanet import inference, process
 from retinanet.anchors import Anchors
 from retinanet.commands import flags
 from retinanet.commands.detect_files import detect_files
-from retinanet.data.classes import check_classes
+from retinanet.commands.save_csv import check_csv, write_csv
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.loader import make_loader, read_sample
 from retinanet.data.report import counted
-from retinanet.data.transforms import Resizer, normalize
+from retinanet.data.transforms import normalize
 from retinanet.errors import UserError, output_file
 from retinanet.evaluation.errors import judge
 from retinanet.model import RetinaNet
 from retinanet.process import log, progress, script
 from retinanet.training.checkpoint import load_model
 from retinanet.training.settings import Settings, augmentation_errors
+from retinanet.training.weights import match_classes
 from retinanet.visual import anchor_fit, anchor_report, anchor_views, data_views, heatmaps, views
 from retinanet.visual.drawing import draw_boxes, save_image, side_by_side
 
@@ -67,12 +68,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text = "IoU from which a box's best anchor is positive (default: as the model was trained; recipe paper: 0.4)"
     group.add_argument("--best_match_iou", type=flags.fraction, help=text)
     flags.add_detection_arguments(parser, best=True)
+    flags.add_tile_arguments(parser, training=True)
     flags.add_machine_arguments(parser)
     parser.add_argument("--batch_size", type=flags.positive_int, default=4, help=f"images a batch {flags.DEFAULT}")
     group = parser.add_argument_group("output")
     text = f"images in a row of detections.png {flags.DEFAULT}"
     group.add_argument("--columns", type=flags.positive_int, default=3, help=text)
     group.add_argument("--out_dir", default="runs/pictures", help=f"folder for the PNG files {flags.DEFAULT}")
+    group.add_argument("--save_csv", metavar="FILE.csv", help=flags.SAVE_CSV)
     args = parser.parse_args(argv)
     args.split = args.split or ("train" if args.show == "anchor_fit" else "val")
     if errors := contradictions(args):
@@ -93,6 +96,10 @@ def contradictions(args: argparse.Namespace) -> list[str]:
         errors.append("--images needs --model and --show detections")
     if args.every > 1 and not args.images:
         errors.append("--every is for videos of --images")
+    if args.tile is not None and args.show not in ("detections", "anchor_fit") and not args.augment:
+        errors.append(f"--tile is for --show detections and anchor_fit, and for --augment, not --show {args.show}")
+    if args.save_csv and args.show != "detections":
+        errors.append(f"--save_csv is for --show detections, not {args.show}")
     if args.model and (args.anchor_scales or args.anchor_ratios or args.anchor_sizes):
         errors.append("--model brings its own anchors: leave out --anchor_scales, --anchor_ratios and --anchor_sizes")
     if args.augment and args.show in ("detections", "anchor_fit"):
@@ -151,11 +158,17 @@ def show_detections(
 ) -> int:
     """Draw detections beside the ground truth: a file an image, and all on one sheet; returns the number of images."""
     folder, names = flags.make_out_dir(args.out_dir), list(dataset.labels.values())
+    if args.save_csv:
+        check_csv(args.save_csv)
     indices = choose_indices(args, dataset)
-    loader = make_loader(dataset, args.batch_size, args.workers, indices=indices, device=device)
+    tiling = inference.choose_tiling(info, flags.given_tiles(args))
+    loader = make_loader(dataset, args.batch_size, args.workers, indices=indices, device=device, tiling=tiling)
     precision = process.choose_precision(args.precision, device)
     limits = inference.detection_limits(info, flags.given_limits(args), for_use=True)
-    judged = judge(dataset, inference.detect(net, loader, device, precision, **limits))
+    detections = inference.detect(net, loader, device, precision, **limits)
+    if args.save_csv:
+        write_csv(args.save_csv, [(dataset.image_path(index), detections[index]) for index in indices], names)
+    judged = judge(dataset, detections)
     for index in progress(indices, "drawing"):
         image, annotations = dataset.load_image(index), dataset.load_annotations(index)
         picture = views.draw_detections(image, annotations, *judged[index], names)
@@ -167,7 +180,8 @@ def show_detections(
 def show_anchor_fit(args: argparse.Namespace, dataset: DetectionDataset, anchors: Anchors) -> None:
     """Measure how well the anchors fit the boxes of the data set, and search better ones."""
     folder = flags.make_out_dir(args.out_dir)
-    fit = anchor_fit.measure(dataset, anchors, args.min_side, args.max_side, args.best_match_iou)
+    sides = (None, None) if args.tile else (args.min_side, args.max_side)
+    fit = anchor_fit.measure(dataset, anchors, *sides, args.best_match_iou)
     if not len(fit.iou):
         raise UserError("the data set has no boxes")
     better = anchor_fit.search(fit, args.seed)
@@ -198,10 +212,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     anchors = net.anchors.cpu() if net and args.show in ("anchors", "matches", "tiles", "anchor_fit") else None
     anchors = anchors or flags.anchors_from_arguments(args)
-    transform = flags.training_transform(args) if args.augment else Resizer(args.min_side, args.max_side)
+    resizer = inference.make_resizer(info, args.min_side, args.max_side)
+    transform = flags.training_transform(args) if args.augment else resizer
     dataset = flags.make_dataset(args, args.split, transform, info.get("class_names"))
     if net:
-        check_classes(args.model, info["class_names"], dataset)
+        net, info = match_classes(args.model, net, info, dataset)
     if args.show == "anchor_fit":
         show_anchor_fit(args, dataset, anchors)
         return

@@ -10,8 +10,8 @@ import torch
 from retinanet import inference, process
 from retinanet.commands import flags
 from retinanet.commands.page import write_page
+from retinanet.commands.save_csv import check_csv, write_csv
 from retinanet.data.checks import write_skipped
-from retinanet.data.classes import check_classes
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.loader import make_loader
 from retinanet.errors import UserError
@@ -24,6 +24,7 @@ from retinanet.running import TrainResult, run_training, transformed
 from retinanet.training import checkpoint
 from retinanet.training.checkpoint import LIMITS
 from retinanet.training.settings import Settings, check_settings
+from retinanet.training.weights import match_classes
 from retinanet.visual import charts
 
 
@@ -81,6 +82,7 @@ def validate(
     max_detections: int | None = None,
     tile: int | None = None,
     tile_overlap: float | None = None,
+    save_csv: str | Path | None = None,
 ) -> dict[str, Any]:
     """Score a detector, as validate.py does; under torchrun, all processes share the work.
 
@@ -99,6 +101,7 @@ def validate(
         precision: as `--precision`.
         score_threshold, nms_threshold, top_k, max_detections: of `RetinaNet.detect`; default: those of the model.
         tile, tile_overlap: of `retinanet.predict`; 0: no tiles; default: those of the model.
+        save_csv: file that gets a line for each detection, see `write_csv`.
 
     Returns:
         What metrics.json holds: COCO's numbers by name (`AP`, `AP50`, ...), `mAP`, `classes`, ...
@@ -111,11 +114,13 @@ def validate(
     process.init_distributed(chosen)
     if out is not None:
         report.check_folder(flags.make_out_dir(str(out)))
+    if save_csv is not None:
+        check_csv(save_csv)
     if isinstance(model, str | Path):
         model = checkpoint.load_model(model)
     net, info = model if isinstance(model, tuple) else (getattr(model, "module", model), {})
-    names = info.get("class_names", list(dataset.labels.values()))
-    check_classes("the model", names, dataset)
+    info = {"class_names": list(dataset.labels.values()), **info}
+    net, info = match_classes(info.get("path", "the model"), net, info, dataset)
     if net.num_classes != dataset.num_classes():
         raise UserError(f"the model has {net.num_classes} classes, and {dataset.source} {dataset.num_classes()}")
     values = (score_threshold, nms_threshold, top_k, max_detections)
@@ -123,7 +128,7 @@ def validate(
     limits = inference.detection_limits(info, given)
     tiles = {"tile": tile, "tile_overlap": tile_overlap}
     tiling = inference.choose_tiling(info, {name: value for name, value in tiles.items() if value is not None})
-    with transformed(dataset, inference.make_resizer(info)):
+    with transformed(dataset, inference.make_resizer(info)), dataset.scaled(info.get("pixel_range")):
         indices = None if limit is None else range(len(dataset))[:limit]
         loader = make_loader(dataset, batch_size, workers, indices=indices, device=chosen, tiling=tiling)
         net.to(chosen, memory_format=torch.channels_last)
@@ -133,7 +138,8 @@ def validate(
         log.info("detections with scores above %g:", limits["score_threshold"])
         how = iou_threshold, voc07, analyse, min_precision
         source = info.get("path", "model")
-        metrics = report_scores(dataset, found, out, *how, limits["max_detections"], source, model=(net, info))
+        how += (limits["max_detections"], source)
+        metrics = report_scores(dataset, found, out, *how, model=(net, info), save_csv=save_csv)
     return process.from_main_process(metrics)
 
 
@@ -149,8 +155,9 @@ def report_scores(
     source: str,
     results: Sequence[Mapping[str, Any]] | None = None,
     model: tuple[RetinaNet, dict[str, Any]] | None = None,
+    save_csv: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Score detections, log the tables, and write files to `out` if it is given.
+    """Score detections, log the tables, and write files to `out` and `save_csv` if they are given.
 
     `source` and `model` are those of `write_page`; the rest is for `report.evaluate`.
 
@@ -159,6 +166,9 @@ def report_scores(
     """
     folder = out and Path(out)
     write_skipped(folder, [dataset])
+    if save_csv:
+        rows = [(dataset.image_path(index), found[index]) for index in sorted(found)]
+        write_csv(save_csv, rows, list(dataset.labels.values()))
     evaluation = report.evaluate(dataset, found, iou_threshold, voc07, analyse, results, max_detections, min_precision)
     log.info("%s", evaluation.text())
     if folder:

@@ -15,8 +15,9 @@ from torchvision.ops import batched_nms
 
 from retinanet.boxes import clip_boxes, xyxy_to_xywh
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.images import open_image, read_image, to_rgb
+from retinanet.data.images import PIXEL_LIMIT, open_image, read_image, to_rgb
 from retinanet.data.loader import collater, explained, make_loader
+from retinanet.data.pixels import PixelRange, RawImage, checked_range
 from retinanet.data.tiles import OVERLAP, Tiling, merge_cut_boxes
 from retinanet.data.transforms import Resizer, normalize
 from retinanet.data.video import Video, is_video
@@ -89,12 +90,15 @@ def predict(
     tile: int | str | None = "auto",
     tile_overlap: float | str = "auto",
     stream: bool = False,
+    pixel_range: tuple[float, float] | None = None,
+    pixel_limit: float = PIXEL_LIMIT,
 ) -> list[Prediction] | Iterator[Prediction]:
     """Find objects in images.
 
     A file is turned upright as its EXIF orientation says. Everything else is taken as it is: an array is
-    [H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA, a tensor the same with the channels first; both hold uint8,
-    uint16, or floating-point numbers from 0 to 1.
+    [H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA, a tensor the same with the channels first. uint8 is taken as it is;
+    all other numbers are scaled as those of files are, by the pixel range. Without one, floating-point numbers of arrays
+    are from 0 to 1.
 
     Args:
         model: the path of a checkpoint, or the result of `checkpoint.load_model` (to read it only once), or
@@ -118,6 +122,9 @@ def predict(
         tile_overlap: share of the tile's side that neighbours have in common, more than the objects' size; by default
             as in training, or 0.25.
         stream: give an iterator, which reads the images as it goes, at most one batch ahead.
+        pixel_range: the values that become black and white in images of more than 8 bits; by default those of training,
+            or where the training images had 8 bits, those that the file declares or the image holds, see `data.pixels`.
+        pixel_limit: millions of pixels that an image file may have.
 
     Returns:
         One Prediction an image, in order; of a video, one a frame.
@@ -147,7 +154,10 @@ def predict(
     given = dict(zip(LIMITS, (score_threshold, nms_threshold, top_k, max_detections), strict=True))
     given = {name: value for name, value in given.items() if value != "auto"}
     limits = detection_limits({"class_names": names} | info, given, for_use=True)
-    arrays = (open_image(one) if tiling and isinstance(one, str | Path) else as_array(one) for one in images)
+    pixels = info.get("pixel_range") if pixel_range is None else checked_range(pixel_range), pixel_limit
+    arrays = (
+        open_image(one, *pixels) if tiling and isinstance(one, str | Path) else as_array(one, *pixels) for one in images
+    )
     found = detect_images(net, arrays, resizer, batch_size, precision, tiling, **limits)
     predictions = (Prediction(*one, [names[label] for label in one.labels.tolist()]) for _, one in found)
     return predictions if stream else list(predictions)
@@ -204,12 +214,14 @@ def choose_tiling(info: Mapping[str, Any], given: Mapping[str, Any]) -> Tiling |
     return None
 
 
-def as_array(image: AnyImage) -> np.ndarray:
-    """Convert an image of any kind, see `predict`, to [H, W, 3] uint8 RGB."""
+def as_array(
+    image: AnyImage, pixel_range: PixelRange | None = None, pixel_limit: float = PIXEL_LIMIT
+) -> np.ndarray:
+    """Convert an image of any kind to [H, W, 3] uint8 RGB; see `predict` for the arguments."""
     if isinstance(image, str | Path):
-        return read_image(image)
+        return read_image(image, pixel_range, pixel_limit)
     if isinstance(image, Image.Image):
-        return to_rgb(image)
+        return to_rgb(image, pixel_range)
     if isinstance(image, Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
@@ -220,15 +232,14 @@ def as_array(image: AnyImage) -> np.ndarray:
     image = image[:, :, None] if image.ndim == 2 else image
     if image.shape[2] not in (1, 3, 4):
         raise ValueError(f"an image has 1, 3 or 4 channels: last in an array, first in a tensor; not {kind}")
-    if image.dtype == np.uint16:
-        image = (image >> 8).astype(np.uint8)
-    elif np.issubdtype(image.dtype, np.floating):
+    if image.dtype.kind not in "uif":
+        raise ValueError(f"an image holds whole or floating-point numbers, not {image.dtype}")
+    if image.dtype.kind == "f" and pixel_range is None:
+        pixel_range = 0, 1
         if not (image.min() >= 0 and image.max() <= 1):
-            raise ValueError("a floating-point image holds numbers from 0 to 1; normalised ones are for net.detect")
-        image = (255 * image).round().astype(np.uint8)
-    elif image.dtype != np.uint8:
-        raise ValueError(f"an image holds uint8, uint16 or floating-point numbers, not {image.dtype}")
-    return np.broadcast_to(image[:, :, :3], (*image.shape[:2], 3)).copy()
+            text = "a floating-point image holds numbers from 0 to 1, or has a pixel_range; normalised ones are for "
+            raise ValueError(f"{text}net.detect")
+    return RawImage(image[:, :, :3]).decode(pixel_range)
 
 
 @contextlib.contextmanager
@@ -360,7 +371,7 @@ def detect_images(
             for image in same_size:
                 yield image, _detect_tiles(net, image, tiling, batch_size, precision, **limits)
         for group in _batches(same_size, batch_size):
-            batch = collater([resizer({"img": image[:height], "annot": np.zeros((0, 5))}) for image in group])
+            batch = collater([resizer({"img": image[:height, :width], "annot": np.zeros((0, 5))}) for image in group])
             with _evaluation_mode(net):
                 found = detect_batch(net, batch, device, precision, **limits)
             for image, (scores, labels, boxes) in zip(group, found, strict=True):

@@ -15,9 +15,10 @@ import torch
 
 from retinanet import inference, process
 from retinanet.commands import flags
-from retinanet.data.images import find_images, read_image
+from retinanet.commands.save_csv import check_csv, write_csv
+from retinanet.data.images import find_images, open_image, read_image
 from retinanet.data.report import counted
-from retinanet.data.transforms import Resizer
+from retinanet.data.tiles import overview
 from retinanet.data.video import Frame, Video, VideoWriter, is_video
 from retinanet.errors import UserError, output_file
 from retinanet.model import RetinaNet
@@ -25,6 +26,8 @@ from retinanet.postprocess import Detections
 from retinanet.process import log, progress
 from retinanet.visual.drawing import draw_boxes, legible_zoom, save_image
 from retinanet.visual.text import readable_names
+
+DRAWN_SIDE = 8192  # pixels: larger images are drawn smaller
 
 
 def output_paths(files: Sequence[Path], folder: Path) -> list[Path]:
@@ -82,6 +85,9 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
         UserError: at the end, if some could not be read; the message lists them.
     """
     files, folder = find_images(args.images), flags.make_out_dir(args.out_dir)
+    tiling, table = inference.choose_tiling(info, flags.given_tiles(args)), []
+    if args.save_csv:
+        check_csv(args.save_csv)
     targets, names, failures = output_paths(files, folder), info["class_names"], []
     read: collections.deque[tuple[Path, Path, Video | None, Frame]] = collections.deque()  # and not yet drawn
 
@@ -89,15 +95,17 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
         for path, target in zip(progress(files, "detecting"), targets, strict=True):
             try:
                 video = Video(path, args.every) if is_video(path) else None
-                for frame in progress(video, path.name, video.total) if video else [Frame(read_image(path), 0, 0)]:
+                read_one = open_image if tiling else read_image
+                for frame in progress(video, path.name, video.total) if video else [Frame(read_one(path), 0, 0)]:
                     read.append((path, target, video, frame))
                     yield frame.image
             except UserError as error:
                 failures.append(str(error))
 
-    resizer, precision = Resizer(args.min_side, args.max_side), process.choose_precision(args.precision, device)
+    precision = process.choose_precision(args.precision, device)
+    resizer = inference.make_resizer(info, args.min_side, args.max_side)
     limits = inference.detection_limits(info, flags.given_limits(args), for_use=True)
-    found = inference.detect_images(net, load(), resizer, args.batch_size, precision, **limits)
+    found = inference.detect_images(net, load(), resizer, args.batch_size, precision, tiling, **limits)
     results = ((*read.popleft(), detections) for _, detections in found)
     head, counts = {"model": args.model, "class_names": names, **limits}, collections.Counter()
     with detections_json(folder / "detections.json", head, failures) as add_entry:
@@ -105,7 +113,8 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
             target.parent.mkdir(parents=True, exist_ok=True)
             with VideoWriter(target, video) if video else contextlib.nullcontext() as writer:
                 for *_, frame, detections in frames:
-                    picture = draw_frame(frame.image, detections, names, bool(video))
+                    image, scale = overview(frame.image, DRAWN_SIDE)
+                    picture = draw_frame(image, detections._replace(boxes=detections.boxes * scale), names, bool(video))
                     height, width = frame.image.shape[:2]
                     entry = {"file": str(path), "picture": str(target), "height": height, "width": width}
                     if video:
@@ -118,9 +127,16 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
                         for score, label, box in zip(*(values.tolist() for values in detections), strict=True)
                     ]
                     add_entry(entry)
+                    table.append((f"{path}#{frame.number}" if video else str(path), detections))
                     counts.update(image=not video, frame=bool(video), detection=len(detections.scores))
             counts["video"] += bool(video)
     kinds = [kind for kind in ("image", "video", "frame") if counts[kind]] or ["image"]
     log.info("%s: %s", ", ".join(counted(counts[kind], kind) for kind in [*kinds, "detection"]), folder)
+    if args.save_csv:
+        write_csv(args.save_csv, table, names)
+    limit = limits["max_detections"]
+    if full := sum(len(found.scores) == limit for _, found in table):
+        text = "warning: %s with %d detections, as many as --max_detections allows: there may be more objects"
+        log.warning(text, counted(full, "image"), limit)
     if failures:
         raise UserError(f"{len(failures)} of {counted(len(files), 'file')} skipped:\n" + "\n".join(failures))

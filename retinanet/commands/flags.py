@@ -16,6 +16,8 @@ from retinanet.data.classes import placeholder_names
 from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset, read_boxes
 from retinanet.data.dataset import DetectionDataset
+from retinanet.data.images import PIXEL_LIMIT
+from retinanet.data.pixels import checked_range
 from retinanet.data.report import Report
 from retinanet.data.tiles import BACKGROUND, OVERLAP, RandomTile
 from retinanet.data.transforms import FLIPS, Augmenter, ColourJitter, LargeScaleJitter, RandomCrop, Resizer, ScaleJitter
@@ -59,11 +61,25 @@ BOUNDS = settings.BOUNDS | {
     **dict.fromkeys(("height", "width"), (1, 16_384)),  # pixels
     **dict.fromkeys(("shapes_train", "shapes_val"), (1, 10**6)),
     "columns": (1, 100),
+    "pixel_limit": (0.000_1, 100_000),
     "every": (1, 10**6),
 }
 
 
-OUTPUTS = ("out_dir", "out", "output")
+OUTPUTS = ("out_dir", "out", "output", "save_csv")
+SAVE_CSV = "write a line for each detection, file,class,score,x1,y1,x2,y2, and to FILE_counts.csv one for each image"
+
+
+class _PixelRange(argparse.Action):
+    """Takes `auto`, which is None, or two rising numbers."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        try:
+            chosen = None if values == ["auto"] else checked_range(list(map(float, values)))
+        except ValueError:
+            text = f"must be auto, or two numbers of which the second is larger, not {' '.join(values)[:100]}"
+            parser.error(f"argument --pixel_range: {text}")
+        setattr(namespace, self.dest, chosen)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -123,6 +139,11 @@ def add_data_arguments(parser: argparse.ArgumentParser, training: bool, required
         text = f"number of training images {DEFAULT}"
         group.add_argument("--shapes_train", type=positive_int, default=400, help=text)
     group.add_argument("--shapes_val", type=positive_int, default=100, help=f"number of validation images {DEFAULT}")
+    text = "values that become black and white in images of more than 8 bits (default: auto: those that the model was "
+    text += "trained with, else those that the files declare, else those that they hold)"
+    group.add_argument("--pixel_range", nargs="+", action=_PixelRange, metavar=("auto|LOW", "HIGH"), help=text)
+    text = f"limit of the pixels of an image, in millions {DEFAULT}"
+    group.add_argument("--pixel_limit", type=positive_float, default=PIXEL_LIMIT, help=text)
     text = "leave out images that cannot be read and annotations that are corrupt; decodes all images first"
     group.add_argument("--skip_bad", action="store_true", help=text)
     if training:
@@ -290,6 +311,8 @@ def make_dataset(
         # Training images come from odd seeds only: those of seed 0, for validation, are never trained on.
         seed = 2 * args.seed + 1 if split == "train" else 0
         dataset = ShapesDataset(getattr(args, f"shapes_{split}"), seed, transform=transform)
+    if dataset is not None:
+        dataset.pixel_range, dataset.pixel_limit = args.pixel_range, args.pixel_limit
     if dataset is not None and args.skip_bad:
         leave_out_bad_images(dataset, args.workers)
     return dataset

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from retinanet.boxes import box_intersection, box_iou
@@ -27,6 +28,7 @@ KEPT_SHARE = 0.4
 TRIES = 10  # draws of a training tile without a box
 # A box counts as cut if it comes as near to an inner border of its tile: a share of its side, or pixels.
 NEAR_SHARE, NEAR_PIXELS = 0.1, 2
+BAND_ROWS = 64  # of a reduced image, that are read together
 SAME_IOU = 0.5  # boxes of two tiles with this IoU, where both tiles see them, are one object
 
 
@@ -188,3 +190,22 @@ def merge_cut_boxes(
             boxes[best] = torch.cat([parts[:, :2].amin(dim=0), parts[:, 2:].amax(dim=0)])
             keep[best] = True
     return scores[keep], labels[keep], boxes[keep]
+
+
+def overview(image: np.ndarray, limit: int) -> tuple[np.ndarray, float]:
+    """An image, of the kind that `Tiling.batches` takes, reduced by a whole factor to sides of at most `limit` pixels.
+
+    Returns:
+        [h, w, 3] uint8, and its size / that of the image.
+    """
+    height, width = image.shape[:2]
+    factor = -(-max(height, width) // limit)
+    if factor <= 1:
+        return np.ascontiguousarray(image[:height, :width]), 1.0
+    rows, columns = max(1, height // factor), max(1, width // factor)
+    bands = []
+    for top in range(0, rows, BAND_ROWS):
+        bottom = min(top + BAND_ROWS, rows)
+        band = torch.from_numpy(image[top * factor : bottom * factor, : columns * factor]).permute(2, 0, 1)[None]
+        bands.append(F.interpolate(band, (bottom - top, columns), mode="bilinear", antialias=True)[0])
+    return torch.cat(bands, dim=1).permute(1, 2, 0).contiguous().numpy(), 1 / factor
