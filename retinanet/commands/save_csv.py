@@ -1,0 +1,58 @@
+"""`--save_csv`: detections, and their numbers, as tables for spreadsheets and geographic information systems."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from retinanet.errors import UserError, output_file
+from retinanet.postprocess import Detections
+from retinanet.training.files import replaced
+
+COLUMNS = ("file", "class", "score", "x1", "y1", "x2", "y2")
+
+
+def counts_path(path: str | Path) -> Path:
+    """The second file of `--save_csv`: trees.csv has trees_counts.csv beside it."""
+    return Path(path).with_name(f"{Path(path).stem}_counts{Path(path).suffix}")
+
+
+def check_csv(path: str | Path) -> None:
+    """Make the folder of `--save_csv`, before anything is computed.
+
+    Raises:
+        UserError: the file exists and is none of `write_csv`, such as annotations, or no file can be there.
+    """
+    for file in map(output_file, (path, counts_path(path))):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a+b") if file.exists() else io.BytesIO() as content:
+            content.seek(0)
+            start = content.read(5)
+        if start not in (b"", b"file,"):
+            raise UserError(f"--save_csv {file}: exists and holds something else; choose another name")
+
+
+def write_csv(path: str | Path, found: Iterable[tuple[str, Detections]], class_names: Sequence[str]) -> None:
+    """Write a line for each detection, and to `counts_path` a line for each image, also for those without any.
+
+    Args:
+        path: of the file.
+        found: file of each image, and its detections, boxes in its pixels.
+        class_names: name of each label.
+
+    Raises:
+        UserError: they cannot be written; the files before them are intact.
+    """
+    lines: list[Sequence[Any]] = [COLUMNS]
+    counts: list[Sequence[Any]] = [("file", *class_names, "all")]
+    for file, (scores, labels, boxes) in found:
+        for score, label, box in zip(scores.tolist(), labels.tolist(), boxes.tolist(), strict=True):
+            lines.append((file, class_names[label], round(score, 6), *(round(value, 2) for value in box)))
+        numbers = labels.bincount(minlength=len(class_names)).tolist()
+        counts.append((file, *numbers, len(labels)))
+    for target, rows in ((Path(path), lines), (counts_path(path), counts)):
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(rows)
+        with replaced(target) as content:
+            content.write(text.getvalue().encode("utf-8", "surrogateescape"))
