@@ -5,8 +5,9 @@ import sys
 
 from retinanet import process
 from retinanet.commands import flags
+from retinanet.commands.next_steps import next_steps
 from retinanet.model import ARCHITECTURES
-from retinanet.process import script
+from retinanet.process import log, script
 from retinanet.running import run_training
 from retinanet.training.recipes import RECIPES
 from retinanet.training.settings import Settings, contradictions, parse_interval
@@ -27,7 +28,10 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     count, rate, text = flags.positive_int, flags.positive_float, f"layers of the ResNet {flags.DEFAULT}"
     add("--depth", type=count, choices=sorted(ARCHITECTURES), help=text)
-    add("--weights", help=f"imagenet, imagenet_v2, none (random) or a checkpoint {flags.DEFAULT}")
+    add(
+        "--weights",
+        help=f"imagenet, imagenet_v2, coco (depth 50), none (random) or a checkpoint, whose classes are taken by name {flags.DEFAULT}",
+    )
     flags.add_anchor_arguments(parser)
     add = parser.add_argument_group("training").add_argument
     text = "optimizer and schedule: the original's, from ImageNet weights; those of the paper's authors, from ImageNet "
@@ -86,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
     process.setup_logging()
     settings = Settings.resolve(vars(args), device)
     train_set, val_set = (flags.make_dataset(args, split, None) for split in ("train", "val"))
-    run_training(settings, device, train_set, val_set)
+    result = run_training(settings, device, train_set, val_set)
+    log.info("%s", next_steps(args, result.out_dir, result.best, train_set.image_path(0)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""What to do after a training: three commands, with the data and the model of the run."""
+
+import argparse
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from retinanet.commands import flags
+
+
+def data_flags(args: argparse.Namespace, training: bool) -> list[str]:
+    """The flags about the data that differ from their defaults; without `training`, those of the validation set."""
+    parser = argparse.ArgumentParser()
+    flags.add_data_arguments(parser, training)
+    chosen = ["--dataset", args.dataset]
+    for name, default in vars(parser.parse_args(chosen)).items():
+        value = getattr(args, name)
+        if value != default:
+            chosen += (
+                [f"--{name}"]
+                if value is True
+                else [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            )
+    return chosen
+
+
+def program(command: str) -> list[str]:
+    """How to start another command as this one was started: as a script beside it, or as `retinanet COMMAND`."""
+    started = Path(sys.argv[0])
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    if started.name != "train.py":
+        return ["retinanet", command] if shutil.which("retinanet") else [python, "-m", "retinanet", command]
+    script = started.with_name(f"{command}.py")
+    return [python, str(script)] if script.exists() else [python, "-m", "retinanet", command]
+
+
+def next_steps(args: argparse.Namespace, out_dir: Path, best: Path | None, image: str) -> str:
+    """The commands as text, which a shell takes as it stands.
+
+    Args:
+        args: the flags of train.py.
+        out_dir: of the run.
+        best: its best.pt; None without a validation set.
+        image: path of a training image; generated ones have no file.
+    """
+    model = ["--model", str(best or out_dir / "last.pt")]
+    out = {command: str(out_dir / command) for command in ("validate", "visualize")}
+    if best:
+        data = [*data_flags(args, training=False), *model]
+        steps = [
+            ("scores, class by class, and what costs AP", "validate", [*data, "--analyse", "--out", out["validate"]]),
+            ("detections beside the ground truth", "visualize", [*data, "--out_dir", out["visualize"]]),
+        ]
+    else:
+        data = [*data_flags(args, training=True), "--split", "train", *model]
+        steps = [("detections beside the ground truth", "visualize", [*data, "--out_dir", out["visualize"]])]
+        if Path(image).is_file():
+            paths = ["--images", image, "--out_dir", str(out_dir / "found")]
+            steps += [("detections on images, folders of them, or videos", "visualize", [*model, *paths])]
+    steps += [("for ONNX Runtime", "export", [*model, "--dynamic", "--with_nms"])]
+    lines = [f"  {shlex.join([*program(command), *given])}    # {text}" for text, command, given in steps]
+    return "\n".join(["next:", *lines])
