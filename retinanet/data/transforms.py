@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
-from torchvision.tv_tensors import BoundingBoxes, Image
+from torchvision.tv_tensors import BoundingBoxes, Image, wrap
 
 from retinanet.data.report import MIN_SIDE
 from retinanet.errors import UserError, shown
@@ -155,7 +155,7 @@ class V2:
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Change `img` [H, W, 3] and `annot` [G, 5]."""
         image, boxes, labels = _to_tv(sample)
-        out = self.transform({"image": image, "boxes": boxes, "labels": labels})
+        out = self.transform({"image": image.clone(), "boxes": boxes, "labels": labels})
         sample = _from_tv(sample, out["image"], out["boxes"], out["labels"])
         return {**sample, "annot": clip_to_image(sample["annot"], *sample["img"].shape[:2])}
 
@@ -195,6 +195,17 @@ FLIPS = {
 }
 
 
+def _transpose(part: Tensor) -> Tensor:
+    """Exchange x and y of an image [3, H, W] or of boxes."""
+    if isinstance(part, BoundingBoxes):
+        return wrap(part[:, [1, 0, 3, 2]], like=part, canvas_size=part.canvas_size[::-1])
+    return part.transpose(1, 2)
+
+
+# By 0, 90, 180 and 270 degrees, anticlockwise. torchvision's rotate moves boxes by sines, which are not exact.
+TURNS = ((), (_transpose, tv.vertical_flip), (tv.horizontal_flip, tv.vertical_flip), (_transpose, tv.horizontal_flip))
+
+
 class Augmenter:
     """Mirrors samples half of the time, by default left to right (RetinaNet, section 4.1, "Optimization").
 
@@ -210,8 +221,8 @@ class Augmenter:
     def __call__(self, sample: dict[str, Any], flip_x: float = 0.5) -> dict[str, Any]:
         """Mirror with probability `flip_x`, in either direction."""
         operations = [flip for flip in self.flips if np.random.rand() < flip_x]
-        if self.rotate90 and (quarters := np.random.randint(4)):
-            operations.append(partial(tv.rotate, angle=90 * quarters, expand=True))
+        if self.rotate90:
+            operations += TURNS[np.random.randint(4)]
         return _apply(sample, *operations) if operations else sample
 
 
@@ -263,8 +274,8 @@ class RandomCrop:
         else:
             return sample
         (left, top), (width, height) = start.tolist(), cut.tolist()
-        crop = partial(tv.crop, top=top, left=left, height=height, width=width)
-        return _apply({**sample, "annot": annotations[inside]}, crop)
+        sample = {**sample, "annot": annotations[inside]}
+        return _apply(sample, lambda part: tv.crop(part, top, left, height, width).clone())
 
 
 def resized_sizes(
@@ -362,11 +373,11 @@ class LargeScaleJitter:
         resized = np.clip(np.round(np.multiply(cut, scale)), 1, canvas).astype(int).tolist()
         crop = partial(tv.crop, top=top, left=left, height=height, width=width)
         resize = partial(tv.resize, size=resized, antialias=True)
-        image = pad_images([resize(crop(image))], canvas, canvas)[0]
-        cropped = crop(boxes)
-        rest = resize(cropped)
-        kept = (_areas(cropped) >= self.MIN_REST * _areas(boxes)) & (rest[:, 2:] - rest[:, :2] >= MIN_SIDE).all(dim=1)
-        return _from_tv(sample, image, rest[kept], labels[kept]) | {"scale": scale, "size": tuple(resized)}
+        image, cropped = pad_images([resize(crop(image))], canvas, canvas)[0], crop(boxes)
+        kept = _areas(cropped) >= self.MIN_REST * _areas(boxes)
+        sample = _from_tv(sample, image, resize(cropped)[kept], labels[kept])
+        annotations = clip_to_image(sample["annot"], *resized)
+        return {**sample, "annot": annotations, "scale": scale, "size": tuple(resized)}
 
 
 def _areas(boxes: Tensor) -> Tensor:

@@ -1,18 +1,22 @@
 import copy
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from helpers import gradient
 from PIL import Image
-from torchvision.transforms import Compose
+from torchvision import tv_tensors
+from torchvision.transforms import Compose, v2
 from torchvision.transforms import functional as tv
 
 from retinanet.data.transforms import (
     PIXEL_MEAN,
     PIXEL_STD,
+    V2,
     Augmenter,
     ColourJitter,
+    LargeScaleJitter,
     Normalizer,
     RandomCrop,
     Resizer,
@@ -112,6 +116,210 @@ def test_half_of_all_samples_are_mirrored():
     assert all(np.array_equal(Augmenter()(sample, flip_x=0)["annot"], sample["annot"]) for _ in range(20))
 
 
+# Mirroring and turning for views from above
+
+
+def draw(transform, sample, quarters=0, **call):
+    """The transform's result where every flip happens and `quarters` is drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np.random, "rand", lambda: 0.0)
+        patch.setattr(np.random, "randint", lambda *bounds: quarters)
+        return transform(sample, **call)
+
+
+@pytest.mark.parametrize(
+    ("flip", "quarters", "box", "first_row"),
+    [
+        # An image 4 wide and 2 high, a box from (0, 0) to (1, 2): its left column. Pixels are 0 1 2 3 / 4 5 6 7.
+        ("none", 0, [0, 0, 1, 2], [0, 1, 2, 3]),
+        ("horizontal", 0, [3, 0, 4, 2], [3, 2, 1, 0]),
+        ("vertical", 0, [0, 0, 1, 2], [4, 5, 6, 7]),
+        ("both", 0, [3, 0, 4, 2], [7, 6, 5, 4]),
+        ("none", 1, [0, 3, 2, 4], [3, 7]),  # anticlockwise: the left column becomes the lowest row
+        ("none", 2, [3, 0, 4, 2], [7, 6, 5, 4]),
+        ("none", 3, [0, 0, 2, 1], [4, 0]),
+        ("vertical", 1, [0, 3, 2, 4], [7, 3]),
+    ],
+)
+def test_flips_and_turns_by_hand(flip, quarters, box, first_row):
+    image = np.repeat(np.arange(8, dtype=np.uint8).reshape(2, 4, 1), 3, axis=2)
+    for dtype in (np.float32, np.float64, np.int64):
+        sample = {"img": image, "annot": np.array([[0, 0, 1, 2, 5]], dtype=dtype)}
+        out = draw(Augmenter(flip, rotate90=True), sample, quarters)
+        assert out["annot"].tolist() == [[*box, 5]] and out["annot"].dtype == dtype
+        assert out["img"][0, :, 0].tolist() == first_row
+
+
+def painted(height, width, boxes):
+    """A black image with a rectangle of its own colour for each box [G, 4] of whole pixels, and its sample."""
+    image = np.zeros((height, width, 3), dtype=np.uint8)
+    for number, (x1, y1, x2, y2) in enumerate(boxes):
+        image[y1:y2, x1:x2] = (number + 1) * 50
+    annotations = np.array([[*box, number] for number, box in enumerate(boxes)], dtype=np.float32).reshape(-1, 5)
+    return {"img": image, "annot": annotations}
+
+
+def find(image, number):
+    """The box of a rectangle of `painted`, where pixels were only moved."""
+    rows, columns = np.nonzero((np.asarray(image) == (number + 1) * 50).all(axis=2))
+    return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+
+
+@pytest.mark.parametrize("size", [(40, 70), (70, 40), (53, 53), (9, 1001)])
+@pytest.mark.parametrize("quarters", range(4))
+@pytest.mark.parametrize("flip", ["none", "horizontal", "vertical", "both"])
+def test_rectangles_lie_where_the_boxes_say(flip, quarters, size):
+    height, width = size
+    boxes = [[0, 0, 3, 5], [width - 8, 2, width - 1, 4], [5, height - 3, 20, height]]
+    for dtype in (np.uint8, np.float32):
+        sample = painted(height, width, boxes)
+        out = draw(Augmenter(flip, rotate90=True), sample | {"img": sample["img"].astype(dtype)}, quarters)
+        assert out["annot"][:, :4].tolist() == [find(out["img"], number) for number in range(3)]
+        assert out["img"].shape[:2] == (size if quarters % 2 == 0 else size[::-1]) and out["img"].dtype == dtype
+
+
+@pytest.mark.parametrize("quarters", range(4))
+def test_turns_are_numpys_and_exact_for_fractions_and_large_images(quarters):
+    image, box = gradient(33, 8191), np.array([[10.25, 3.5, 8100.75, 30.125, 2]], dtype=np.float32)
+    out = draw(Augmenter("none", rotate90=True), {"img": image, "annot": box}, quarters)
+    np.testing.assert_array_equal(out["img"], np.rot90(image, quarters))
+    x1, y1, x2, y2 = box[0, :4].astype(float)
+    for _ in range(quarters):
+        (x1, y1, x2, y2), image = (y1, image.shape[1] - x2, y2, image.shape[1] - x1), np.rot90(image)
+    np.testing.assert_allclose(out["annot"][0, :4], [x1, y1, x2, y2], atol=2**-11)  # half of float32's step there
+
+
+def test_flips_and_turns_are_drawn_equally_often_and_independently():
+    sample, seen = {"img": np.arange(12, dtype=np.uint8).reshape(2, 2, 3), "annot": np.zeros((0, 5))}, Counter()
+    for _ in range(1600):
+        seen[Augmenter("both", rotate90=True)(sample)["img"].tobytes()] += 1
+    assert len(seen) == 8 and all(140 < count < 260 for count in seen.values())  # 4 standard deviations
+    four = {Augmenter("both")(sample)["img"].tobytes() for _ in range(100)}
+    two = {Augmenter("vertical")(sample)["img"].tobytes() for _ in range(100)}
+    assert len(four) == 4 and len(two) == 2
+    assert all(Augmenter("none")(sample) is sample for _ in range(20))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
+@pytest.mark.parametrize("transform", [Augmenter("both", rotate90=True), LargeScaleJitter(0.1, 2, 48, 64)])
+def test_images_one_pixel_wide(transform, size):
+    sample = painted(*size, [[0, 0, size[1], size[0]]])
+    for _ in range(20):
+        out = transform(sample)
+        height, width = out.get("size", out["img"].shape[:2])
+        assert (out["annot"][:, :4] >= 0).all() and (out["annot"][:, 2:4] <= [width, height]).all()
+
+
+# Large-scale jitter
+
+
+def jittered(factor, sample, top=0, left=0, sides=(60, 64)):
+    """A sample of LargeScaleJitter where a factor and a place are drawn."""
+    places = iter([top, left])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np.random, "uniform", lambda low, high: factor)
+        patch.setattr(np.random, "randint", lambda low, high: min(next(places), high - 1))
+        return LargeScaleJitter(0.1, 2, *sides)(sample)
+
+
+def test_a_larger_image_is_cropped_by_hand():
+    # 120 x 120 px, resized to 60 by Resizer and to 120 at factor 2; the canvas of 64 px holds 64 x 64 of its pixels.
+    sample = painted(
+        120, 120, [[30, 20, 60, 50], [0, 0, 24, 110], [70, 70, 100, 100], [0, 40, 28, 60], [20, 20, 26, 60]]
+    )
+    sample["annot"][:, 4] = [0, 1, 2, 3, 4]
+    out = jittered(2, sample, top=16, left=25)
+    assert tuple(out["img"].shape) == (64, 64, 3) and out["size"] == (64, 64) and out["scale"] == 2 * 0.5
+    np.testing.assert_array_equal(out["img"], sample["img"][16:80, 25:89])
+    # 1 lies left of the crop. Of 2, a tenth is exceeded: 19 x 10 of 30 x 30. Of 3, 3 / 28 is left, of 4, a sixth: 1 px.
+    assert out["annot"].tolist() == [[5, 4, 35, 34, 0], [45, 54, 64, 64, 2], [0, 24, 3, 44, 3], [0, 4, 1, 44, 4]]
+    assert out["annot"].dtype == np.float32
+
+
+def test_a_tiny_rest_is_dropped():
+    boxes = [[0, 0, 30, 10], [0, 20, 29, 30]]  # beyond x = 27: 3 / 30, which stays; 2 / 29, which does not
+    out = jittered(2, painted(120, 120, boxes), left=27)
+    assert out["annot"].tolist() == [[0, 0, 3, 10, 0]]
+
+
+def test_a_smaller_image_is_padded_by_hand():
+    sample = painted(100, 120, [[20, 40, 60, 80], [0, 0, 1, 50]])
+    out = jittered(0.5, sample)  # Resizer: 64 / 120; here half of that, 27 x 32 px
+    assert out["size"] == (27, 32) and out["scale"] == pytest.approx(0.5 * 64 / 120)
+    # Scaled by 32 / 120 and 27 / 100, as the pixels are; the second box is a quarter of a pixel wide.
+    np.testing.assert_allclose(out["annot"], [[20 * 32 / 120, 40 * 0.27, 60 * 32 / 120, 80 * 0.27, 0]], rtol=1e-6)
+    assert (out["img"][27:] == pad_value(torch.uint8).numpy()).all()
+    assert (out["img"][:, 32:] == pad_value(torch.uint8).numpy()).all() and (out["img"][:27, :32] < 60).all()
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.37, 1, 1.3, 2, 5])
+@pytest.mark.parametrize("size", [(90, 150), (150, 90), (640, 480), (33, 2000)])
+def test_a_painted_rectangle_is_found_on_the_canvas(size, factor):
+    height, width = size
+    box = [width // 4, height // 5, width // 4 + width // 3, height // 5 + height // 2]
+    out = jittered(factor, painted(height, width, [box]), top=height // 5, left=width // 6, sides=(96, 128))
+    assert out["img"].shape == (128, 128, 3)
+    rows, columns = np.nonzero((np.abs(out["img"].astype(int) - 50) <= 20).all(axis=2))
+    if len(out["annot"]):
+        (x1, y1, x2, y2, _), (rest_height, rest_width) = out["annot"][0], out["size"]
+        assert 0 <= x1 < x2 <= rest_width and 0 <= y1 < y2 <= rest_height
+        if min(x2 - x1, y2 - y1) > 3:
+            found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert np.abs(np.subtract(found, [x1, y1, x2, y2])).max() <= 1  # antialiasing
+
+
+def test_factor_1_is_the_size_of_detection():
+    sample = {"img": gradient(100, 130), "annot": np.array([[10, 10, 60, 60, 0]], dtype=np.float32)}
+    out, plain = jittered(1, sample, sides=(60, 96)), Resizer(60, 96)(sample)
+    height, width = plain["size"]
+    assert out["size"] == plain["size"] and out["scale"] == plain["scale"]
+    np.testing.assert_array_equal(out["img"][:height, :width], plain["img"][:height, :width])
+
+
+def test_factors_are_drawn_from_the_range_and_any_canvas_is_square():
+    sample = sample_of(boxes=[])
+    outs = [LargeScaleJitter(0.5, 1.5, 40, 100)(sample) for _ in range(100)]
+    assert {out["img"].shape for out in outs} == {(128, 128, 3)}  # 100, rounded up
+    scales = [out["scale"] / (40 / 48) for out in outs]
+    assert 0.5 <= min(scales) < 0.6 and 1.4 < max(scales) <= 1.5
+
+
+def test_a_factor_costs_no_memory():
+    out = jittered(1e6, sample_of(), top=10, left=10)
+    assert out["img"].shape == (64, 64, 3)
+
+
+# Transforms of torchvision's v2
+
+
+def test_v2_transforms_move_boxes_with_pixels():
+    compose = v2.Compose([v2.RandomHorizontalFlip(1), v2.RandomVerticalFlip(1), v2.Pad((3, 0, 0, 7))])
+    out = V2(compose)(painted(40, 70, [[0, 0, 3, 5], [30, 10, 50, 15]]))
+    assert out["annot"].tolist() == [[70, 35, 73, 40, 0], [23, 25, 43, 30, 1]]
+    assert out["annot"][:, :4].tolist() == [find(out["img"], number) for number in range(2)]
+    assert out["annot"].dtype == np.float32 and out["img"].shape == (47, 73, 3)
+
+
+class Cut(v2.Transform):
+    def transform(self, part, params):
+        return v2.functional.crop(part, 15, 20, 20, 30)  # y from 15 to 35, x from 20 to 50
+
+
+def test_boxes_that_v2_transforms_move_out_of_the_image_are_dropped():
+    sample = painted(40, 70, [[0, 0, 30, 10], [40, 20, 60, 40], [5, 20, 25, 40], [5, 20, 20, 40]])
+    sample["annot"][:, 4] = [6, 7, 8, 9]
+    assert V2(Cut())(sample)["annot"].tolist() == [[20, 5, 30, 20, 7], [0, 5, 5, 20, 8]]
+
+
+def test_v2_transforms_may_drop_boxes_and_change_dtypes():
+    compose = [
+        v2.SanitizeBoundingBoxes(min_size=6),
+        v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+    ]
+    out = V2(v2.Compose(compose))(painted(40, 70, [[0, 0, 3, 5], [30, 10, 50, 25]]))
+    assert out["annot"].tolist() == [[30, 10, 50, 25, 1]] and out["img"].dtype == np.float32 and out["img"].max() <= 1
+
+
 # Resizing
 
 
@@ -198,7 +406,22 @@ def mirror(sample):
     return Augmenter()(sample, flip_x=1)
 
 
-TRANSFORMS = [Normalizer(), mirror, Resizer(60, 160), Resizer(48, 64)]
+def turn(sample):
+    return draw(Augmenter("none", rotate90=True), sample, quarters=1)
+
+
+TRANSFORMS = [
+    *(
+        Normalizer(),
+        mirror,
+        turn,
+        Resizer(60, 160),
+        Resizer(48, 64),
+        RandomCrop(0.9),
+        LargeScaleJitter(0.9, 1.1, 60, 160),
+    ),
+    V2(v2.RandomHorizontalFlip(1)),
+]
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
