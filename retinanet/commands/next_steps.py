@@ -17,11 +17,8 @@ def data_flags(args: argparse.Namespace, training: bool) -> list[str]:
     for name, default in vars(parser.parse_args(chosen)).items():
         value = getattr(args, name)
         if value != default:
-            chosen += (
-                [f"--{name}"]
-                if value is True
-                else [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-            )
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            chosen += [f"--{name}", *map(str, values)]
     return chosen
 
 
@@ -44,20 +41,14 @@ def next_steps(args: argparse.Namespace, out_dir: Path, best: Path | None, image
         best: its best.pt; None without a validation set.
         image: path of a training image; generated ones have no file.
     """
-    model = ["--model", str(best or out_dir / "last.pt")]
-    out = {command: str(out_dir / command) for command in ("validate", "visualize")}
+    model, data = ["--model", str(best or out_dir / "last.pt")], data_flags(args, training=best is None)
+    steps = []
     if best:
-        data = [*data_flags(args, training=False), *model]
-        steps = [
-            ("scores, class by class, and what costs AP", "validate", [*data, "--analyse", "--out", out["validate"]]),
-            ("detections beside the ground truth", "visualize", [*data, "--out_dir", out["visualize"]]),
-        ]
+        steps += [("validate", [*data, *model, "--analyse", "--out", str(out_dir / "validation")])]
     else:
-        data = [*data_flags(args, training=True), "--split", "train", *model]
-        steps = [("detections beside the ground truth", "visualize", [*data, "--out_dir", out["visualize"]])]
-        if Path(image).is_file():
-            paths = ["--images", image, "--out_dir", str(out_dir / "found")]
-            steps += [("detections on images, folders of them, or videos", "visualize", [*model, *paths])]
-    steps += [("for ONNX Runtime", "export", [*model, "--dynamic", "--with_nms"])]
-    lines = [f"  {shlex.join([*program(command), *given])}    # {text}" for text, command, given in steps]
-    return "\n".join(["next:", *lines])
+        data += ["--split", "train"]
+    steps += [("visualize", [*data, *model, "--out_dir", str(out_dir / "detections")])]
+    if not best and Path(image).is_file():
+        steps += [("visualize", [*model, "--images", image, "--out_dir", str(out_dir / "found")])]
+    steps += [("export", [*model, "--dynamic", "--with_nms"])]
+    return "\n  ".join(["next:", *(shlex.join([*program(command), *given]) for command, given in steps)])

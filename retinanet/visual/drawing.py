@@ -91,7 +91,8 @@ def draw_boxes(
         styles: [N] keys of LINE_STYLES; by default all solid.
         colours: [N] RGB; by default those of the classes.
         zoom: whole factor to enlarge the image by; by default `legible_zoom`.
-        class_names: name of each label, for the legend, which makes the image higher; None for no legend.
+        class_names: name of each label, for the legend, which makes the image higher, and wider where it is narrower
+            than a name; None for no legend.
     """
     captions = [""] * len(labels) if captions is None else [drawable(text) for text in captions]
     styles = ["solid"] * len(labels) if styles is None else styles
@@ -105,7 +106,9 @@ def draw_boxes(
     if size is not None:
         _draw_captions(picture, boxes, captions, colours, size)
     elif class_names is not None:
-        return np.concatenate([np.asarray(picture), draw_legend(labels, class_names, picture.width)])
+        legend = draw_legend(labels, class_names, picture.width)
+        beside = ((0, 0), (0, legend.shape[1] - picture.width), (0, 0))
+        return np.concatenate([np.pad(np.asarray(picture), beside, constant_values=255), legend])
     return np.asarray(picture)
 
 
@@ -184,14 +187,16 @@ def _place_caption(
 def draw_legend(labels: Sequence[int], class_names: Sequence[str], width: int) -> np.ndarray:
     """The classes that are present, each with its colour and its number of boxes, the most frequent first.
 
-    Labels [N], one a box, become an image [H, width, 3] uint8.
+    Labels [N], one a box, become an image [H, W, 3] uint8, W at least `width`, and as wide as the widest entry.
     """
     size = max(SMALLEST_FONT, min(16, width / 40))
     names, row_height = readable_names(class_names), round(1.6 * size)
+    counts = Counter(int(label) for label in labels).most_common()
+    texts = [f"{names[label]}: {count}" for label, count in counts]
+    widths = [round(load_font(text, size).getlength(text) + 2.5 * size) for text in texts]
+    width = max(width, *widths, 0)
     places, x, row = [], 0, 0
-    for label, count in Counter(int(label) for label in labels).most_common():
-        text = f"{names[label]}: {count}"
-        entry_width = round(load_font(text, size).getlength(text) + 2.5 * size)
+    for (label, _), text, entry_width in zip(counts, texts, widths, strict=True):
         if x and x + entry_width > width:
             x, row = 0, row + 1
         if row == LEGEND_ROWS:
