@@ -344,7 +344,7 @@ def _statistics(dataset: DetectionDataset) -> dict[str, Any]:
     counts = np.bincount(annotations[:, 4].astype(int), minlength=dataset.num_classes())
     shown = np.argsort(-counts, kind="stable")[:BAR_LIMIT]
     sides = np.sqrt((annotations[:, 2:4] - annotations[:, :2]).clip(0).prod(axis=1))
-    groups = [f"{low} to {high} px" for low, high in itertools.pairwise(SIDES)] + [f"over {SIDES[-1]} px"]
+    groups = [f"{low} to {high}" for low, high in itertools.pairwise(SIDES)] + [f"over {SIDES[-1]} px"]
     by_size = np.bincount(np.digitize(sides, SIDES) - 1, minlength=len(groups))
     try:
         sizes = np.asarray(dataset.image_sizes)[images]

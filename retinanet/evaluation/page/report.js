@@ -1,11 +1,12 @@
 "use strict";
 const $ = (id) => document.getElementById(id), all = (selector) => document.querySelectorAll(selector);
 const on = (id, event, action) => $(id).addEventListener(event, action);
-const data = JSON.parse($("data").textContent), ALL = data.names.length, BACKGROUND = ALL, PAGE = 24;
+const data = JSON.parse($("data").textContent), PAGE = 24;
+const ALL = data.names.length, BACKGROUND = ALL; // the row of all classes, and the label of no object
 const state = { step: data.start, label: null, kind: "label", cell: null, limit: PAGE, list: [], open: 0 };
 const running = (changes) => { let total = 0; return changes.map((change) => (total += change)); };
 const counts = data.counts.map(running), rights = data.right.map(running);
-const WIDTH = 440, HEIGHT = 300, LEFT = 42, RIGHT = WIDTH - 10, TOP = 10, BOTTOM = HEIGHT - 40;
+const WIDTH = 440, HEIGHT = 300, LEFT = 42, TOP = 10, BOTTOM = HEIGHT - 40;
 
 function element(tag, attributes = {}, ...children) {
   const isSvg = ["svg", "rect", "image", "text", "line", "polyline", "circle", "g"].includes(tag);
@@ -31,13 +32,13 @@ function fillRow(row) {
   row.querySelectorAll(".now").forEach((cell, place) => (cell.textContent = texts[place]));
 }
 
-// Charts.
 function ticks(high) {
-  const unit = 10 ** Math.floor(Math.log10(high / 4));
-  const gap = [1, 2, 2.5, 5, 10].map((factor) => factor * unit).find((size) => size >= high / 4.001);
+  const unit = 10 ** Math.floor(Math.log10(high / 5));
+  const gap = [1, 2, 5, 10].find((size) => size * unit >= high / 5.001) * unit;
   return Array.from({ length: Math.floor(high / gap + 1e-6) + 1 }, (_, place) => +(place * gap).toPrecision(6));
 }
 function chart(svg, { low = 0, high, top = 1, xName, lines }) {
+  const RIGHT = WIDTH - (lines[0].name ? 80 : 10); // room for names
   const x = (value) => LEFT + ((value - low) / (high - low)) * (RIGHT - LEFT);
   const y = (value) => BOTTOM - (value / top) * (BOTTOM - TOP);
   const write = (x, y, anchor, text, colour = "var(--soft)") =>
@@ -53,10 +54,9 @@ function chart(svg, { low = 0, high, top = 1, xName, lines }) {
   for (const { points, colour, dash = "none", row = "", name } of lines) {
     const path = points.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(" ");
     svg.append(element("polyline", { points: path, stroke: colour, "stroke-dasharray": dash, "data-row": row }));
-    if (!name) continue;
-    const [a, b] = points.at(-1);
-    svg.append(element("circle", { cx: x(a), cy: y(b), r: 3, fill: colour }));
-    write(x(a) - 4, y(b) - 8, "end", name, colour);
+    const [a, b] = points.at(-1) ?? [];
+    if (name) svg.append(element("circle", { cx: x(a), cy: y(b), r: 3, fill: colour }));
+    if (name) write(x(a) + 8, y(b) + 4, "start", name, colour);
   }
   return { x, y };
 }
@@ -192,30 +192,24 @@ function drawWhole() {
   const name = (one) => element("th", { scope: "row" }, element("bdi", {}, data.names[one[4]]));
   const row = (one, ...texts) =>
     element("tr", {}, name(one), ...[...texts, one.slice(0, 4).join(", ")].map((text) => element("td", {}, text)));
-  const found = image.found.filter((one) => one[9] > state.step);
   draw($("whole-image"), state.shown, [0, 0, width, height], true);
   $("boxes").tBodies[0].replaceChildren(...image.truth.map((one) => row(one, "–", `annotated in ${fileOf(one[6])}`)),
-    ...found.map((one) => row(one, one[5].toFixed(3), data.kinds[one[6]])));
+    ...image.found.filter((one) => one[9] > state.step).map((one) => row(one, one[5].toFixed(3), data.kinds[one[6]])));
 }
 
 // What the user changes.
-let drawing, speaking;
+let drawing;
 function moveTo(step) {
   const score = data.steps[(state.step = step)];
-  for (const slider of all("input[type=range]")) {
-    slider.value = step;
-    slider.setAttribute("aria-valuetext", score);
-  }
+  for (const slider of all("input[type=range]")) Object.assign(slider, { value: step, ariaValueText: score });
   for (const output of all("output")) output.textContent = score;
   $("flag").textContent = `--score_threshold ${score}`;
   all("tr[data-row]").forEach(fillRow);
   moveMarks();
   cancelAnimationFrame(drawing);
   drawing = requestAnimationFrame(() => ($("whole").open ? drawWhole() : drawCards()));
-  clearTimeout(speaking); // a screen reader says where the slider stops
   const [precision, recall, f1] = cells(state.label ?? ALL);
-  const text = `Scores above ${score}: precision ${precision}, recall ${recall}, F1 ${f1}`;
-  speaking = setTimeout(() => ($("status").textContent = text), 400);
+  $("status").textContent = `Scores above ${score}: precision ${precision}, recall ${recall}, F1 ${f1}`;
 }
 function choose(label) {
   const best = data.best[label] ?? null;
@@ -278,7 +272,6 @@ on("more", "click", () => {
 });
 on("previous", "click", () => showWhole(state.open - 1));
 on("next", "click", () => showWhole(state.open + 1));
-on("close", "click", () => $("whole").close());
 on("whole", "close", () => (drawCards(), $("cards").children[state.open]?.firstChild.focus()));
 on("whole", "keydown", ({ key, target }) => {
   const place = state.open + ({ ArrowLeft: -1, ArrowRight: 1 }[key] ?? 0);
