@@ -207,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.best_match_iou is None:
             args.best_match_iou = net.focalLoss.best_match_iou
         net.focalLoss.best_match_iou = args.best_match_iou
+    args.pixel_range = args.pixel_range or info.get("pixel_range")
     if args.images:
         detect_files(args, net, info, device)
         return
@@ -220,10 +221,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.show == "anchor_fit":
         show_anchor_fit(args, dataset, anchors)
         return
-    if args.show == "detections":
-        count = show_detections(args, dataset, net, info, device)
-    else:
-        count = show_inputs(args, dataset, net, anchors, device)
+    with dataset.scaled():
+        if args.show == "detections":
+            count = show_detections(args, dataset, net, info, device)
+        else:
+            count = show_inputs(args, dataset, net, anchors, device)
     log.info("%s of %s: %s", args.show, counted(count, "image"), args.out_dir)
 
 

@@ -97,8 +97,8 @@ def predict(
 
     A file is turned upright as its EXIF orientation says. Everything else is taken as it is: an array is
     [H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA, a tensor the same with the channels first. uint8 is taken as it is;
-    all other numbers are scaled as those of files are, by the pixel range. Without one, floating-point numbers of arrays
-    are from 0 to 1.
+    other numbers are scaled by the pixel range, as those of files are. Without one, floating-point numbers of arrays
+    must be from 0 to 1.
 
     Args:
         model: the path of a checkpoint, or the result of `checkpoint.load_model` (to read it only once), or
@@ -214,9 +214,7 @@ def choose_tiling(info: Mapping[str, Any], given: Mapping[str, Any]) -> Tiling |
     return None
 
 
-def as_array(
-    image: AnyImage, pixel_range: PixelRange | None = None, pixel_limit: float = PIXEL_LIMIT
-) -> np.ndarray:
+def as_array(image: AnyImage, pixel_range: PixelRange | None = None, pixel_limit: float = PIXEL_LIMIT) -> np.ndarray:
     """Convert an image of any kind to [H, W, 3] uint8 RGB; see `predict` for the arguments."""
     if isinstance(image, str | Path):
         return read_image(image, pixel_range, pixel_limit)
@@ -232,8 +230,8 @@ def as_array(
     image = image[:, :, None] if image.ndim == 2 else image
     if image.shape[2] not in (1, 3, 4):
         raise ValueError(f"an image has 1, 3 or 4 channels: last in an array, first in a tensor; not {kind}")
-    if image.dtype.kind not in "uif":
-        raise ValueError(f"an image holds whole or floating-point numbers, not {image.dtype}")
+    if image.dtype.kind not in ("uif" if pixel_range else "f") and image.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"an image without pixel_range holds uint8, uint16 or floating-point numbers, not {image.dtype}")
     if image.dtype.kind == "f" and pixel_range is None:
         pixel_range = 0, 1
         if not (image.min() >= 0 and image.max() <= 1):

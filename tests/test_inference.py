@@ -172,8 +172,8 @@ def test_pillow_images_of_any_mode(mode):
 def test_grey_alpha_and_16_bits():
     grey = np.array([[0, 128], [255, 7]], dtype=np.uint8)
     np.testing.assert_array_equal(as_array(grey), np.repeat(grey[:, :, None], 3, axis=2))
-    np.testing.assert_array_equal(as_array(grey.astype(np.uint16) * 256 + 99), as_array(grey))
-    np.testing.assert_array_equal(as_array(Image.fromarray(grey.astype(np.uint16) * 256)), as_array(grey))
+    np.testing.assert_array_equal(as_array(grey.astype(np.uint16) * 257, (0, 65535)), as_array(grey))
+    np.testing.assert_array_equal(as_array(Image.fromarray(grey.astype(np.uint16) * 16), (0, 4080)), as_array(grey))
     rgba = np.dstack([gradient(3, 4), np.full((3, 4), 9, np.uint8)])
     np.testing.assert_array_equal(as_array(rgba), gradient(3, 4))
     np.testing.assert_array_equal(as_array(torch.from_numpy(grey)[None]), as_array(grey))

@@ -1,6 +1,7 @@
 """Find errors in a data set before training."""
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 from retinanet.commands import flags
@@ -46,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             if dataset is not None:
                 log.info("%s", summary(dataset))
-                report.merge(check_dataset(dataset, args.images, split == "train", args.workers))
+                with dataset.scaled() if args.images != "none" else nullcontext():
+                    report.merge(check_dataset(dataset, args.images, split == "train", args.workers))
                 found.append(dataset)
     if len(found) == 2:
         compare_sets(*found, args.images == "decode", report)

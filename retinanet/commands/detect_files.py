@@ -96,7 +96,8 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
             try:
                 video = Video(path, args.every) if is_video(path) else None
                 read_one = open_image if tiling else read_image
-                for frame in progress(video, path.name, video.total) if video else [Frame(read_one(path), 0, 0)]:
+                frames = video or [Frame(read_one(path, args.pixel_range, args.pixel_limit), 0, 0)]
+                for frame in progress(frames, path.name, video.total) if video else frames:
                     read.append((path, target, video, frame))
                     yield frame.image
             except UserError as error:

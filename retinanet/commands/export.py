@@ -264,13 +264,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output {path}: nothing can be written to its folder ({error.strerror})") from error
     if not path.name.endswith(SUFFIXES[args.format]):
         raise UserError(f"--output {path}: must end in {SUFFIXES[args.format]}")
-    photograph = read_image(args.image) if args.image else None
+    photograph = read_image(args.image, info["pixel_range"]) if args.image else None
     metadata = {
         "class_names": json.dumps(info["class_names"]),
         "outputs": json.dumps(OUTPUTS[args.with_nms]),
         "input": "images: uint8 RGB, batch x 3 x height x width",
         "min_side": str(info["min_side"]),
         "max_side": str(info["max_side"]),
+        "pixel_range": json.dumps(info["pixel_range"]),
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*create_unbacked_symint", FutureWarning)  # of torchvision's NMS

@@ -346,8 +346,9 @@ def choose_pixel_range(
     if not samples:
         return given
     low, high = pixel_range = given or pooled_range(samples.values())
-    kinds = ", ".join(sorted({str(sample.dtype) for sample in samples.values()}))
-    log.info("pixels of %s: %g becomes black, %g white (--pixel_range)", kinds, low, high)
+    if given is None:
+        kinds = ", ".join(sorted({str(sample.dtype) for sample in samples.values()}))
+        log.info("pixels of %s: %g becomes black, %g white (--pixel_range)", kinds, low, high)
     if hidden := [path for path, sample in samples.items() if is_hidden(sample, pixel_range)]:
         text = "warning: %d of %d images of more than 8 bits are nearly black or white in this range, the first is %s: "
         text += "are they of another kind than the others? Another --pixel_range, or one scale for all files, may help"

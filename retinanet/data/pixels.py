@@ -6,7 +6,7 @@ darkest pixels, so that a defect of the sensor does not decide.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,14 @@ HUGE = 1e30  # so do some floating-point files with the largest numbers that the
 VISIBLE = 1 / 32  # a declared range of which the values take up less would leave a black or a white image
 DARK = 16  # of 255: an image whose pixels are all darker is nearly black
 STRIP = 2**22  # pixels that are scaled at once
+
+
+def checked_range(values: Sequence[float]) -> PixelRange:
+    """Two rising numbers, or a ValueError."""
+    low, high = map(float, values)
+    if not -HUGE <= low < high <= HUGE:
+        raise ValueError(f"a pixel range must be two numbers, of which the second is larger, not {low:g} and {high:g}")
+    return low, high
 
 
 class Sample(NamedTuple):

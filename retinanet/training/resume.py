@@ -18,7 +18,7 @@ from retinanet.training.settings import Settings
 # Flags that may change when a run is resumed. The batch may be divided in another way; `global_batch` may not change.
 FREE_FLAGS = {
     *("resume", "out_dir", "device", "workers", "strict", "batch_size", "accumulate", "val_every", "log_every"),
-    *("checkpoint_every", "early_stop", "tensorboard"),
+    *("checkpoint_every", "early_stop", "tensorboard", "pixel_limit"),
     *("coco_path", "voc_path", "yolo_path", "csv_train", "csv_val", "csv_classes"),
 }
 # Flags of later versions: a run that does not name them has their defaults.

@@ -33,6 +33,7 @@ class Run:
         self.settings = settings
         self.class_names = list(train_set.labels.values())
         self.num_images = len(train_set)
+        self.pixel_range = train_set.pixel_range
         net.focalLoss.best_match_iou = recipe.best_match_iou
         net.train()
         net.freeze_bn(not recipe.train_bn, recipe.fix_affine)
@@ -156,7 +157,7 @@ class Run:
                 "learning rate (--lr), or clip the gradient (--clip_norm)"
             )
         settings = self.settings
-        found = settings.limits, self.score_thresholds, settings.tiling
+        found = settings.limits, self.score_thresholds, settings.tiling, self.pixel_range
         entries = checkpoint.model_entries(self.detector, self.class_names, *settings.sides, *found)
         entries |= {"epoch": self.progress.epoch, "metrics": self.metrics}
         checkpoint.save(Path(settings.out_dir) / name, entries | extra)
