@@ -28,10 +28,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     count, rate, text = flags.positive_int, flags.positive_float, f"layers of the ResNet {flags.DEFAULT}"
     add("--depth", type=count, choices=sorted(ARCHITECTURES), help=text)
-    add(
-        "--weights",
-        help=f"imagenet, imagenet_v2, coco (depth 50), none (random) or a checkpoint, whose classes are taken by name {flags.DEFAULT}",
-    )
+    text = "imagenet, imagenet_v2, coco (for depth 50), none (random), or a checkpoint, whose classes are taken by name"
+    add("--weights", help=f"{text} {flags.DEFAULT}")
     flags.add_anchor_arguments(parser)
     add = parser.add_argument_group("training").add_argument
     text = "optimizer and schedule: the original's, from ImageNet weights; those of the paper's authors, from ImageNet "

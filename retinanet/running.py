@@ -26,7 +26,7 @@ from retinanet.errors import UserError
 from retinanet.evaluation import coco as coco_eval
 from retinanet.evaluation import report, voc
 from retinanet.evaluation.errors import judge
-from retinanet.model import RetinaNet, resnet
+from retinanet.model import RetinaNet
 from retinanet.process import log
 from retinanet.signals import StopSignals
 from retinanet.training import checkpoint
@@ -38,10 +38,8 @@ from retinanet.training.recipes import RECIPES
 from retinanet.training.resume import check_resume, find_checkpoint
 from retinanet.training.run import Run
 from retinanet.training.settings import Settings
+from retinanet.training.weights import make_model
 from retinanet.visual import anchor_report, charts, data_views, views
-
-# What the setting `weights` may name in place of a file.
-PRETRAINED = {"imagenet": "IMAGENET1K_V1", "imagenet_v2": "IMAGENET1K_V2", "none": False}
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,9 @@ def run_training(
     if val_set is train_set:
         val_set = copy.copy(val_set)  # it needs another transform
     resizer, by_parts = Resizer(*settings.sides, enlarge=not settings.tile), bool(settings.tile)
-    with transformed(train_set, flags.training_transform(settings), by_parts), transformed(val_set, resizer):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(transformed(train_set, flags.training_transform(settings), by_parts))
+        stack.enter_context(transformed(val_set, resizer))
         check_before_training(train_set, val_set, settings.strict)
         ranks = process.get_rank(), process.get_world_size()
         batch = settings.batch_size
@@ -110,7 +110,10 @@ def run_training(
         val_loader = make_loader(val_set, batch, settings.workers, **machine) if val_set else None
 
         out_dir = flags.make_out_dir(settings.out_dir)
+        stack.enter_context(train_set.scaled())
         run = _make_run(settings, device, train_set)
+        if val_set is not None:
+            stack.enter_context(val_set.scaled(train_set.pixel_range))
         run.on_log, run.on_validation = on_log, on_validation
         try:
             with StopSignals() as stop:
@@ -125,26 +128,17 @@ def run_training(
                 run.log.close()
 
 
-def _make_model(settings: Settings, num_classes: int) -> RetinaNet:
-    """The model that a new run starts from."""
-    anchors, weights = flags.anchors_from_arguments(settings), settings.weights
-    try:
-        net = resnet(settings.depth, num_classes, PRETRAINED.get(weights, False), anchors)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(str(error)) from error
-    if weights not in PRETRAINED:
-        log.info("%s", checkpoint.load_weights(net, weights))
-    return net
-
-
 def _make_run(settings: Settings, device: torch.device, train_set: DetectionDataset) -> Run:
     """A new run, or the one that `resume` means."""
     path = find_checkpoint(settings)
     if path is None:
-        run, log_size = Run(settings, _make_model(settings, train_set.num_classes()), device, train_set), 0
+        classes, anchors = list(train_set.labels.values()), flags.anchors_from_arguments(settings)
+        net = make_model(settings.depth, settings.weights, classes, anchors)
+        run, log_size = Run(settings, net, device, train_set), 0
     else:
         net, content = checkpoint.load_model(path)
         check_resume(path, settings, content, train_set)
+        train_set.pixel_range = content["pixel_range"] or train_set.pixel_range
         run, log_size = Run(settings, net, device, train_set), content["training"]["log_size"]
         run.restore(path, content)
         log.info("resuming %s in epoch %d, after step %d", path, *run.position)
@@ -281,9 +275,7 @@ def _train(
     log.info("done after %s%s", counted(run.progress.epoch, "epoch"), best)
 
 
-def _report(
-    run: Run, loader: DataLoader, dataset: DetectionDataset, device: torch.device, stop: StopSignals
-) -> None:
+def _report(run: Run, loader: DataLoader, dataset: DetectionDataset, device: torch.device, stop: StopSignals) -> None:
     """Write report.html, of best.pt on the validation set, which all ranks detect in together."""
     settings, path = run.settings, Path(run.settings.out_dir) / "best.pt"
     if not process.from_main_process(path.is_file()):

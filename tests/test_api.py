@@ -134,7 +134,7 @@ def test_what_is_no_data_set_is_one_message():
 def test_the_settings_are_the_flags():
     flags = vars(train.parse_arguments(["--dataset", "shapes"]))
     data = {name for name in flags if name.split("_")[0] in ("dataset", "coco", "voc", "yolo", "csv", "shapes")}
-    data |= {"val_share", "crowds_are_objects", "skip_bad"}
+    data |= {"val_share", "crowds_are_objects", "skip_bad", "pixel_range", "pixel_limit"}
     assert flags.keys() - data == Settings.defaults().keys()
     given = {name: flags[name] for name in Settings.defaults() if name != "checkpoint_every"}
     assert given == {name: value for name, value in Settings.defaults().items() if name != "checkpoint_every"}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from retinanet.anchors import Anchors
 from retinanet.data.classes import placeholder_names
+from retinanet.data.pixels import PixelRange, checked_range
 from retinanet.data.tiles import MAX_OVERLAP, OVERLAP, SIDES, Tiling
 from retinanet.errors import UserError, shown
 from retinanet.model import ARCHITECTURES, RetinaNet, resnet
@@ -139,11 +140,12 @@ def model_entries(
     limits: Mapping[str, float] = LIMITS,
     score_thresholds: Mapping[str, Any] | None = None,
     tiling: Tiling | None = None,
+    pixel_range: PixelRange | None = None,
 ) -> dict[str, Any]:
     """What rebuilds a model: weights, depth, class names, anchors, matching rule, the size of its images, its LIMITS.
 
     `score_thresholds` are those of `evaluation.voc.best_scores`, if it was validated; `tiling` that of a model which
-    was trained on tiles.
+    was trained on tiles; `pixel_range` that of its training images, if they have more than 8 bits.
     """
     state = net.state_dict()
     return {
@@ -156,6 +158,7 @@ def model_entries(
         "max_side": max_side,
         "limits": dict(limits),
         "score_thresholds": dict(score_thresholds or {}),
+        "pixel_range": pixel_range and tuple(pixel_range),
         "tile": tiling and tiling.side,
         "tile_overlap": float(tiling.overlap) if tiling else OVERLAP,
     }
@@ -171,14 +174,14 @@ def infer_depth(state: Mapping[str, Tensor]) -> int | None:
     return None
 
 
-def _read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], Anchors]:
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], Anchors]:
     """The weights of any kind of checkpoint under this library's names, what else is known of the model, its anchors.
 
     That is at least `found` (the kind of file), `class_names` (None for a backbone alone), `min_side`, `max_side`.
     """
     content = load(path)
     info = {"class_names": None, "anchors": {}, "min_side": 608, "max_side": 1024}
-    info |= {"limits": dict(LIMITS), "score_thresholds": {}, "tile": None, "tile_overlap": OVERLAP}
+    info |= {"limits": dict(LIMITS), "score_thresholds": {}, "pixel_range": None, "tile": None, "tile_overlap": OVERLAP}
     with checked(path, f"holds a {type(content).__name__}, which is no whole RetinaNet"):
         if isinstance(content, dict) and content.keys() & (MODEL_KEYS - {"model"}):
             if missing := MODEL_KEYS - content.keys():
@@ -216,6 +219,7 @@ def _check(state: Mapping[str, Tensor], info: Mapping[str, Any], anchors: Anchor
         "range of limits": all(
             0 <= value <= 1 if type(value) is float else 1 <= value <= 10**6 for value in limits.values()
         ),
+        "pixel_range": info["pixel_range"] is None or checked_range(info["pixel_range"]) == info["pixel_range"],
         "tile": info["tile"] is None or (type(info["tile"]) is int and SIDES[0] <= info["tile"] <= SIDES[1]),
         "tile_overlap": type(info["tile_overlap"]) is float and 0 <= info["tile_overlap"] <= MAX_OVERLAP,
         "score_thresholds": all(type(score) is float and 0 <= score <= 1 for score in scores),
@@ -237,7 +241,7 @@ def check_weights(state: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} is below 0")
 
 
-def _load_state(net: RetinaNet, state: Mapping[str, Tensor], path: str | Path) -> None:
+def load_state(net: RetinaNet, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Load all weights; the pyramid becomes torchvision's where P6 was trained on P5."""
     p6 = net.fpn.P6
     if "fpn.P6.weight" in state and state["fpn.P6.weight"].shape[1] == p6.out_channels != p6.in_channels:
@@ -260,7 +264,7 @@ def load_model(path: str | Path) -> tuple[RetinaNet, dict[str, Any]]:
     Raises:
         UserError: it is no checkpoint of a RetinaNet, or of one that cannot be represented here.
     """
-    state, info, anchors = _read_weights(path)
+    state, info, anchors = read_weights(path)
     depth = infer_depth(state)
     if depth is None:
         raise UserError(f"{path}: holds no RetinaNet of depth {', '.join(map(str, ARCHITECTURES))}")
@@ -271,46 +275,7 @@ def load_model(path: str | Path) -> tuple[RetinaNet, dict[str, Any]]:
     found = info.pop("found")
     net = resnet(depth, len(info["class_names"]), anchors=anchors)
     net.focalLoss.best_match_iou = info.get("best_match_iou")
-    _load_state(net, state, path)
+    load_state(net, state, path)
     level = logging.DEBUG if "depth" in info else logging.INFO  # our own checkpoint is no news
     log.log(level, "%s: %s, ResNet-%d, %d classes", path, found, depth, net.num_classes)
     return net.eval(), info | {"path": str(path)}
-
-
-def load_weights(net: RetinaNet, path: str | Path) -> str:
-    """Start a model from any checkpoint that `load_model` reads, or from the weights of an ImageNet classifier.
-
-    Where the number of classes differs, the last layer of the class head stays as it was. A model with the default
-    anchors takes those of the checkpoint, which its box head was trained for.
-
-    Returns:
-        What was found and what was done, in one line.
-
-    Raises:
-        UserError: the checkpoint does not fit the model.
-    """
-    state, info, anchors = _read_weights(path)
-    own_state = net.state_dict()
-    depth, own_depth = infer_depth(state), infer_depth(own_state)
-    if depth != own_depth:
-        what = "no RetinaNet" if depth is None else f"a ResNet-{depth}"
-        raise UserError(f"{path}: holds {what}, but the model is a ResNet-{own_depth} (--depth)")
-    message = f"{path}: {info['found']}, ResNet-{depth}"
-    if CLASS_OUTPUT not in state:
-        backbone = {key: value for key, value in state.items() if not key.startswith("fc.")}
-        state = own_state | backbone
-        message += ", a backbone alone: the pyramid and the heads start anew"
-    else:
-        num_classes = len(info["class_names"])
-        message += f", {num_classes} classes"
-        if num_classes != net.num_classes:
-            state |= {key: value for key, value in own_state.items() if key.startswith("classificationModel.output.")}
-            message += f"; this model has {net.num_classes}, so the last layer of its class head starts anew"
-        if anchors.settings() != net.anchors.settings():
-            if net.anchors.settings() == make_anchors({}).settings():
-                net.anchors = anchors
-                message += "; its anchors are taken over"
-            else:
-                message += "; its anchors are others, so the box head has to learn anew"
-    _load_state(net, state, path)
-    return message

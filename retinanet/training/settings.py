@@ -17,6 +17,7 @@ from retinanet.model import ARCHITECTURES
 from retinanet.process import PRECISIONS, choose_precision, get_world_size
 from retinanet.training.checkpoint import LIMITS
 from retinanet.training.recipes import RECIPES
+from retinanet.training.weights import COCO_DEPTH
 
 # The numbers that settings may be: beyond them, memory and arithmetic fail without a word.
 BOUNDS = {
@@ -172,6 +173,8 @@ def contradictions(settings: Mapping[str, Any], has_val_set: bool) -> list[str]:
         errors += [f"--tile takes images at full resolution, without --{name}" for name in given]
     else:
         errors += [f"--{name} needs --tile" for name in sorted(changed & {"tile_overlap", "tile_background"})]
+    if settings["weights"] == "coco" and settings["depth"] != COCO_DEPTH:
+        errors.append(f"--weights coco is a ResNet-{COCO_DEPTH}, not --depth {settings['depth']}")
     if settings["early_stop"] and not has_val_set:
         errors.append("--early_stop needs a validation set")
     if settings["ema"] == 1:

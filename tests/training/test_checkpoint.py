@@ -1,4 +1,3 @@
-import copy
 import functools
 import importlib
 import os
@@ -15,7 +14,7 @@ from torch import nn
 from retinanet.anchors import Anchors
 from retinanet.errors import UserError
 from retinanet.model import ARCHITECTURES, resnet, resnet18
-from retinanet.training import checkpoint
+from retinanet.training import checkpoint, weights
 
 CONTENT = {"weights": torch.arange(6.0).reshape(2, 3), "names": ["a", "b"], "nested": {"lr": 0.5, "none": None}}
 
@@ -289,7 +288,7 @@ def hide(module, attack):
 
 
 def assert_refused(path, target, net):
-    for read in (checkpoint.load, checkpoint.load_model, functools.partial(checkpoint.load_weights, net)):
+    for read in (checkpoint.load, checkpoint.load_model, functools.partial(weights.load_weights, net)):
         with pytest.raises(UserError, match=r"hostile\.pt: "):
             read(path)
     assert not target.exists()
@@ -390,7 +389,7 @@ ODD = {
 @pytest.mark.parametrize("odd", ODD)
 def test_a_checkpoint_of_odd_content_is_one_message(net, saved, tmp_path, odd):
     torch.save(ODD[odd](dict(saved[1])), tmp_path / "odd.pt")
-    for read in (checkpoint.load_model, functools.partial(checkpoint.load_weights, net)):
+    for read in (checkpoint.load_model, functools.partial(weights.load_weights, net)):
         with pytest.raises(UserError, match=r"odd\.pt: "):
             read(tmp_path / "odd.pt")
     (tmp_path / "odd.pt").unlink()  # 76 MB
@@ -409,7 +408,7 @@ def test_a_checkpoint_of_odd_content_is_one_message(net, saved, tmp_path, odd):
 )  # fmt: skip
 def test_weights_that_cannot_be_are_named(net, saved, tmp_path, name, value, message):
     torch.save(changed_weights(**{name: value})(dict(saved[1])), tmp_path / "odd.pt")
-    for read in (checkpoint.load_model, functools.partial(checkpoint.load_weights, net)):
+    for read in (checkpoint.load_model, functools.partial(weights.load_weights, net)):
         with pytest.raises(UserError, match=rf"odd\.pt: .*{name.replace('__', '.')} {message}"):
             read(tmp_path / "odd.pt")
     (tmp_path / "odd.pt").unlink()  # 76 MB
@@ -469,54 +468,3 @@ def test_a_planted_link_is_not_followed(tmp_path):
     (tmp_path / "a.pt.tmp").symlink_to(tmp_path / "other")
     checkpoint.save(tmp_path / "a.pt", {"epoch": 1})
     assert (tmp_path / "other").read_text() == "precious" and checkpoint.load(tmp_path / "a.pt") == {"epoch": 1}
-
-
-# Starting from other weights
-
-
-def test_weights_of_as_many_classes_are_taken_whole(filled_net, tmp_path):
-    torch.save(filled_net.state_dict(), tmp_path / "a.pt")
-    net = resnet18(3)
-    assert checkpoint.load_weights(net, tmp_path / "a.pt").endswith("a.pt: a state dict, ResNet-18, 3 classes")
-    for key, value in filled_net.state_dict().items():
-        assert torch.equal(net.state_dict()[key], value), key
-
-
-def test_other_classes_start_only_the_last_layer_anew(filled_net, tmp_path):
-    torch.save(filled_net.state_dict(), tmp_path / "a.pt")
-    net = resnet18(5)
-    before = copy.deepcopy(net.state_dict())
-    message = checkpoint.load_weights(net, tmp_path / "a.pt")
-    assert "3 classes; this model has 5, so the last layer of its class head starts anew" in message
-    for key, value in net.state_dict().items():
-        fresh = key in ("classificationModel.output.weight", "classificationModel.output.bias")
-        assert torch.equal(value, before[key] if fresh else filled_net.state_dict()[key]), key
-
-
-def test_weights_bring_their_anchors(net, saved):
-    path, _ = saved
-    other = resnet18(2, anchors=Anchors(ratios=[1.0, 2.0], scales=[1.0]))
-    assert "its anchors are others, so the box head has to learn anew" in checkpoint.load_weights(other, path)
-    assert other.anchors.settings()["ratios"] == [1.0, 2.0]
-    with pytest.raises(UserError, match=r"regressionModel\.output"):  # nine anchors there, two here
-        checkpoint.load_weights(resnet18(2), path)
-
-
-def test_default_anchors_give_way(filled_net, tmp_path):
-    anchors = Anchors(sizes=[16, 32, 64, 128, 256])
-    source = resnet18(3, anchors=anchors)
-    checkpoint.save(tmp_path / "a.pt", checkpoint.model_entries(source, ["a", "b", "c"], 64, 96))
-    net = resnet18(3)
-    assert "its anchors are taken over" in checkpoint.load_weights(net, tmp_path / "a.pt")
-    assert net.anchors.settings() == anchors.settings()
-
-
-def test_another_depth_is_an_error_that_names_both(filled_net, tmp_path):
-    torch.save(filled_net.state_dict(), tmp_path / "a.pt")
-    with torch.device("meta"):
-        net = resnet(34, 3)
-    with pytest.raises(UserError, match=r"a\.pt: holds a ResNet-18, but the model is a ResNet-34 \(--depth\)"):
-        checkpoint.load_weights(net, tmp_path / "a.pt")
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=r"a\.pt: holds no RetinaNet, but"):
-        checkpoint.load_weights(net, tmp_path / "a.pt")

@@ -21,7 +21,7 @@ from retinanet.anchors import Anchors
 from retinanet.boxes import DELTA_STD
 from retinanet.errors import UserError
 from retinanet.model import resnet18 as retinanet_resnet18
-from retinanet.training import checkpoint, foreign_weights
+from retinanet.training import checkpoint, foreign_weights, weights
 
 
 def assert_same_model(net, original):
@@ -194,7 +194,7 @@ def test_a_classifier_gives_its_backbone(tmp_path):
     path = save(source.state_dict(), tmp_path / "resnet18.pth")
     net = retinanet_resnet18(2)
     head = net.classificationModel.conv1.weight.clone()
-    assert "a backbone alone" in checkpoint.load_weights(net, path)
+    assert "a backbone alone" in weights.load_weights(net, path)
     assert torch.equal(net.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
     assert torch.equal(net.classificationModel.conv1.weight, head)
     with pytest.raises(UserError, match="backbone of a ResNet-18"):
