@@ -129,12 +129,14 @@ function describe({ image, box, isTruth }) {
   return { what: `${data.names[name]} ${score.toFixed(2)}`, verdict, where: fileOf(image.path), long };
 }
 function draw(svg, { image, box, isTruth }, view, withText) {
-  const [height, width] = image.size, size = Math.max(view[2], view[3]) / 50, hit = new Set(), boxes = [], texts = [];
-  const write = (x, y, size, text) => texts.push(element("text", { x, y, class: "caption", "font-size": size }, text));
+  const size = Math.max(view[2], view[3]) / (innerWidth < 700 ? 30 : 50), hit = new Set(), boxes = [], texts = [];
+  const [height, width] = image.size;
+  const write = (x, y, size, text, anchor = "start") =>
+    texts.push(element("text", { x, y, class: "caption", "font-size": size, "text-anchor": anchor }, text));
   svg.setAttribute("viewBox", view.join(" "));
   svg.replaceChildren();
-  const place = { width, height, preserveAspectRatio: "none" };
-  if (image.file) svg.append(element("image", { href: `report/${image.file}`, ...place }));
+  const href = `report/${image.file}`, preserveAspectRatio = "none";
+  if (image.file) svg.append(element("image", { href, width, height, preserveAspectRatio }));
   else write(view[0] + size, view[1] + 3 * size, 2 * size, "The image cannot be read.");
   image.ignored.forEach((one) => boxes.push([one, "ignored", false, ""]));
   image.found.forEach((one, place) => {
@@ -152,8 +154,9 @@ function draw(svg, { image, box, isTruth }, view, withText) {
     const place = { x: x1, y: y1, width: Math.max(0, x2 - x1), height: Math.max(0, y2 - y1) };
     const end = isFocus ? " focus" : "";
     svg.append(...["edge", style].map((name) => element("rect", { ...place, class: name + end })));
-    const below = style === "lost" ? Math.min(y2 + size, height - size / 4) : Math.max(y1 - size / 3, size);
-    if (withText && (isFocus || boxes.length <= 60)) write(Math.max(x1, 0), below, isFocus ? size * 1.25 : size, text);
+    if (!withText || !(isFocus || boxes.length <= 60)) continue;
+    if (style === "lost") write(x2, Math.min(y2 + size, height - size / 4), size, text, "end");
+    else write(Math.max(x1, 0), Math.max(y1 - size / 3, size), size, text);
   }
   svg.append(...texts);
 }
@@ -270,8 +273,7 @@ on("more", "click", () => {
   drawCards();
   $("cards").children[state.limit - PAGE].firstChild.focus();
 });
-on("previous", "click", () => showWhole(state.open - 1));
-on("next", "click", () => showWhole(state.open + 1));
+for (const [id, by] of [["previous", -1], ["next", 1]]) on(id, "click", () => showWhole(state.open + by));
 on("whole", "close", () => (drawCards(), $("cards").children[state.open]?.firstChild.focus()));
 on("whole", "keydown", ({ key, target }) => {
   const place = state.open + ({ ArrowLeft: -1, ArrowRight: 1 }[key] ?? 0);
