@@ -29,5 +29,5 @@ lint: .venv/installed-for-tests
 	touch $@
 
 .venv/installed-for-tests: .venv/installed
-	.venv/bin/python -m pip install -q -e ".[dev,jpeg,onnx,plots,yolo]"
+	.venv/bin/python -m pip install -q -e ".[dev,jpeg,onnx,plots,tensorboard,video,yolo]"
 	touch $@

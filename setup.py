@@ -32,6 +32,7 @@ setup(
         ],
         "plots": ["matplotlib>=3.8"],
         "tensorboard": ["tensorboard>=2.16"],
+        "video": ["av>=14"],
     },
     entry_points={"console_scripts": ["retinanet = retinanet.commands:main"]},
 )

@@ -1,21 +1,25 @@
 import copy
+import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import gradient, save
+from helpers import gradient, save, write_clip, write_coco_data
 from PIL import Image
 from torch import nn
 
 import retinanet
 from retinanet.boxes import box_iou
+from retinanet.data.coco import CocoDataset
 from retinanet.data.images import read_image
 from retinanet.data.shapes import ShapesDataset
 from retinanet.data.transforms import Resizer, normalize
+from retinanet.data.video import Video
 from retinanet.errors import UserError
-from retinanet.evaluation.coco import evaluate_coco
+from retinanet.evaluation.coco import evaluate_coco, read_results, to_detections
 from retinanet.evaluation.voc import evaluate
 from retinanet.inference import Prediction, as_array, detect, detect_images, detection_limits, predict
 from retinanet.postprocess import Detections
@@ -136,6 +140,82 @@ def test_the_best_scores_hold_class_by_class(filled_net, tmp_path):
     assert torch.equal(predict(path, array, device="cpu", class_names=["a", "b", "c"])[0].labels, expected.labels)
     with pytest.raises(UserError, match="score threshold best: the checkpoint holds no scores of the best F1"):
         predict(filled_net, array, "best")
+
+
+def test_a_stream_is_read_a_batch_ahead_and_fails_where_it_breaks(filled_net):
+    images, read = [gradient(64, 90), gradient(64, 90)[::-1]] * 2 + [gradient(50, 70)], []
+
+    def reader():
+        for number, image in enumerate([*images, np.zeros((4, 5, 2), np.uint8), images[0]]):
+            read.append(number)
+            yield image
+
+    found, expected = (
+        predict(filled_net, reader(), batch_size=2, stream=True, **LIMITS),
+        iter(predict(filled_net, images, **LIMITS)),
+    )
+    assert read == []
+    assert_same(next(found), next(expected))
+    assert read == [0, 1]
+    for prediction, ahead in zip([next(found) for _ in range(2)], (3, 3), strict=True):
+        assert_same(prediction, next(expected))
+        assert max(read) == ahead
+    assert_same(next(found), next(expected))
+    assert_same(next(found), next(expected))  # the fifth comes, though the sixth is none
+    with pytest.raises(ValueError, match="channels"):
+        next(found)
+    assert read == list(range(6)) and next(found, None) is None
+    assert isinstance(predict(filled_net, images[:1], **LIMITS), list)
+
+
+def test_a_video_is_its_frames(filled_net, tmp_path):
+    pytest.importorskip("av", reason="NO TEST OF VIDEOS: pip install av")
+    path = write_clip(tmp_path / "a.mp4", range(3), size=(64, 90))
+    found = predict(filled_net, path, stream=True, **LIMITS)
+    expected = predict(filled_net, [frame.image for frame in Video(path)], **LIMITS)
+    assert len(expected) == 3
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
+    with pytest.raises(UserError, match=r"nowhere\.mp4: the file does not exist"):
+        predict(filled_net, tmp_path / "nowhere.mp4", stream=True)
+
+
+PREDICTION = Prediction(
+    torch.tensor([0.87654321, 0.25]),
+    torch.tensor([1, 0]),
+    torch.tensor([[1, 2, 30.5, 40.00049], [0, 0, 3, 4]]),
+    ["b", "a"],
+)
+
+
+def test_detections_for_coco_are_those_that_validate_reads(tmp_path):
+    ids = {0: 17, 1: 3}
+    results = PREDICTION.to_coco(np.int64(42), ids)
+    assert results == [
+        {"image_id": 42, "category_id": 3, "bbox": [1, 2, 29.5, 38.0], "score": 0.876543},
+        {"image_id": 42, "category_id": 17, "bbox": [0, 0, 3, 4], "score": 0.25},
+    ]
+    assert [row["category_id"] for row in PREDICTION.to_coco(0)] == [1, 0]
+    (tmp_path / "found.json").write_text(json.dumps(results))
+    dataset = CocoDataset(write_coco_data(tmp_path), "val2017")
+    assert dataset.coco_labels == {0: 3, 1: 17}
+    read = to_detections(dataset, read_results(dataset, tmp_path / "found.json"))[dataset.image_ids.index(42)]
+    assert read.labels.tolist() == [0, 1]
+    torch.testing.assert_close(read.boxes.float(), PREDICTION.boxes, rtol=0, atol=1e-3)
+    empty = Prediction(torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0, 4), [])
+    assert empty.to_coco(7) == []
+    with pytest.raises(TypeError, match="integer"):
+        PREDICTION.to_coco("a.jpg")
+
+
+def test_detections_for_supervision(monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", SimpleNamespace(Detections=SimpleNamespace))
+    found = PREDICTION.to_supervision()
+    assert found.xyxy.shape == (2, 4) and found.xyxy.dtype == found.confidence.dtype == np.float32
+    assert found.class_id.tolist() == [1, 0] and found.data["class_name"].tolist() == ["b", "a"]
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(UserError, match="pip install supervision"):
+        PREDICTION.to_supervision()
 
 
 def test_detect_images_keeps_the_mode(filled_net):

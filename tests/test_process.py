@@ -107,6 +107,16 @@ def test_progress_is_for_rank_0(rank_1):
     assert process.progress(range(3), "counting").disable
 
 
+@pytest.mark.parametrize(("terminal", "notebook"), [(False, False), (True, False), (False, True)])
+def test_progress_is_shown_in_terminals_and_notebooks(monkeypatch, terminal, notebook):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    if notebook:
+        monkeypatch.setattr(process.auto, "notebook_tqdm", type("Widget", (), {}))
+    shown = terminal or notebook
+    assert process.shows_progress() == shown
+    assert process.progress((), "counting").disable != shown
+
+
 def test_messages_that_nobody_reads_go_nowhere(logger, monkeypatch, capsys):
     with broken_pipe() as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)

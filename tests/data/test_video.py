@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from helpers import truncate
+from helpers import frame_image, truncate, write_clip
 
 from retinanet.data import video
 from retinanet.data.report import FileError
@@ -12,32 +12,6 @@ from retinanet.data.video import Video, VideoWriter, is_video
 from retinanet.errors import UserError
 
 av = pytest.importorskip("av", reason="NO TEST OF VIDEOS: pip install av")
-
-
-def frame_image(number, height=40, width=64, noise=0):
-    """Green, with a white square that moves by two pixels a frame, and noise that takes space in a file."""
-    image = np.random.default_rng(number).integers(0, noise + 1, (height, width, 3), dtype=np.uint8)
-    image[:, :, 1], image[8:16, 2 * number : 2 * number + 8] = 160, 255
-    return image
-
-
-def write_clip(
-    path, ticks=range(12), time_base=Fraction(1, 25), size=(40, 64), codec="libx264", rotation=0, noise=0, **options
-):
-    """A clip with a frame at each of the `ticks`."""
-    with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream(codec, rate=25)
-        stream.height, stream.width = size
-        stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"
-        stream.codec_context.time_base = time_base
-        if rotation:
-            stream.set_display_rotation(rotation)
-        for number, tick in enumerate(ticks):
-            frame = av.VideoFrame.from_ndarray(frame_image(number, *size, noise), format="rgb24")
-            frame.pts, frame.time_base = tick, time_base
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
 
 
 def square(image):

@@ -6,8 +6,11 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from helpers import detections, in_memory
+from PIL import Image
 
 from retinanet.errors import UserError
+from retinanet.evaluation import voc
 from retinanet.training import files
 from retinanet.training.log import RunLog, read_log
 
@@ -140,6 +143,32 @@ def test_tensorboard_gets_every_entry_once(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("events*"))  # its entries are written again
     again.write({"epoch": 2, "step": 1, "lr": 0.25})
     assert again.board.scalars == [("step/lr", 0.5, 15), ("epoch/loss", 2.0, 20), ("step/lr", 0.25, 21)]
+
+
+def test_tensorboard_shows_detections_and_precision_recall_curves(tmp_path):
+    pytest.importorskip("tensorboard", reason="NO TEST OF PICTURES IN TENSORBOARD: pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    dataset = in_memory([[0, 0, 10, 10, 0], [20, 20, 30, 30, 0], [0, 0, 10, 10, 1]])
+    found = {0: detections((0.9, 0, 0, 0, 10, 10), (0.6, 0, 50, 50, 60, 60))}
+    curves = voc.board_curves(voc.evaluate_detections(dataset, found), dataset)
+    log = RunLog(tmp_path, None, 0, True, 10)
+    for epoch in range(2):
+        Image.new("RGB", (3000, 1500), "green").save(tmp_path / "detections.png")
+        log.add_pictures(epoch, tmp_path / "detections.png", curves)
+    log.add_pictures(2, tmp_path / "none.png", {})
+    log.close()
+    board = EventAccumulator(str(tmp_path), {"images": 0, "tensors": 0}).Reload()
+    images = board.Images("detections")
+    assert [(image.step, image.width, image.height) for image in images] == [(10, 1280, 640), (20, 1280, 640)]
+    assert set(board.Tags()["tensors"]) == {"PR/a", "PR/b", "PR/all classes"}
+    rows = make_ndarray(board.Tensors("PR/all classes")[-1].tensor_proto)  # right, false, true negatives, missed, ...
+    above = [row.tolist() for row in rows[:, [0, 63, 88, 126]].T]  # scores above 0, 0.5, 0.698 and 1
+    assert above == [pytest.approx(row) for row in ([1, 1, 0, 2, 1 / 2, 1 / 3],) * 2] + [
+        pytest.approx([1, 0, 0, 2, 1, 1 / 3]), [0, 0, 0, 3, 0, 0]
+    ]  # fmt: skip
+    RunLog(tmp_path, None, 0, False, 10).add_pictures(0, tmp_path / "detections.png", curves)  # without TensorBoard
 
 
 class FullDisk:

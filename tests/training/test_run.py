@@ -1,5 +1,6 @@
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from retinanet.data.shapes import ShapesDataset
 from retinanet.errors import UserError
 from retinanet.model import resnet18
 from retinanet.training import checkpoint
+from retinanet.training import run as run_module
+from retinanet.training.accounting import Progress
 from retinanet.training.finite import NotFiniteError
 from retinanet.training.resume import check_resume, find_checkpoint
 from retinanet.training.run import Run
@@ -64,6 +67,46 @@ def test_the_gradient_scaler_is_continued(settings, tmp_path):
         content["training"]["scaler"] = run.scaler.state_dict() | {key: value}
         with pytest.raises(UserError, match=r"^last\.pt: its training cannot be continued"):
             again.restore("last.pt", content)
+
+
+ENTRY = {"class_loss": 0.5, "box_loss": 0.25, "lr": 1e-4, "images_per_second": 8.0}
+
+
+@pytest.mark.parametrize(("most", "steps"), [(1000, [2, 4, 2, 4]), (5, [4, 4])])
+def test_without_a_progress_bar_steps_are_plain_lines(net, settings, monkeypatch, caplog, most, steps):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(run_module, "MOST_LINES", most)
+    run = Run(settings("--epochs", 2, "--log_every", 2, "--batch_size", 1), net, CPU, ShapesDataset(6))
+    run.log, run.last_ap = SimpleNamespace(write=lambda entry: None), 0.123
+    for epoch in range(2):
+        for step in range(2, 7, 2):
+            run.write({"epoch": epoch, "step": step, **ENTRY})
+        run.write({"epoch": epoch, **ENTRY})
+    assert [int(message.split("step ")[1].split()[0]) for message in caplog.messages] == steps
+    assert caplog.messages[0].startswith(
+        f"epoch 0, step {steps[0]} of 6: class loss 0.500, box loss 0.250, lr 1.0e-04, "
+    )
+    assert caplog.messages[0].endswith("8.0 images/s, AP 0.123")
+    monkeypatch.setattr(run_module, "shows_progress", lambda: True)
+    caplog.clear()
+    run.write({"epoch": 1, "step": 4, **ENTRY})
+    assert not caplog.messages
+
+
+def test_the_time_left_is_that_of_the_steps_so_far(net, settings, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: now[0])
+    run = Run(settings("--epochs", 3, "--batch_size", 1), net, CPU, ShapesDataset(10))
+    assert run.outlook() == ""
+    for _ in range(5):
+        run.progress.add(1.0, 1.0)
+        run.after_step(0, float)
+    now[0] = 160.0  # a minute for four steps; the first one, which is slow, does not count
+    assert run.outlook() == ", 06:15 left"  # for 25
+    run.progress, run.last_ap, now[0] = Progress(1), 0.5, 370.0  # nine steps and a validation: 30 s each
+    assert run.outlook() == ", AP 0.500, 10:00 left"
+    run.progress = Progress(3)
+    assert run.time_left() == ""
 
 
 def test_a_checkpoint_is_written_every_so_many_steps(net, settings, tmp_path):

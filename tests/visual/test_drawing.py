@@ -190,6 +190,14 @@ def test_a_legend_of_many_long_names_keeps_within_its_rows():
     assert picture.shape[1] == 320 and picture.shape[0] < 320 + 200
 
 
+def test_the_legend_of_a_narrow_image_is_not_cut_off():
+    narrow, boxes = np.full((640, 60, 3), 128, dtype=np.uint8), np.tile([[5, 5, 50, 50]], (50, 1))
+    picture = draw_boxes(narrow, boxes, [0] * 50, ["a long name"] * 50, zoom=1, class_names=["a long name"])
+    legend = picture[640:]
+    assert picture.shape[1] > 60 and (picture[:640, 60:] == 255).all()
+    assert (legend.min(axis=2) < 100)[:, 60:].any() and (legend[:, -2:] == 255).all()
+
+
 def test_names_without_room_do_not_hide_the_image():
     thin = np.full((6, 640, 3), 128, dtype=np.uint8)
     picture = draw_boxes(thin, np.array([[10, 1, 30, 5]]), [0], ["a caption"], zoom=1, class_names=["a caption"])
