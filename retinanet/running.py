@@ -152,7 +152,7 @@ def _log_header(run: Run, device: torch.device, train_set: DetectionDataset) -> 
     settings, recipe = run.settings, RECIPES[run.settings.recipe]
     log.info(
         "%s: %s, %s, %s | ResNet-%d, %.1f M parameters, weights: %s | %s, %s | recipe %s, "
-        "learning rate %.3g (%.3g for %s)%s%s, global batch %d = %s x %s x %s, %s%s%s | "
+        "learning rate %.3g (%.3g for %s)%s%s, %s pixels, global batch %d = %s x %s x %s, %s%s%s | "
         "retinanet %s, torch %s, torchvision %s",
         settings.other.get("dataset", train_set.source), counted(run.num_images, "image"),
         counted(len(train_set.annotations), "box"), counted(len(run.class_names), "class"),
@@ -161,6 +161,8 @@ def _log_header(run: Run, device: torch.device, train_set: DetectionDataset) -> 
         counted(recipe.reference_batch, "image"),
         "" if settings.backbone_lr == 1 else f", backbone x {settings.backbone_lr:g}",
         "" if settings.freeze_stages == recipe.freeze_stages else f", frozen stages: {settings.freeze_stages}",
+        f"tiles of {settings.tile} x {settings.tile}" if settings.tile else
+        f"{' to '.join(map(str, settings.jitter or [settings.min_side]))} / {settings.max_side}",
         settings.global_batch, counted(settings.batch_size, "image"),
         "1 batch" if settings.accumulate == 1 else f"{settings.accumulate} batches",
         counted(process.get_world_size(), "process"), counted(settings.epochs, "epoch"),

@@ -115,8 +115,10 @@ def test_validation_by_the_function_and_by_the_script(trained, tmp_path):
         ({"tensorboard": 1}, "tensorboard must be True or False, not 1"),
         ({"out_dir": ""}, "out_dir must be a text, not ''"),
         ({"checkpoint_every": "5s"}, "checkpoint_every must be a number of steps"),
+        ({"depth": 18, "weights": "coco"}, "--weights coco is a ResNet-50, not --depth 18"),
+        ({"recipe": "modern", "max_side": 640}, "--max_side 640 is below --min_side 800"),
         ({"early_stop": 3}, "early_stop needs a validation set"),
-        ({"min_side": None}, "min_side must be a whole number, not None"),
+        ({"batch_size": None}, "batch_size must be a whole number, not None"),
         ({"on_logs": print}, "there is no setting 'on_logs'"),
     ],
 )

@@ -17,7 +17,7 @@ from retinanet.model import ARCHITECTURES
 from retinanet.process import PRECISIONS, choose_precision, get_world_size
 from retinanet.training.checkpoint import LIMITS
 from retinanet.training.recipes import RECIPES
-from retinanet.training.weights import COCO_DEPTH
+from retinanet.training.weights import COCO_DEPTH, V2_DEPTHS
 
 # The numbers that settings may be: beyond them, memory and arithmetic fail without a word.
 BOUNDS = {
@@ -54,12 +54,12 @@ class Settings:
     """
 
     depth: int = 50
-    weights: str = "imagenet"
+    weights: str | None = None
     anchor_scales: list[float] | None = None
     anchor_ratios: list[float] | None = None
     anchor_sizes: list[float] | None = None
     recipe: str = "original"
-    epochs: int = 100
+    epochs: int | None = None
     batch_size: int = 2
     accumulate: int = 1
     lr: float | None = None
@@ -70,8 +70,8 @@ class Settings:
     early_stop: int | None = None
     balance: float | None = None
     seed: int = 0
-    min_side: int = 608
-    max_side: int = 1024
+    min_side: int | None = None
+    max_side: int | None = None
     tile: int | None = None
     tile_overlap: float = OVERLAP
     tile_background: float = BACKGROUND
@@ -109,7 +109,7 @@ class Settings:
         """Derive from the recipe, the device and the number of processes what flags of None or `auto` leave open."""
         known = cls.defaults().keys()
         own, other = ({name: flags[name] for name in flags if (name in known) == is_own} for is_own in (True, False))
-        settings = cls(**own, other=other)
+        settings = cls(**follow_recipe(cls.defaults() | own), other=other)
         recipe = RECIPES[settings.recipe]
         dtype, stages = choose_precision(settings.precision, device), settings.freeze_stages
         global_batch = settings.batch_size * settings.accumulate * get_world_size()
@@ -148,6 +148,19 @@ class Settings:
         return own.pop("other") | own
 
 
+def follow_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings whose weights, epochs, sizes, jitter and average are the recipe's where they are None."""
+    recipe = RECIPES[settings["recipe"]]
+    own = {name: getattr(recipe, name) for name in ("weights", "epochs", "min_side", "max_side", "ema")}
+    if own["weights"] == "imagenet_v2" and settings["depth"] not in V2_DEPTHS:
+        own["weights"] = "imagenet"
+    filled = {**settings, **{name: value for name, value in own.items() if settings[name] is None}}
+    if recipe.jitter and not (settings["jitter"] or settings["scale_jitter"] or settings["tile"]):
+        filled["jitter"] = [round(recipe.jitter * filled["min_side"]), filled["min_side"]]
+    filled["ema"] = filled["ema"] or None  # 0: none, whatever the recipe says
+    return filled
+
+
 def augmentation_errors(settings: Mapping[str, Any]) -> list[str]:
     """A message for each setting of augmentation that contradicts another; `max_side` may be None, not known yet."""
     errors, (jitter, scales, max_side) = [], (settings[name] for name in ("jitter", "scale_jitter", "max_side"))
@@ -163,8 +176,8 @@ def augmentation_errors(settings: Mapping[str, Any]) -> list[str]:
 
 def contradictions(settings: Mapping[str, Any], has_val_set: bool) -> list[str]:
     """A message for each setting that contradicts another one."""
-    errors = augmentation_errors(settings)
-    min_side, max_side = settings["min_side"], settings["max_side"]
+    filled = follow_recipe(settings)
+    errors, min_side, max_side = augmentation_errors(filled), filled["min_side"], filled["max_side"]
     if max_side < min_side:
         errors.append(f"--max_side {max_side} is below --min_side {min_side}")
     changed = {name for name, value in Settings.defaults().items() if settings[name] != value}
@@ -173,7 +186,7 @@ def contradictions(settings: Mapping[str, Any], has_val_set: bool) -> list[str]:
         errors += [f"--tile takes images at full resolution, without --{name}" for name in given]
     else:
         errors += [f"--{name} needs --tile" for name in sorted(changed & {"tile_overlap", "tile_background"})]
-    if settings["weights"] == "coco" and settings["depth"] != COCO_DEPTH:
+    if filled["weights"] == "coco" and settings["depth"] != COCO_DEPTH:
         errors.append(f"--weights coco is a ResNet-{COCO_DEPTH}, not --depth {settings['depth']}")
     if settings["early_stop"] and not has_val_set:
         errors.append("--early_stop needs a validation set")

@@ -23,7 +23,7 @@ from retinanet.training.foreign_weights import make_anchors
 # What `--weights` may name in place of a file, beside `coco`: versions of torchvision's ImageNet weights.
 PRETRAINED = {"imagenet": "IMAGENET1K_V1", "imagenet_v2": "IMAGENET1K_V2", "none": False}
 COCO = RetinaNet_ResNet50_FPN_Weights.COCO_V1
-COCO_DEPTH = 50
+COCO_DEPTH, V2_DEPTHS = 50, (50, 101, 152)  # those that torchvision has coco and imagenet_v2 for
 CLASS_HEAD, BOX_HEAD = ((key, key.replace("bias", "weight")) for key in (CLASS_OUTPUT, BOX_OUTPUT))
 MOST_NAMES = 10  # of a message
 

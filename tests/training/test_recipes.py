@@ -43,6 +43,13 @@ def test_paper_trains_biases_at_twice_the_rate_without_decay():
     assert (biases["lr"], biases["weight_decay"]) == (0.02, 0.0)
 
 
+def test_modern_decays_neither_biases_nor_norms_and_trains_all_at_one_rate():
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
+    (weights, vectors) = make_optimizer(model, RECIPES["modern"], 1e-4).param_groups
+    assert (weights["lr"], weights["weight_decay"], len(weights["params"])) == (1e-4, 0.05, 1)
+    assert (vectors["lr"], vectors["weight_decay"], len(vectors["params"])) == (1e-4, 0.0, 3)
+
+
 class Parts(nn.Module):
     """Two weights of a backbone and two of a head, with the names that they have in the detector."""
 

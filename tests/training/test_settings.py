@@ -1,5 +1,6 @@
 import json
 
+import pytest
 import torch
 
 import train
@@ -26,6 +27,29 @@ def test_the_flags_come_before_the_recipe():
     settings = resolve("--lr", "0.5", "--clip_norm", "7", "--precision", "fp32", "--checkpoint_every", "5")
     assert (settings.lr, settings.clip_norm, settings.dtype) == (0.5, 7, torch.float32)
     assert settings.checkpoint_every == (5, "steps")
+
+
+def test_a_recipe_says_weights_epochs_sizes_and_average():
+    names = ("weights", "epochs", "min_side", "max_side", "jitter", "ema", "freeze_stages")
+    expected = {
+        "original": ("imagenet", 100, 608, 1024, None, None, 0),
+        "paper": ("imagenet", 100, 608, 1024, None, None, 2),
+        "scratch": ("none", 100, 608, 1024, None, None, 0),
+        "modern": ("imagenet_v2", 12, 800, 1333, [480, 800], 0.9998, 2),
+    }
+    for recipe, values in expected.items():
+        assert tuple(getattr(resolve("--recipe", recipe), name) for name in names) == values
+    assert resolve("--recipe", "modern", "--batch_size", "8").lr == pytest.approx(1e-4)
+
+
+def test_a_given_flag_wins_over_modern():
+    modern = ["--recipe", "modern"]
+    settings = resolve(*modern, "--min_side", "320", "--ema", "0", "--depth", "18", "--epochs", "3")
+    assert (settings.jitter, settings.ema, settings.weights, settings.epochs) == ([192, 320], None, "imagenet", 3)
+    assert resolve(*modern, "--jitter", "800", "800").jitter == [800, 800]
+    assert resolve(*modern, "--scale_jitter", "0.5", "2").jitter is None
+    assert resolve(*modern, "--tile", "640").jitter is None
+    assert resolve(*modern, "--weights", "coco", "--ema", "0.9").ema == 0.9
 
 
 def test_every_flag_is_in_the_file():
