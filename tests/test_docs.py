@@ -12,7 +12,7 @@ TEXT = (ROOT / "docs" / "understanding.md").read_text()
 
 
 def test_every_picture_is_there_and_every_picture_is_shown():
-    shown = set(re.findall(r"\]\((pictures/[^)]+)\)", TEXT))
+    shown = set(re.findall(r"\]\((?:docs/)?(pictures/[^)]+)\)", TEXT + (ROOT / "README.md").read_text()))
     assert shown == {f"pictures/{path.name}" for path in (ROOT / "docs" / "pictures").iterdir()}
 
 

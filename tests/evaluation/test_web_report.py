@@ -108,7 +108,8 @@ def test_names_and_files_of_any_kind_stay_text(tmp_path):
 @pytest.mark.parametrize("classes", [1, 3, 1000])
 def test_nothing_found_or_nothing_to_find(tmp_path, classes):
     names = [f"class {label}" for label in range(classes)]
-    for rows, found in (([], detections()), ([], detections([0.9, 0, *BOX])), ([[*BOX, 0]], detections())):
+    cases = ([], detections()), ([], detections([0.9, 0, *BOX])), ([[*BOX, 0]], detections())
+    for rows, found in cases[: 1 if classes == 1000 else 3]:
         data, text = write(tmp_path, make(tmp_path, rows, [0] * len(rows), names), {0: found})
         assert data["best"] == [None] * (classes + 1) and len(data["images"]) == bool(rows or len(found.scores))
         assert text.count('data-label="') >= classes

@@ -182,12 +182,11 @@ function drawCards() {
   $("to-gallery").textContent = `${$("shown").textContent} below`;
 }
 function showWhole(place) {
+  if (!state.list[place]) return; // before the first, after the last
   const one = (state.shown = state.list[place]), { what, verdict, long } = describe(one);
   state.open = place;
   $("whole-title").textContent = `${what}: ${verdict.toLowerCase()}`;
   $("whole-text").textContent = `${place + 1} of ${state.list.length}. ${one.image.path}. ${long}`;
-  $("previous").disabled = !state.list[place - 1];
-  $("next").disabled = !state.list[place + 1];
   drawWhole();
 }
 function drawWhole() {
@@ -276,8 +275,8 @@ on("more", "click", () => {
 for (const [id, by] of [["previous", -1], ["next", 1]]) on(id, "click", () => showWhole(state.open + by));
 on("whole", "close", () => (drawCards(), $("cards").children[state.open]?.firstChild.focus()));
 on("whole", "keydown", ({ key, target }) => {
-  const place = state.open + ({ ArrowLeft: -1, ArrowRight: 1 }[key] ?? 0);
-  if (target.type !== "range" && place !== state.open && state.list[place]) showWhole(place);
+  const by = { ArrowLeft: -1, ArrowRight: 1 }[key];
+  if (by && target.type !== "range") showWhole(state.open + by);
 });
 for (const button of all("#legend button")) {
   for (const event of ["mouseenter", "focus"]) button.addEventListener(event, () => highlight(+button.dataset.label));
