@@ -1,16 +1,18 @@
 import contextlib
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import gradient, save, truncate, write_coco_data
+from helpers import gradient, save, truncate, write_clip, write_coco_data
 from PIL import Image
 
 import visualize
 from retinanet.commands.detect_files import output_paths
 from retinanet.data.images import find_images
+from retinanet.data.video import Video
 from retinanet.errors import UserError
 from retinanet.training import checkpoint
 from retinanet.visual import heatmaps
@@ -223,10 +225,53 @@ def test_unreadable_images_are_listed_at_the_end(model_path, pictures, tmp_path)
     assert len(content["images"]) == 1 and len(content["unreadable"]) == 2
 
 
+def test_videos_and_images_of_a_folder_are_drawn_together(model_path, pictures, tmp_path):
+    pytest.importorskip("av", reason="NO TEST OF VIDEOS: pip install av")
+    write_clip(pictures / "clip2.mkv", range(0, 50, 10), size=(41, 61), codec="ffv1")
+    write_clip(pictures / "clip10.mp4", range(4), size=(64, 48))
+    (pictures / "frame3.mp4").write_text("no video")
+    out = tmp_path / "out"
+    flags = ["--device", "cpu", "--model", model_path, "--score_threshold", 0.05, "--every", 2, "--out_dir", out]
+    status, text, err = run("--images", pictures, *flags)
+    assert status == 1 and "1 of 6 files skipped" in err and "frame3.mp4: cannot be read as a video" in err
+    assert "3 images, 2 videos, 5 frames" in text
+    assert names(out) == {"clip2.mp4", "clip10.mp4", "frame1.png", "frame2.png", "frame10.png", "detections.json"}
+    content = json.loads((out / "detections.json").read_text())
+    entries = [(entry["file"].rsplit("/")[-1], entry.get("frame"), entry.get("seconds")) for entry in content["images"]]
+    assert entries[:5] == [
+        ("clip2.mkv", 0, 0), ("clip2.mkv", 2, 0.8), ("clip2.mkv", 4, 1.6), ("clip10.mp4", 0, 0), ("clip10.mp4", 2, 0.08)
+    ]  # fmt: skip
+    assert len(content["unreadable"]) == 1
+    for name, times, source in (("clip2", [0, 0.8, 1.6], "clip2.mkv"), ("clip10", [0, 0.08], "clip10.mp4")):
+        frames, plain = list(Video(out / f"{name}.mp4")), list(Video(pictures / source, 2))
+        assert [float(frame.seconds) for frame in frames] == pytest.approx(times, abs=1e-3)
+        entry = next(entry for entry in content["images"] if entry["file"].endswith(source))
+        zoom = frames[0].image.shape[0] // entry["height"]
+        assert zoom > 1 and entry["detections"] and all(side % 2 == 0 for side in frames[0].image.shape[:2])
+        # Lines differ from the frame where the boxes are, and at most there and at captions.
+        height, width = zoom * entry["height"], zoom * entry["width"]
+        difference = np.abs(
+            frames[0].image[:height, :width].astype(int) - plain[0].image.repeat(zoom, 0).repeat(zoom, 1)
+        )
+        _, _, x2, y2 = (round(zoom * value) for value in entry["detections"][0]["box"])
+        assert difference[max(0, y2 - 3) : y2, max(0, x2 - 3) : x2].max() > 40
+
+
+def test_without_pyav_images_are_drawn_and_videos_are_named(model_path, pictures, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    (pictures / "clip.mp4").write_text("no video")
+    flags = ["--device", "cpu", "--model", model_path, "--out_dir", tmp_path / "out"]
+    status, text, err = run("--images", pictures, *flags)
+    assert status == 1 and "3 images, " in text
+    assert "1 of 4 files skipped" in err and "clip.mp4: videos need PyAV: pip install av" in err
+
+
 @pytest.mark.parametrize(
     ("flags", "reported"),
     [
         ([], ["--dataset or --images"]),
+        (["--dataset", "shapes", "--every", "2"], ["--every is for videos"]),
+        (["--images", "a.mp4", "--model", "x", "--every", "2000000"], ["--every must be from 1 to 1,000,000"]),
         (["--dataset", "shapes", "--images", "x"], ["--dataset or --images"]),
         (["--dataset", "shapes", "--show", "loss"], ["--show loss needs --model"]),
         (["--images", "x"], ["--images needs --model"]),

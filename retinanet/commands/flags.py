@@ -92,7 +92,7 @@ class _Parser(argparse.ArgumentParser):
             f"--{flag} must be from {BOUNDS[flag][0]:g} to {BOUNDS[flag][1]:,}, not {number}"
             for flag, numbers in given
             for number in numbers
-            if not BOUNDS[flag][0] <= number <= BOUNDS[flag][1]
+            if number != "best" and not BOUNDS[flag][0] <= number <= BOUNDS[flag][1]  # --score_threshold
         ]
         errors += [f"--{flag} is empty" for flag in OUTPUTS if getattr(values, flag, None) == ""]
         if errors:
