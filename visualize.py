@@ -22,7 +22,7 @@ from retinanet.evaluation.errors import judge
 from retinanet.model import RetinaNet
 from retinanet.process import log, progress, script
 from retinanet.training.checkpoint import load_model
-from retinanet.training.settings import Settings, augmentation_errors
+from retinanet.training.settings import AUGMENTATIONS, Settings, augmentation_errors
 from retinanet.training.weights import match_classes
 from retinanet.visual import anchor_fit, anchor_report, anchor_views, data_views, heatmaps, views
 from retinanet.visual.drawing import draw_boxes, save_image, side_by_side
@@ -37,7 +37,6 @@ SHOWS = {
     "loss": "where the class loss comes from: maps, and the paper's Figure 4",
     "anchor_fit": "whether the anchors fit the boxes of the training set, and which would fit better",
 }
-AUGMENTATIONS = ("flip", "rotate90", "scale_jitter", "jitter", "random_crop", "colour_jitter")
 NEED_MODEL = ("detections", "pyramid", "loss")
 
 

@@ -23,7 +23,7 @@ from retinanet.process import log
 from retinanet.running import TrainResult, run_training, transformed
 from retinanet.training import checkpoint
 from retinanet.training.checkpoint import LIMITS
-from retinanet.training.settings import Settings, check_settings
+from retinanet.training.settings import AUGMENTATIONS, Settings, check_settings
 from retinanet.training.weights import match_classes
 from retinanet.visual import charts
 
@@ -56,6 +56,8 @@ def train(
     for name, dataset in (("train_set", train_set), ("val_set", val_set)):
         if not isinstance(dataset, DetectionDataset) and (name == "train_set" or dataset is not None):
             raise UserError(f"{name} must be a DetectionDataset, such as CSVDataset, not {type(dataset).__name__}")
+    if train_set.transform is not None and (given := [name for name in AUGMENTATIONS if name in settings]):
+        raise UserError(f"train_set has its own transform, which {', '.join(given)} would not change; leave one out")
     settings = check_settings(settings, val_set is not None)
     device = process.choose_device(settings.get("device", "auto"))
     process.init_distributed(device)

@@ -40,6 +40,7 @@ BOUNDS = {
     "anchor_scales": (0.01, 100),
     "anchor_ratios": (0.01, 100),
 }
+AUGMENTATIONS = ("flip", "rotate90", "scale_jitter", "jitter", "random_crop", "colour_jitter")
 CHOICES = {"depth": [*ARCHITECTURES], "recipe": [*RECIPES], "freeze_stages": [*range(5)]}
 CHOICES["flip"] = [*FLIPS]
 CHOICES["precision"] = ["auto", *PRECISIONS]
