@@ -120,7 +120,7 @@ def run_training(
                 _begin(run, device, train_set, val_set, sampler)
                 with _saving(run, train_set, stop), explained(train_loader, settings.dtype):  # a worker may die
                     _train(run, train_loader, sampler, val_loader, val_set, device, stop)
-                if val_loader:
+                if val_loader is not None:  # a rank may have no batches of it
                     _report(run, val_loader, val_set, device, stop)
             return _result(run, out_dir)
         finally:
