@@ -231,7 +231,8 @@ def as_array(image: AnyImage, pixel_range: PixelRange | None = None, pixel_limit
     if image.shape[2] not in (1, 3, 4):
         raise ValueError(f"an image has 1, 3 or 4 channels: last in an array, first in a tensor; not {kind}")
     if image.dtype.kind not in ("uif" if pixel_range else "f") and image.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"an image without pixel_range holds uint8, uint16 or floating-point numbers, not {image.dtype}")
+        text = "an image holds uint8, uint16 or floating-point numbers, others with pixel_range alone"
+        raise ValueError(f"{text}, not {image.dtype}")
     if image.dtype.kind == "f" and pixel_range is None:
         pixel_range = 0, 1
         if not (image.min() >= 0 and image.max() <= 1):

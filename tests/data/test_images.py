@@ -8,13 +8,14 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from helpers import coco_content, exif, gradient, save, truncate, write_coco_data, write_csv_data
 from PIL import Image, ImageOps
 
 from retinanet.data import checks, images
 from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset
-from retinanet.data.images import list_images, open_image, read_header, read_image
+from retinanet.data.images import choose_pixel_range, list_images, open_image, read_header, read_image
 from retinanet.errors import UserError, escaped
 
 GRADIENT = gradient(24, 40)
@@ -136,6 +137,234 @@ def test_the_first_image_of_an_mpo_is_read(tmp_path):
     with Image.open(tmp_path / "a.mpo") as image:
         assert image.format == "MPO" and image.n_frames == 2
     assert np.abs(read_image(tmp_path / "a.mpo").astype(int) - GRADIENT).max() < 12
+
+
+# Pixels of all depths
+
+
+def ramp(bits, bands=1):
+    """[H, W, C] uint16 from 0 to 2 ** bits - 1: along x in the first band, along y in the second, and flat."""
+    y, x = np.mgrid[:40, :64]
+    top = 2**bits - 1
+    return np.stack([x * top // 63, y * top // 39, x * 0 + top // 4, y * 0 + 9, x * 0][:bands], axis=2).astype(
+        np.uint16
+    )
+
+
+def tif(path, values, **options):
+    values = values[:, :, 0] if values.shape[-1] == 1 else values
+    defaults = {"photometric": "minisblack"}
+    if values.ndim == 3 and values.shape[2] <= 6:
+        defaults = {"photometric": "rgb" if values.shape[2] > 2 else "minisblack", "planarconfig": "contig"}
+    tifffile.imwrite(path, values, **defaults | options)
+    return path
+
+
+def test_12_bits_are_scaled_alike_whatever_their_file(tmp_path):
+    grey, colour = ramp(12), ramp(12, 3)
+    files = {
+        "a.png": Image.fromarray(grey[:, :, 0]),
+        "b.tif": Image.fromarray(grey[:, :, 0]),
+        "c.tif": ({"compression": "tiff_lzw"}, Image.fromarray(grey[:, :, 0])),
+    }
+    for name, image in files.items():
+        options, image = image if isinstance(image, tuple) else ({}, image)
+        image.save(tmp_path / name, **options)
+    (tmp_path / "d.pgm").write_bytes(b"P5 64 40 4095\n" + grey.astype(">u2").tobytes())
+    (tmp_path / "e.ppm").write_bytes(b"P6 64 40 4095\n" + colour.astype(">u2").tobytes())
+    (tmp_path / "f.pgm").write_text("P2 64 40 4095\n" + " ".join(map(str, grey.ravel())))
+    rows = b"".join(b"\0" + row.tobytes() for row in colour.astype(">u2"))
+    png(tmp_path / "g.png", 64, 40, 16, rows)
+    for name, values, options in (
+        ("h.tif", grey, {"byteorder": ">"}),
+        ("i.tif", colour, {}),
+        ("j.tif", colour, {"compression": "zlib", "predictor": True, "tile": (16, 16)}),
+        ("k.tif", colour, {"bigtiff": True, "byteorder": ">", "compression": "zlib", "predictor": True}),
+        ("l.tif", np.moveaxis(colour, -1, 0), {"photometric": "rgb", "planarconfig": "separate", "tile": (16, 32)}),
+        ("m.tif", ramp(12, 5), {"photometric": "minisblack"}),
+        ("n.tif", np.stack([grey[..., 0]] * 3), {"photometric": "minisblack"}),  # three pages
+        ("o.tif", ramp(12, 2), {}),
+        ("p.tif", 4095 - grey, {"photometric": "miniswhite"}),
+        ("q.tif", grey.astype(np.int32) - 70_000, {}),
+        ("r.tif", (colour / 4095).astype(np.float16), {}),
+        ("s.tif", colour.astype(np.float64) * 1e6, {}),
+    ):
+        tif(tmp_path / name, values, **options)
+    expected = np.rint(ramp(12, 3) * (255 / 4095))
+    for path in sorted(tmp_path.iterdir()):
+        pixels = read_image(path)
+        is_colour = path.name[0] in "egijklmrs"
+        wanted = expected if is_colour else expected[:, :, [0, 0, 0]]
+        assert np.abs(pixels - wanted).max() <= 1, path.name  # the ends of the range are percentiles
+        assert read_header(path) == (40, 64, 1)
+        np.testing.assert_array_equal(open_image(path)[3:7, 5:30], pixels[3:7, 5:30])
+        if path.name[0] < "p":  # in the same units
+            exact = read_image(path, (0, 4095))
+            np.testing.assert_array_equal(exact, wanted, path.name)
+            half = read_image(path, (0, 8190))
+            np.testing.assert_array_equal(
+                half, np.rint(ramp(12, 3) * (255 / 8190))[:, :, [0, 1, 2] if is_colour else [0] * 3]
+            )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_deep_tiff_files_are_turned_upright(tmp_path, orientation):
+    path = tif(tmp_path / "a.tif", ramp(12, 3), extratags=[(274, 3, 1, orientation, True)])
+    upright = Image.fromarray(np.rint(ramp(12, 3) * (255 / 4095)).astype(np.uint8))
+    upright.getexif().update(exif(orientation))
+    expected = np.asarray(ImageOps.exif_transpose(upright))
+    np.testing.assert_array_equal(read_image(path, (0, 4095)), expected)
+    assert read_header(path) == (*expected.shape[:2], orientation)
+
+
+def test_8_bits_stay_as_they_are_in_any_range(tmp_path):
+    for name, values in (("a.png", GRADIENT), ("b.tif", GRADIENT), ("c.jpg", GRADIENT)):
+        save(values, tmp_path / name)
+        np.testing.assert_array_equal(read_image(tmp_path / name, (100, 4095)), read_image(tmp_path / name))
+    bands = np.dstack([GRADIENT, GRADIENT[:, :, ::-1]])
+    np.testing.assert_array_equal(read_image(tif(tmp_path / "d.tif", bands, photometric="minisblack")), GRADIENT)
+    planes = np.moveaxis(bands, -1, 0)
+    path = tif(tmp_path / "e.tif", planes, photometric="minisblack", planarconfig="separate")
+    np.testing.assert_array_equal(read_image(path, (0, 9)), GRADIENT)
+
+
+def test_missing_pixels_are_black_and_change_no_range(tmp_path):
+    values = ramp(12)[:, :, 0].astype(np.float32)
+    for missing, tags in ((np.nan, ()), (-9999, ()), (-3.4e38, ()), (77777, [(42113, 2, 0, "77777", True)])):
+        holes = values.copy()
+        holes[:9, :50] = missing
+        pixels = read_image(tif(tmp_path / "a.tif", holes, extratags=tags))
+        assert (pixels[:9, :50] == 0).all(), missing
+        assert np.abs(pixels[9:, :, 0] - values[9:] * (255 / 4095)).max() < 1.5, missing
+    values[0, :2] = np.inf, -np.inf
+    assert read_image(tif(tmp_path / "a.tif", values))[0, :3, 0].tolist() == [255, 0, 8]
+    for constant in (0, 7, -2.5, np.nan):  # neither fails nor is bright or dark by chance
+        pixels = read_image(tif(tmp_path / "a.tif", np.full((9, 9), constant, np.float32)))
+        assert len(np.unique(pixels)) == 1
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ([], None),
+        ([(281, 3, 1, 8191, True)], (0, 8191)),  # MaxSampleValue
+        ([(280, 3, 1, 50, True), (281, 3, 1, 6000, True)], (50, 6000)),
+        ([(340, 3, 1, 10, True), (341, 3, 1, 5000, True)], (10, 5000)),  # SMinSampleValue, SMaxSampleValue
+        ([(281, 3, 1, 65535, True)], None),  # no more than the type says
+        ([(281, 3, 1, 1, True)], None),  # all would be white
+        ([(280, 3, 1, 60000, True), (281, 3, 1, 65000, True)], None),  # all would be black
+    ],
+)
+def test_the_range_that_a_file_declares_goes_first_unless_it_hides_the_image(tmp_path, tags, expected):
+    path = tif(tmp_path / "a.tif", ramp(12), extratags=tags)
+    low, high = choose_pixel_range([path])
+    assert (low, high) == expected if expected else (0 <= low < 10 and 4085 < high <= 4095)
+    np.testing.assert_array_equal(read_image(path), read_image(path, (low, high)))
+
+
+def test_png_and_pgm_declare_their_bits(tmp_path):
+    dark = ramp(12) // 3
+    (tmp_path / "a.pgm").write_bytes(b"P5 64 40 4095\n" + dark.astype(">u2").tobytes())
+    Image.fromarray(dark[:, :, 0]).save(tmp_path / "a.png")
+    assert choose_pixel_range([tmp_path / "a.pgm"]) == (0, 4095) != choose_pixel_range([tmp_path / "a.png"])
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[:33] + png_chunk(b"sBIT", b"\x0c") + content[33:])
+    assert choose_pixel_range([tmp_path / "a.png"]) == (0, 4095)
+
+
+def test_a_data_set_has_one_range_whatever_its_images(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for index, name in enumerate(("a.tif", "b.tif", "c.png")):
+        Image.fromarray(ramp(12)[:, :, 0] // (1 + index)).save(tmp_path / name)
+    save(GRADIENT, tmp_path / "d.png")
+    save(np.dstack([GRADIENT, GRADIENT[:, :, :1]]), tmp_path / "e.png")
+    rows = [f"{name},1,1,9,9,circle" for name in ("a.tif", "b.tif", "c.png", "d.png", "e.png")]
+    data = CSVDataset(*write_csv_data(tmp_path, rows))
+    with data.scaled():
+        low, high = data.pixel_range
+        assert low < 10 and 4000 < high <= 4095
+        for index in range(3):
+            expected = (ramp(12)[:, :, 0] // (1 + index) - low) * 255 / (high - low)
+            assert np.abs(data[index]["img"][:, :, 0] - expected.clip(0, 255)).max() <= 0.5
+        np.testing.assert_array_equal(data[3]["img"], GRADIENT)
+    assert data.pixel_range is None
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 2 and "e.png" in messages[0] and "pixels of uint16" in messages[1]
+    tif(tmp_path / "b.tif", ramp(12)[:, :, 0] / np.float32(4095))
+    with data.scaled((0, 4095)):  # of a model
+        assert data.pixel_range == (0, 4095) and "1 of 3 images of more than 8 bits are nearly black" in caplog.text
+    data.pixel_range = (5, 6)
+    with data.scaled((0, 4095)):
+        assert data.pixel_range == (5, 6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rowsperstrip": 7},
+        {"tile": (16, 32)},
+        {"compression": "zlib", "rowsperstrip": 7, "predictor": True},
+        {"compression": "zlib", "tile": (32, 16), "bigtiff": True, "byteorder": ">"},
+    ],
+)
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32", "planes"])
+def test_parts_of_a_large_tiff_are_those_of_the_whole(tmp_path, monkeypatch, options, kind):
+    values = np.random.default_rng(0).integers(0, 256, (70, 90, 3)).astype("uint8" if kind == "planes" else kind)
+    options = {name: value for name, value in options.items() if name != "predictor" or kind != "float32"}
+    if kind == "planes":
+        options, values = options | {"planarconfig": "separate"}, np.moveaxis(values, -1, 0)
+    path = tif(tmp_path / "a.tif", values, photometric="rgb", **options)
+    whole = read_image(path, (0, 255))
+    monkeypatch.setattr(images, "LARGE", 0)
+    image = open_image(path, (0, 255))
+    assert not isinstance(image, np.ndarray) and image.shape == (70, 90, 3) and image.dtype == np.uint8
+    for rows, columns in ((slice(0, 70), slice(0, 90)), (slice(13, 40), slice(17, 80)), (slice(60, 99), slice(89, 90))):
+        np.testing.assert_array_equal(image[rows, columns], whole[rows, columns])
+    np.testing.assert_array_equal(whole, np.moveaxis(values, 0, -1) if kind == "planes" else values)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("damage", ["cut", "no strips", "no size", "bomb", "noise"])
+def test_a_damaged_deep_tiff_is_one_error(tmp_path, damage, compression):
+    path = tif(tmp_path / "a.tif", np.random.default_rng(0).random((64, 64, 3), np.float32), compression=compression)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        tags = file.pages.first.tags
+        if damage == "no strips":
+            tags["StripOffsets"].overwrite(10**9)
+        elif damage == "no size":
+            tags["ImageWidth"].overwrite(0)
+        elif damage == "bomb":
+            tags["ImageWidth"].overwrite(2**31), tags["ImageLength"].overwrite(2**31)
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[: len(content) * 3 // 4])
+    elif damage == "noise":
+        path.write_bytes(content[:4] + content[40:])
+    with pytest.raises(UserError, match=r"a\.tif: ") as error:
+        read_image(path)
+    assert len(str(error.value).split("\n")) == 1
+    with pytest.raises(UserError, match=r"a\.tif: "):
+        open_image(path)[:, :]
+
+
+def test_what_tifffile_needs_another_package_for_says_so(tmp_path):
+    path = tif(tmp_path / "a.tif", ramp(12, 5), photometric="minisblack")
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        file.pages.first.tags["Compression"].overwrite(5)  # LZW, of five bands
+    with pytest.raises(UserError, match=r"a\.tif: cannot be read as an image \(.*LZW.*'imagecodecs'"):
+        read_image(path)
+
+
+def test_a_large_png_has_the_same_pixels(tmp_path, monkeypatch):
+    path = save(GRADIENT, tmp_path / "a.png")
+    monkeypatch.setattr(images, "LARGE", 100)
+    np.testing.assert_array_equal(read_image(path), GRADIENT)
+    monkeypatch.setattr(images, "PNG_DECODER", None)
+    np.testing.assert_array_equal(read_image(path), GRADIENT)
+    truncate(path, 0.8)
+    with pytest.raises(UserError, match=r"a\.png: cannot be read as an image"):
+        read_image(path)
 
 
 # Orientation
