@@ -4,6 +4,7 @@ import argparse
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -35,7 +36,8 @@ SMALL = ["--dataset", "shapes", "--shapes_train", "3", "--shapes_val", "2", "--m
 FLAGS = [*SMALL, "--weights", "none", "--batch_size", "1", "--device", "cpu", "--precision", "fp32", "--workers", "0"]
 FLAGS += ["--log_every", "1", "--recipe", "scratch", "--epochs", "2"]
 # Everything that has a state, and everything that is random.
-LIVELY = ["--ema", "0.9", "--jitter", "64", "96", "--random_crop", "0.5", "--colour_jitter", "0.3"]
+LIVELY = ["--ema", "0.9", "--random_crop", "0.5", "--colour_jitter", "0.3", "--flip", "both", "--rotate90"]
+LIVELY += ["--scale_jitter", "0.5", "1.5", "--max_side", "96"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -209,6 +211,20 @@ def test_two_killed_processes_end_alike(tmp_path):
         kill_and_resume(tmp_path / str(seed), tmp_path / "reference", seconds, *flags, ranks=2)
 
 
+@SLOW
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_balanced_run_that_is_killed_ends_alike(tmp_path, ranks):
+    flags = [*LIVELY, "--shapes_train", "6", "--balance", "1", "--accumulate", "2", "--checkpoint_every", "1"]
+    printed = train_to_end(tmp_path / "reference", *flags, ranks=ranks)
+    size = int(re.search(r"balance 1: 6 images seen as (\d+) an epoch", printed)[1])
+    steps = [entry["step"] for entry in entries_of(tmp_path / "reference") if "step" in entry]
+    assert size > 6 and steps == [*range(1, -(-size // (2 * ranks)) + 1)] * 2
+    jobs, _ = start(tmp_path / "a", *flags, ranks=ranks, change=in_step(len(steps) // 2, send("SIGKILL")))
+    finish(jobs)
+    train_to_end(tmp_path / "a", *flags, "--resume", "auto", ranks=ranks)
+    assert_same_run(tmp_path / "a", tmp_path / "reference")
+
+
 @pytest.mark.parametrize(
     ("name", "status"),
     [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=SLOW), pytest.param("SIGUSR1", 138, marks=SLOW)],
@@ -264,6 +280,16 @@ def test_a_run_with_other_flags_is_not_resumed_and_nothing_is_written(capsys, tm
     assert status == 1 and "Traceback" not in printed.err
     assert "--seed is 1, was 0" in printed.err and "has 4 images, had 3" in printed.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_from_before_a_flag_had_its_default(capsys, tmp_path, reference):
+    content = checkpoint.load(reference[0] / "last.pt")
+    for name in ("balance", "flip", "rotate90", "scale_jitter"):
+        del content["training"]["args"][name]
+    checkpoint.save(tmp_path / "last.pt", content)
+    status, printed = main_quietly(capsys, "--resume", "auto", "--out_dir", tmp_path)
+    assert status == 1 and "--flip is both, was 'horizontal'" in printed.err and "--rotate90 is True" in printed.err
+    assert "--scale_jitter is" in printed.err and "--balance" not in printed.err
 
 
 def test_a_complete_run_is_left_as_it_is(capsys, reference):

@@ -201,12 +201,17 @@ def test_anchor_flags_give_anchors():
 def test_training_transform_is_made_of_the_flags():
     parser = flags.make_parser("test")
     flags.add_augmentation_arguments(parser)
+    flags.add_tile_arguments(parser, training=True)
     parser.set_defaults(min_side=64, max_side=96)
     sample = {"img": gradient(100, 120), "annot": np.array([[10, 10, 60, 60, 0]], dtype=np.float32), "index": 0}
     plain = flags.training_transform(parser.parse_args([]))(sample)
     assert plain["size"] == (64, 77)
     every = ["--jitter", "32", "48", "--random_crop", "0.9", "--colour_jitter", "0.4"]
     assert 32 <= min(flags.training_transform(parser.parse_args(every))(sample)["size"]) <= 48
+    args = parser.parse_args(["--flip", "both", "--rotate90", "--scale_jitter", "0.5", "1.5"])
+    assert {flags.training_transform(args)(sample)["img"].shape for _ in range(5)} == {(96, 96, 3)}
+    *_, augmenter, jitter = flags.training_transform(args).transforms
+    assert len(augmenter.flips) == 2 and augmenter.rotate90 and (jitter.low, jitter.high) == (0.5, 1.5)
 
 
 def test_validation_shapes_are_never_trained_on():

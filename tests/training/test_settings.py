@@ -56,3 +56,27 @@ def test_every_flag_is_in_the_file():
     written = json.loads(json.dumps(resolve("--ema", "0.5").as_dict()))
     assert written.keys() == vars(train.parse_arguments(FLAGS)).keys() | {"global_batch"}
     assert (written["ema"], written["shapes_train"], written["out_dir"]) == (0.5, 400, "runs/train")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--scale_jitter", "2", "0.1"], "--scale_jitter 2 0.1 must rise"),
+        (["--scale_jitter", "0.1", "2", "--jitter", "400", "600"], "--jitter and --scale_jitter both draw the size"),
+        (["--jitter", "600", "400"], "--jitter 600 400 must rise, and end at --max_side 1333"),
+        (["--scale_jitter", "0.001", "2"], "--scale_jitter must be from 0.01 to 100"),
+        (["--balance", "1.5"], "--balance must be from 1e-06 to 1"),
+        (["--flip", "sideways"], "invalid choice: 'sideways'"),
+    ],
+)
+def test_augmentation_that_contradicts_itself_is_a_usage_error(capsys, flags, message):
+    with pytest.raises(SystemExit) as error:
+        resolve("--max_side", "1333", *flags)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_augmentation_is_part_of_a_run():
+    settings = resolve("--flip", "both", "--rotate90", "--scale_jitter", "0.1", "2", "--balance", "0.01").as_dict()
+    expected = {"flip": "both", "rotate90": True, "scale_jitter": [0.1, 2.0], "balance": 0.01}
+    assert settings.items() >= expected.items()
+    assert resolve("--recipe", "modern", "--scale_jitter", "0.1", "2").jitter is None
