@@ -78,6 +78,16 @@ def draw_frame(image: np.ndarray, found: Detections, names: Sequence[str], of_vi
     return draw_boxes(image, boxes, labels, captions, class_names=names)
 
 
+def describe(frame: Frame, found: Detections, names: Sequence[str], of_video: bool) -> dict[str, Any]:
+    """What detections.json says of an image or of a frame; boxes are xyxy, pixels of it."""
+    entry = dict(zip(("height", "width"), frame.image.shape, strict=False))
+    if of_video:
+        entry |= {"frame": frame.number, "seconds": round(float(frame.seconds), 6)}
+    rows = zip(*(values.tolist() for values in found), strict=True)
+    detections = [{"class": names[label], "label": label, "score": score, "box": box} for score, label, box in rows]
+    return entry | {"detections": detections}
+
+
 def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any], device: torch.device) -> None:
     """Detect on the images and videos of `--images`: each is drawn, and all detections are in detections.json.
 
@@ -108,6 +118,7 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
     limits = inference.detection_limits(info, flags.given_limits(args), for_use=True)
     found = inference.detect_images(net, load(), resizer, args.batch_size, precision, tiling, **limits)
     results = ((*read.popleft(), detections) for _, detections in found)
+    limit = limits["max_detections"]
     head, counts = {"model": args.model, "class_names": names, **limits}, collections.Counter()
     with detections_json(folder / "detections.json", head, failures) as add_entry:
         for (path, target, video), frames in itertools.groupby(results, key=lambda result: result[:3]):
@@ -116,28 +127,23 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
                 for *_, frame, detections in frames:
                     image, scale = overview(frame.image, DRAWN_SIDE)
                     picture = draw_frame(image, detections._replace(boxes=detections.boxes * scale), names, bool(video))
-                    height, width = frame.image.shape[:2]
-                    entry = {"file": str(path), "picture": str(target), "height": height, "width": width}
                     if video:
                         writer.write(picture, frame.seconds)
-                        entry |= {"frame": frame.number, "seconds": round(float(frame.seconds), 6)}
                     else:
                         save_image(picture, target)
-                    entry["detections"] = [
-                        {"class": names[label], "label": label, "score": score, "box": box}
-                        for score, label, box in zip(*(values.tolist() for values in detections), strict=True)
-                    ]
-                    add_entry(entry)
-                    table.append((f"{path}#{frame.number}" if video else str(path), detections))
-                    counts.update(image=not video, frame=bool(video), detection=len(detections.scores))
+                    source = {"file": str(path), "picture": str(target)}
+                    add_entry(source | describe(frame, detections, names, bool(video)))
+                    if args.save_csv:
+                        table.append((f"{path}#{frame.number}" if video else str(path), detections))
+                    number = len(detections.scores)
+                    counts.update(image=not video, frame=bool(video), detection=number, full=number == limit)
             counts["video"] += bool(video)
     kinds = [kind for kind in ("image", "video", "frame") if counts[kind]] or ["image"]
     log.info("%s: %s", ", ".join(counted(counts[kind], kind) for kind in [*kinds, "detection"]), folder)
     if args.save_csv:
         write_csv(args.save_csv, table, names)
-    limit = limits["max_detections"]
-    if full := sum(len(found.scores) == limit for _, found in table):
+    if counts["full"]:
         text = "warning: %s with %d detections, as many as --max_detections allows: there may be more objects"
-        log.warning(text, counted(full, "image"), limit)
+        log.warning(text, counted(counts["full"], "image"), limit)
     if failures:
         raise UserError(f"{len(failures)} of {counted(len(files), 'file')} skipped:\n" + "\n".join(failures))
