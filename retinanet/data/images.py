@@ -104,6 +104,8 @@ def _open(path: str | Path, pixel_limit: float | None, whole: bool = False) -> I
             if pixel_limit and width * height > pixel_limit * 1e6:
                 message = f"has {width} x {height} pixels, more than the limit of {pixel_limit:g} million"
                 raise FileError(str(path), f"{message}; --pixel_limit {-(-width * height // 10**6)} allows it")
+            if pixel_limit and Image.MAX_IMAGE_PIXELS and width * height > 2 * Image.MAX_IMAGE_PIXELS:
+                Image.MAX_IMAGE_PIXELS = width * height  # Pillow has a limit of its own, which this image may exceed
             yield raw or image
     except FileError:
         raise
@@ -141,7 +143,8 @@ def _open_raw(image: Image.Image | None, file: BinaryIO, path: str | Path) -> Ra
     if image is not None and image.format != "TIFF":
         return (found := _deep_pixels(image, file)) and RawImage(*found)
     if image is not None and max(image.tag_v2.get(BITS, (1,))) <= 8 and max(image.tag_v2.get(NUMBER_KIND, (1,))) == 1:
-        return None
+        raw = open_tiff(path, None) if image.width * image.height > LARGE else None
+        return raw if raw and raw.by_parts and raw.orientation == 1 else None
     file.seek(0)
     if image is None and file.read(4) not in TIFF_STARTS:
         raise UnidentifiedImageError
@@ -268,10 +271,8 @@ def open_image(
         with `shape` [H, W, 3] that gives the same when sliced by rows and columns, and decodes no more than that.
     """
     with _open(path, pixel_limit) as image:
-        large = math.prod(image.shape[:2] if isinstance(image, RawImage) else image.size) > LARGE
-        if large and not isinstance(image, RawImage) and image.format == "TIFF":
-            image = open_tiff(path, None)
-        if large and isinstance(image, RawImage) and image.by_parts and image.orientation == 1:
+        is_raw = isinstance(image, RawImage)
+        if is_raw and image.by_parts and image.orientation == 1 and math.prod(image.shape[:2]) > LARGE:
             image.pixel_range = pixel_range
             return image
     return read_image(path, pixel_range, pixel_limit)

@@ -37,7 +37,9 @@ class Pixels:
         self.separate, self.samples = planes > 1, samples
         rows = page.rowsperstrip or height
         self.segment = (page.tilelength, page.tilewidth) if page.is_tiled else (min(rows, height), width)
-        self.tiled, self.deflated, self.differences = page.is_tiled, page.compression in DEFLATE, page.predictor == 2
+        self.tiled, self.deflated = page.is_tiled, page.compression in DEFLATE
+        self.differences = self.deflated and page.predictor == 2
+        self.file_size = page.parent.filehandle.size
         self.offsets, self.counts = page.dataoffsets, page.databytecounts
         down, across = (-(-length // side) for length, side in zip((height, width), self.segment, strict=True))
         self.across, self.number = across, down * across
@@ -74,8 +76,10 @@ class Pixels:
         if not self.counts[index]:  # left out, because nothing is in it
             return np.zeros((stop - start, width, self.samples), dtype=self.dtype)
         if not self.deflated:
-            file.seek(self.offsets[index] + start * row)
-            return self._decode(file.read((stop - start) * row), stop - start)
+            if self.offsets[index] + stop * row > self.file_size:
+                raise ValueError("image file is truncated")
+            shape = stop - start, width, self.samples  # not read: the slice may be narrow
+            return np.memmap(file, self.stored, "r", self.offsets[index] + start * row, shape)
         if index not in self._cache:
             file.seek(self.offsets[index])
             data = file.read(self.counts[index])
