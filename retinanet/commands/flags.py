@@ -75,7 +75,7 @@ class _PixelRange(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
         try:
-            chosen = None if values == ["auto"] else checked_range(list(map(float, values)))
+            chosen = None if values == ["auto"] else checked_range(values)
         except ValueError:
             text = f"must be auto, or two numbers of which the second is larger, not {' '.join(values)[:100]}"
             parser.error(f"argument --pixel_range: {text}")

@@ -5,11 +5,14 @@ declare, else what their values are: from the 0.1th to the 99.9th percentile of 
 darkest pixels, so that a defect of the sensor does not decide.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from retinanet.errors import shown
 
 PixelRange = tuple[float, float]  # the values that become black and white
 
@@ -24,10 +27,11 @@ STRIP = 2**22  # pixels that are scaled at once
 
 def checked_range(values: Sequence[float]) -> PixelRange:
     """Two rising numbers, or a ValueError."""
-    low, high = map(float, values)
-    if not -HUGE <= low < high <= HUGE:
-        raise ValueError(f"a pixel range must be two numbers, of which the second is larger, not {low:g} and {high:g}")
-    return low, high
+    with contextlib.suppress(TypeError, ValueError):
+        low, high = map(float, values)
+        if -HUGE <= low < high <= HUGE:
+            return low, high
+    raise ValueError(f"a pixel range must be two numbers, of which the second is larger, not {shown(values)}")
 
 
 class Sample(NamedTuple):

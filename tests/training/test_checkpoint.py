@@ -183,6 +183,10 @@ def test_a_model_comes_back_with_all_that_describes_it(net, saved):
         "max_side": 96,
         "limits": checkpoint.LIMITS,
         "score_thresholds": {},
+        "pixel_range": None,
+        "tile": None,
+        "tile_overlap": 0.25,
+        "path": str(path),
         "epoch": 7,
     }
     assert again.num_classes == 2 and again.anchors.settings() == net.anchors.settings()
