@@ -50,7 +50,7 @@ KINDS = {
     "both": ("Wrong class, badly placed", "The box overlaps an object of another class, and not enough either."),
     "duplicate": ("Duplicate", "A better detection has already found this object."),
     "background": (
-        "Nothing there",
+        "Nothing annotated",
         "It overlaps no annotated object: a false alarm, or an annotation is missing.",
     ),
     "missed": ("Never found", "No detection, however low its score, found this object or came close to it."),
