@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import operator
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -282,11 +283,11 @@ def detect(
             seen["shape"] = tuple(batch["img"].shape)
             detections = detect_batch(model, batch, device, precision, **limits)
             if "tile" in batch:
-                tiled.setdefault(batch["index"][0], []).extend(zip(batch["tile"], detections, strict=True))
+                tiled.setdefault(batch["index"][0], _TileDetections()).add(batch["tile"], detections)
             else:
                 found |= zip(batch["index"], detections, strict=True)
             seen.clear()
-    found |= {index: merge_tiles(parts, **limits) for index, parts in tiled.items()}
+    found |= {index: parts.merge(**limits) for index, parts in tiled.items()}
     return {index: one for share in gather_objects(found) for index, one in share.items()}
 
 
@@ -312,39 +313,49 @@ def detect_batch(
     ]
 
 
-def merge_tiles(
-    parts: Sequence[tuple[np.ndarray, Detections]],
-    nms_threshold: float = NMS_THRESHOLD,
-    max_detections: int | None = MAX_DETECTIONS,
-    **_: Any,
-) -> Detections:
-    """The Detections of an image from those of its tiles.
+class _TileDetections:
+    """What is found in the tiles of one image, row by row, until it is merged.
 
-    Boxes that the borders of tiles cut are joined or dropped, then NMS within each class finds repeated ones. The
-    limits are those of `detect`: `top_k` was applied to each tile, `max_detections` is applied to the image.
-
-    Args:
-        parts: of each tile [4] xyxy, pixels of the image, row by row, the Detections in its pixels.
+    It is kept in one block, because small tensors of every batch would lie scattered through the memory that large
+    batches need again.
     """
-    tiles = torch.from_numpy(np.stack([tile for tile, _ in parts])).float()
-    tile_index = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(found.scores) for _, found in parts]))
-    scores, labels, boxes = (torch.cat(column) for column in zip(*(found for _, found in parts), strict=True))
-    boxes = boxes + tiles[tile_index, :2].repeat(1, 2)
-    scores, labels, boxes = merge_cut_boxes(scores, labels, boxes, tile_index, tiles)
-    kept = batched_nms(boxes, scores, labels, nms_threshold)[:max_detections]
-    return Detections(scores[kept], labels[kept], boxes[kept])
+
+    def __init__(self):
+        self.tiles: list[list[int]] = []
+        self.rows = array("f")  # tile, score, label, x1, y1, x2, y2 of each detection, pixels of its tile
+
+    def add(self, tiles: np.ndarray, found: Sequence[Detections]) -> None:
+        """Add the detections in some tiles, [B, 4] xyxy, pixels of the image."""
+        for tile, (scores, labels, boxes) in zip(tiles.tolist(), found, strict=True):
+            first = torch.stack([torch.full_like(scores, len(self.tiles)), scores, labels.float()], dim=1)
+            self.rows.frombytes(torch.cat([first, boxes], dim=1).numpy().tobytes())
+            self.tiles.append(tile)
+
+    def merge(
+        self, nms_threshold: float = NMS_THRESHOLD, max_detections: int | None = MAX_DETECTIONS, **_: Any
+    ) -> Detections:
+        """The Detections of the image: cut boxes are joined or dropped, then NMS within each class finds repeated ones.
+
+        The limits are those of `detect`: `top_k` was applied to each tile, `max_detections` is applied to the image.
+        """
+        rows = torch.tensor(self.rows).reshape(-1, 7)
+        tiles, tile_index = torch.tensor(self.tiles).float(), rows[:, 0].long()
+        boxes = rows[:, 3:] + tiles[tile_index, :2].repeat(1, 2)
+        scores, labels, boxes = merge_cut_boxes(rows[:, 1], rows[:, 2].long(), boxes, tile_index, tiles)
+        kept = batched_nms(boxes, scores, labels, nms_threshold)[:max_detections]
+        return Detections(scores[kept], labels[kept], boxes[kept])
 
 
 def _detect_tiles(
     net: RetinaNet, image: np.ndarray, tiling: Tiling, batch_size: int, precision: torch.dtype, **limits: Any
 ) -> Detections:
     """Run a detector over the tiles of one image."""
-    parts, device = [], next(net.parameters()).device
+    found, device = _TileDetections(), next(net.parameters()).device
     total = -(-tiling.count(*image.shape[:2]) // batch_size)
     for batch in progress(tiling.batches(image, batch_size), "tiles", total):
         with _evaluation_mode(net):
-            parts += zip(batch["tile"], detect_batch(net, batch, device, precision, **limits), strict=True)
-    return merge_tiles(parts, **limits)
+            found.add(batch["tile"], detect_batch(net, batch, device, precision, **limits))
+    return found.merge(**limits)
 
 
 def detect_images(
