@@ -14,11 +14,12 @@ from retinanet.anchors import Anchors
 from retinanet.data.checks import leave_out_bad_images
 from retinanet.data.classes import placeholder_names
 from retinanet.data.coco import CocoDataset
-from retinanet.data.csv import CSVDataset, read_boxes
+from retinanet.data.csv import CSVDataset
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import PIXEL_LIMIT
 from retinanet.data.pixels import checked_range
 from retinanet.data.report import Report
+from retinanet.data.tables import read_table
 from retinanet.data.tiles import BACKGROUND, OVERLAP, RandomTile
 from retinanet.data.transforms import FLIPS, Augmenter, ColourJitter, LargeScaleJitter, RandomCrop, Resizer, ScaleJitter
 from retinanet.data.voc import VOCDataset
@@ -303,7 +304,7 @@ def make_dataset(
         if class_names == placeholder_names(len(class_names or ())):
             class_names = None
         if path and split == "val" and train_path and not (args.csv_classes or class_names):
-            class_names = read_boxes(Path(train_path), None, Report()).class_names
+            class_names = read_table(Path(train_path), Report()).class_names()
         dataset = CSVDataset(path, args.csv_classes, transform, class_names, report) if path else None
     else:
         from retinanet.data.shapes import ShapesDataset  # scikit-image takes long to import

@@ -8,7 +8,7 @@ import contextlib
 import csv
 import hashlib
 import os
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,8 +16,8 @@ import numpy as np
 
 from retinanet.data.classes import class_difference
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.images import ImageHeader, missing_folder, read_header, read_image
-from retinanet.data.placing import exceeds, overhang, place_boxes, some_images
+from retinanet.data.images import ImageHeader, evenly, missing_folder, read_header, read_image
+from retinanet.data.placing import SOME_IMAGES, exceeds, overhang, place_boxes
 from retinanet.data.report import CLIPPED, DROPPED, MIN_SIDE, SKIPPED, WARNED, FileError, Report, counted
 from retinanet.errors import UserError, output_file, shown
 from retinanet.process import from_main_process, is_main_process, log, progress
@@ -73,42 +73,38 @@ def compare_sets(train_set: DetectionDataset, val_set: DetectionDataset, same_co
     if difference := class_difference("the training set", names, "the validation set", val_names):
         report.add("different classes", val_set.source, difference)
     seen = {key: index for index, key in _keys(train_set, same_content)}
-    both = [(seen[key], index) for index, key in _keys(val_set, same_content) if key in seen]
+    both = [(index, seen[key]) for index, key in _keys(val_set, same_content) if key in seen]
     if both:
         verb = "is" if len(both) == 1 else "are"
         share = f"{len(both):,} of {counted(len(val_set), 'image')} of the validation set {verb} also trained on"
         report.add("leak", val_set.source, share, count=0)
-    _report_pairs("leak", "is trained on, too:", both, train_set, val_set, report)
+    for index, other in both:
+        message = f"{shown(str(val_set.image_files[index]))} is trained on, too: {train_set.image_name(other)}"
+        report.add("leak", val_set.image_name(index), message)
 
 
 def _check_repeated(dataset: DetectionDataset, report: Report) -> None:
     """Report images that are listed under two names: the boxes of one are background of the other."""
     first: dict[Hashable, int] = {}
-    pairs = [(first[key], index) for index, key in _keys(dataset, False) if first.setdefault(key, index) != index]
-    _report_pairs("repeated image", "repeats", pairs, dataset, dataset, report)
-
-
-def _report_pairs(
-    kind: str, verb: str, pairs: Sequence, first: DetectionDataset, second: DetectionDataset, report: Report
-) -> None:
-    def explain(pair: tuple[int, int]) -> str:
-        return f"{shown(str(second.image_files[pair[1]]))} {verb} {first.image_name(pair[0])}"
-
-    report.add_rows(kind, pairs, lambda pair: second.image_name(pair[1]), explain)
+    for index, key in _keys(dataset, False):
+        if (other := first.setdefault(key, index)) != index:
+            message = f"{shown(str(dataset.image_files[index]))} repeats {dataset.image_name(other)}"
+            report.add("repeated image", dataset.image_name(index), message)
 
 
 def _keys(dataset: DetectionDataset, same_content: bool) -> Iterator[tuple[int, Hashable]]:
     """Index of each image whose file exists, and what distinguishes it: the file behind all links, or its content."""
     for index in range(len(dataset) if dataset.in_files else 0):
-        path = dataset.find_image(index)
         with contextlib.suppress(OSError):  # reported as unreadable
-            if path is not None and same_content:
+            if (path := dataset.find_image(index)) is None:
+                continue
+            if same_content:
                 digest = hashlib.blake2b()
                 with open(path, "rb") as file:
                     while block := file.read(2**20):
                         digest.update(block)
                 yield index, digest.digest()
-            elif path is not None:
+            else:
                 status = os.stat(path)  # noqa: PTH116, pathlib takes several times as long
                 yield index, (status.st_dev, status.st_ino)
 
@@ -141,17 +137,17 @@ def write_skipped(folder: Path | None, datasets: Iterable[DetectionDataset | Non
     log.warning("%s left out; %s", what, listed)
 
 
-def _look_at(dataset: DetectionDataset, index: int, header: bool, pixels: bool) -> tuple[str, str, ImageHeader | None]:
-    """The kind of what is wrong with an image, why, and its header, if that is wanted."""
-    path = dataset.find_image(index)
-    if path is None:
-        return "missing image", "", None
+def _look_at(dataset: DetectionDataset, index: int, header: bool, pixels: bool) -> tuple[str, str, ImageHeader]:
+    """The kind of what is wrong with an image, why, and its header; zeros where that is not read."""
+    unknown = ImageHeader(0, 0, 1)
+    if (path := dataset.find_image(index)) is None:
+        return "missing image", "", unknown
     try:
-        found = read_header(path, dataset.pixel_limit) if header else None
+        found = read_header(path, dataset.pixel_limit) if header else unknown
         if pixels:
             read_image(path, dataset.pixel_range, dataset.pixel_limit)
     except FileError as error:
-        return "unreadable image", str(error), None
+        return "unreadable image", str(error), unknown
     return "", "", found
 
 
@@ -160,26 +156,22 @@ def _check_images(dataset: DetectionDataset, depth: str, workers: int, report: R
     number, pixels = len(dataset), depth == "decode"
     wanted = np.full(number, depth != "none") & ~(dataset.headers_read & (not pixels))  # headers
     if depth == "quick":
-        wanted &= ~dataset.known_sizes.all(axis=1) | np.isin(np.arange(number), some_images(number))
+        wanted &= ~dataset.known_sizes.all(axis=1) | np.isin(np.arange(number), evenly(range(number), SOME_IMAGES))
     looks = []
     if is_main_process():  # Only decoding gains from threads: the rest is Python.
         with ThreadPoolExecutor(max(workers, 1) if pixels else 1) as pool:
             looks = pool.map(lambda index: _look_at(dataset, index, wanted[index], pixels), range(number))
             looks = list(progress(looks, "checking images", number))
     looks = from_main_process(looks)
-    sizes, orientations = np.zeros((number, 2), dtype=np.int64), np.ones(number, dtype=np.int64)
-    for index, (_, _, header) in enumerate(looks):
-        if header is not None:
-            *sizes[index], orientations[index] = header
-    place_boxes(dataset, sizes, orientations)
+    headers = np.array([header for *_, header in looks], dtype=np.int64).reshape(-1, 3)
+    place_boxes(dataset, headers[:, :2], headers[:, 2])
     kinds = np.array([kind for kind, *_ in looks], dtype=object)
 
     def folder(index: int) -> str | None:
         return missing_folder(dataset.expected_path(index)) or None
 
-    missing, unreadable = (np.flatnonzero(kinds == kind) for kind in ("missing image", "unreadable image"))
-    report.add_rows("missing image", missing, dataset.image_name, dataset.explain_missing, folder)
-    report.add_rows("unreadable image", unreadable, dataset.image_name, lambda index: looks[index][1])
+    report.add_rows("missing image", kinds == "missing image", dataset.image_name, dataset.explain_missing, folder)
+    report.add_rows("unreadable image", kinds == "unreadable image", dataset.image_name, lambda index: looks[index][1])
     return kinds != ""
 
 

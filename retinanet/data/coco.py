@@ -1,10 +1,14 @@
-"""COCO's annotation file: the data set that it describes, and its content for any data set.
+"""COCO's annotation file: the data set that it describes.
 
-Parsing the JSON takes nearly all the time. Its annotations are then read as columns; each one is looked at alone
-only where a column does not hold what it should.
+    {"images":      [{"id": 7, "file_name": "a.jpg", "height": 480, "width": 640}, ...],
+     "categories":  [{"id": 3, "name": "car"}, ...],
+     "annotations": [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [x, y, width, height],
+                      "area": 1200.0, "iscrowd": 0}, ...]}
+
+Parsing the JSON takes nearly all the time. Annotations are then read as columns; only where a column holds something
+unexpected are they checked one by one.
 """
 
-import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +25,7 @@ from retinanet.data.report import Report
 from retinanet.errors import UserError, shown
 from retinanet.process import log
 
-# Where the annotation file of a set may lie, and its images: the first of the folders that has one of them.
+# Where a set's annotation file may be, and its images: in the first of the folders that has one of them.
 ROBOFLOW = "_annotations.coco.json"
 FILES = ("annotations/instances_{}.json", "annotations/{}.json", f"{{}}/{ROBOFLOW}", "{}.json")
 IMAGE_FOLDERS = ("images/{}", "{}", "images", ".")
@@ -60,39 +64,50 @@ class CocoDataset(DetectionDataset):
         self.set_name = set_name
         report = report or Report()
         self.annotation_file, name = _find_file(self.root_dir, set_name, report)
-        images, categories, self._truth = read_coco(self.annotation_file, report)
+        images, categories, truth = read_coco(self.annotation_file, report)
         folders = [str(self.root_dir / place.format(name)) for place in IMAGE_FOLDERS]
         some = [image["file_name"] for image in images[:20]]
         places = (folder for folder in folders for file in some if os.path.isfile(f"{folder}/{file}"))  # noqa: PTH113
-        self.image_folder = next(places, None) or next(filter(os.path.isdir, folders), folders[0])
+        self.image_folders = (next(places, None) or next(filter(os.path.isdir, folders), folders[0]),)
         if crowds_are_objects:
-            self._truth.is_crowd[:] = False
-        _report_crowds(self.annotation_file, self._truth, images, report)
-        boxes = self._truth.boxes_xywh
+            truth.is_crowd[:] = False
+        # Boxes that are not finite or inverted are left out of evaluation, too, where they are not fatal.
         with np.errstate(all="ignore"):
-            corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-            # Where other boxes are not fatal, evaluation must not meet them either.
-            sound = np.isfinite(corners).all(axis=1) & (corners[:, 2:] >= corners[:, :2]).all(axis=1)
+            corners, (widths, heights) = truth.corners(), truth.boxes_xywh[:, 2:].T
+        self._truth = truth
         super().__init__(
             [image["file_name"] for image in images],
-            np.column_stack([corners, self._truth.labels]),
-            self._truth.image_index,
+            np.column_stack([corners, truth.labels]),
+            truth.image_index,
             [category["name"] for category in categories],
             transform,
-            self._truth.is_crowd,
-            self._truth.ids,
+            truth.is_crowd,
+            truth.ids,
             report,
             self.annotation_file,
             _declared_sizes(self.annotation_file, images, report),
             [image["id"] for image in images],
         )
-        self._truth = self._truth.select(sound)
+        self._report_crowds()
+        self._truth = truth.select(np.isfinite(corners).all(axis=1) & (widths >= 0) & (heights >= 0))
         self.coco_labels = {label: category["id"] for label, category in enumerate(categories)}
         self.coco_labels_inverse = {category_id: label for label, category_id in self.coco_labels.items()}
 
-    def image_path(self, index: int) -> str:
-        """The image's file."""
-        return os.path.join(self.image_folder, str(self.image_files[index]))  # noqa: PTH118, faster than pathlib
+    def _report_crowds(self) -> None:
+        """Report images that have only crowds, and so many crowds that they are probably objects."""
+        index, is_crowd = self._truth.image_index, self._truth.is_crowd
+        if (crowds := int(is_crowd.sum())) > MANY_CROWDS * len(is_crowd):
+            message = (
+                f"{crowds:,} of {len(is_crowd):,} annotations are crowds (iscrowd 1), on which nothing is trained; "
+                "CVAT and others mark masks so: --crowds_are_objects takes them as objects"
+            )
+            self.report.add("crowds", self.source, message)
+        crowd_only = np.setdiff1d(index[is_crowd], index[~is_crowd])
+
+        def explain(image: int) -> str:
+            return f"{shown(str(self.image_files[image]))} has crowds only, and is trained on as empty"
+
+        self.report.add_rows("crowd-only image", crowd_only, self.image_name, explain, cause="")
 
     def image_name(self, index: int) -> str:
         """The annotation file and the image's id."""
@@ -103,14 +118,14 @@ class CocoDataset(DetectionDataset):
         return self._truth.boxes_xywh[row]
 
     def ground_truth(self) -> GroundTruth:
-        """The annotations as the file has them, with those that training drops, moved as those of training are."""
+        """The file's annotations, those that training drops included, moved as those of training are."""
         truth = self._truth
         if "annotation ids" in self.report.counts:
             truth = truth._replace(ids=np.arange(1, len(truth.ids) + 1))
         if self.affine is None:
             return truth
-        affine, boxes = self.affine[truth.image_index], truth.boxes_xywh
-        corners = move(np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]), affine)
+        affine = self.affine[truth.image_index]
+        corners = move(truth.corners(), affine)
         areas = truth.areas * np.abs(np.linalg.det(affine[:, :, :2]))
         return truth._replace(boxes_xywh=np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]), areas=areas)
 
@@ -155,10 +170,11 @@ def read_coco(path: Path, report: Report) -> tuple[list[dict], list[dict], Groun
             raise UserError(f"{path}: has no list named `{name}`, so it is not a COCO annotation file")
         if name != "annotations" and not content[name]:
             raise UserError(f"{path}: its list `{name}` is empty")
-    good = {name: _good_entries(path, content[name], name, report) for name in ("images", "categories")}
-    for entry in itertools.chain(*good.values()):
-        entry["id"] = int(entry["id"])
-    images, categories = (sorted(entries, key=lambda entry: entry["id"]) for entries in good.values())
+    images, categories = (_good_entries(path, content[name], name, report) for name in ("images", "categories"))
+    for entries in (images, categories):
+        entries.sort(key=lambda entry: entry["id"])
+        for entry in entries:
+            entry["id"] = int(entry["id"])
     for kind, what, entries, key in (
         ("duplicate image id", "image id", images, "id"),
         ("class list", "category id", categories, "id"),
@@ -167,22 +183,29 @@ def read_coco(path: Path, report: Report) -> tuple[list[dict], list[dict], Groun
         ids: dict[Any, list[int]] = {}
         for entry in entries:
             ids.setdefault(entry[key], []).append(entry["id"])
-        repeated = [value for value, same in ids.items() if len(same) > 1]
-        report.add_rows(
-            *(kind, repeated, lambda value, what=what: f"{path}: {what} {shown(value)}"),
-            lambda value, ids=ids: f"is repeated: it has the ids {shown(ids[value])}",
-        )
+        for value, same in ids.items():
+            if len(same) > 1:
+                report.add(kind, f"{path}: {what} {shown(value)}", f"is repeated: it has the ids {shown(same)}")
     if not (images and categories):
         report.raise_errors()
-        raise UserError(f"{path}: has no image, or no category, that is as it must be")
+        raise UserError(f"{path}: has no valid image, or no valid category")
     truth = from_coco(content["annotations"])
     if truth is None:
         truth = from_coco(_good_entries(path, content["annotations"], "annotations", report))
     # Roboflow's first category is the name of all of them together.
     if path.name == ROBOFLOW and len(categories) > 1 and categories[0]["id"] == 0 and truth.labels.all():
         log.info("%s: category %s, which has no boxes, is left out", path, shown(categories.pop(0)["name"]))
-    truth = _resolve_ids(path, truth, images, categories, report)
-    return images, categories, check_areas(path, truth, report)
+
+    def where(row: int) -> str:
+        return f"{path}: annotation {truth.ids[row]}"
+
+    _, first, counts = np.unique(truth.ids, return_index=True, return_counts=True)
+    unusable = first[(counts > 1) | (truth.ids[first] == 0)]  # pycocotools confuses them, and takes 0 for none
+    report.add_rows("annotation ids", unusable, where, "the id is 0 or repeated; evaluation renumbers all")
+    image_index = _find_ids("unknown image", "image", truth.image_index, images, where, report)
+    labels = _find_ids("unknown class", "category", truth.labels, categories, where, report)
+    found = truth._replace(image_index=image_index, labels=labels).select((image_index >= 0) & (labels >= 0))
+    return images, categories, check_areas(path, found, report)
 
 
 def _is_id(value: Any) -> bool:
@@ -222,73 +245,38 @@ def _good_entries(path: Path, entries: list[Any], name: str, report: Report) -> 
         if not isinstance(entry, dict):
             report.add("bad entry", where, f"is {shown(entry)}, not an object")
             continue
-        if name == "annotations" and _is_id(entry.get("id")):
-            where = f"{path}: annotation {entry['id']}"
         faults = [
             f"needs {key}, {wanted}" if key not in entry else f"{key} {shown(entry[key])} is not {wanted}"
             for key, (is_good, wanted) in ENTRY_CHECKS[name].items()
             if not is_good(entry.get(key))
         ]
-        if faults:
-            report.add("bad entry", where, "; ".join(faults))
-        else:
+        if not faults:
             good.append(entry)
+        else:
+            has_id = name == "annotations" and _is_id(entry.get("id"))
+            report.add("bad entry", f"{path}: annotation {entry['id']}" if has_id else where, "; ".join(faults))
     return good
 
 
-def _resolve_ids(
-    path: Path, truth: GroundTruth, images: list[dict], categories: list[dict], report: Report
-) -> GroundTruth:
-    """Put positions and labels in place of the ids of images and categories."""
-
-    def where(row: int) -> str:
-        return f"{path}: annotation {truth.ids[row]}"
-
-    found, known = [], np.ones(len(truth.ids), dtype=bool)
-    for kind, what, wanted, entries in (
-        ("unknown image", "image", truth.image_index, images),
-        ("unknown class", "category", truth.labels, categories),
-    ):
-        ids = np.array([entry["id"] for entry in entries])
-        found.append(np.searchsorted(ids, wanted).clip(max=len(ids) - 1))
-        unknown = ids[found[-1]] != wanted
-        known &= ~unknown
-        report.add_rows(
-            *(kind, np.flatnonzero(unknown), where),
-            lambda row, what=what, wanted=wanted: f"{what} {wanted[row]} does not exist",
-            lambda row, wanted=wanted: int(wanted[row]),
-        )
-    _, first, counts = np.unique(truth.ids, return_index=True, return_counts=True)
-    unusable = first[(counts > 1) | (truth.ids[first] == 0)]  # pycocotools confuses them, and takes 0 for none
-    report.add_rows("annotation ids", unusable, where, "the id is 0 or repeated; evaluation renumbers all")
-    return truth._replace(image_index=found[0], labels=found[1]).select(known)
-
-
-def _report_crowds(path: Path, truth: GroundTruth, images: list[dict], report: Report) -> None:
-    """Report images of crowds alone, and so many crowds that they must be objects."""
-    crowds = int(truth.is_crowd.sum())
-    if crowds > MANY_CROWDS * len(truth.ids):
-        message = (
-            f"{crowds:,} of {len(truth.ids):,} annotations are crowds (iscrowd 1), on which nothing is trained; "
-            "CVAT and others mark masks so: --crowds_are_objects takes them as objects"
-        )
-        report.add("crowds", str(path), message)
-    crowd_only = np.setdiff1d(truth.image_index[truth.is_crowd], truth.image_index[~truth.is_crowd])
-    report.add_rows(
-        *("crowd-only image", crowd_only),
-        lambda index: f"{path}: image {images[index]['id']}",
-        lambda index: f"{shown(images[index]['file_name'])} has crowds only, and is trained on as empty",
-        "",
-    )
+def _find_ids(
+    kind: str, what: str, ids: np.ndarray, entries: list[dict], where: Callable[[int], str], report: Report
+) -> np.ndarray:
+    """The position of each id among entries that are sorted by theirs; -1, which is reported, where it has none."""
+    known = np.array([entry["id"] for entry in entries])
+    found = np.searchsorted(known, ids).clip(max=len(known) - 1)
+    found[known[found] != ids] = -1
+    message = f"{what} {{}} does not exist"
+    report.add_rows(kind, found < 0, where, lambda row: message.format(ids[row]), lambda row: int(ids[row]))
+    return found
 
 
 def _declared_sizes(path: Path, images: list[dict], report: Report) -> np.ndarray:
-    """[I, 2] height and width, 0 where an image declares none, or one that cannot be."""
+    """[I, 2] height and width, 0 where an image declares none, or an invalid one."""
     sizes = [(image.get("height"), image.get("width")) for image in images]
-    good = [all(_is_id(side) and 0 < side < 2**31 for side in size) for size in sizes]
-    bad = [index for index, is_good in enumerate(good) if not is_good and sizes[index] != (None, None)]
-    report.add_rows(
-        *("declared size", bad, lambda index: f"{path}: image {images[index]['id']}"),
-        lambda index: f"height and width {shown(sizes[index])} are invalid; the image file's count",
-    )
-    return np.array([size if is_good else (0, 0) for size, is_good in zip(sizes, good, strict=True)]).astype(np.int64)
+    for index, size in enumerate(sizes):
+        if not all(_is_id(side) and 0 < side < 2**31 for side in size):
+            sizes[index] = (0, 0)
+            if size != (None, None):
+                message = f"height and width {shown(size)} are invalid; those of the image file are used"
+                report.add("declared size", f"{path}: image {images[index]['id']}", message)
+    return np.array(sizes).astype(np.int64)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,10 @@ class GroundTruth(NamedTuple):
         """Those of some indices, or of a mask."""
         return GroundTruth(*(column[chosen] for column in self))
 
+    def corners(self) -> np.ndarray:
+        """[N, 4] float64 (x1, y1, x2, y2)."""
+        return np.hstack([self.boxes_xywh[:, :2], self.boxes_xywh[:, :2] + self.boxes_xywh[:, 2:]])
+
 
 def coco_content(dataset: "DetectionDataset", file_names: Sequence[str] | None = None) -> dict[str, Any]:
     """The content of a COCO annotation file for any data set; difficult boxes become crowds.
@@ -67,38 +72,35 @@ def coco_content(dataset: "DetectionDataset", file_names: Sequence[str] | None =
 
 
 def from_coco(entries: list[Any]) -> GroundTruth | None:
-    """COCO's annotations as columns, with ids in place of positions and labels; None if one of them is malformed."""
+    """COCO's annotations as columns, with ids in place of positions and labels; None if one of them is malformed.
+
+    Types are compared exactly: NumPy would take True for 1, and "1" for a text column.
+    """
     try:
-        ids = [np.array([entry[key] for entry in entries]) for key in ID_KEYS]
-        boxes = np.array([entry["bbox"] for entry in entries])
-        is_crowd = np.array([entry.get("iscrowd") or 0 for entry in entries])
-        areas = np.array([_area(entry.get("area")) for entry in entries], dtype=np.float64)
-    except (LookupError, TypeError, ValueError, OverflowError, AttributeError):
+        columns = [[entry[key] for entry in entries] for key in ID_KEYS]
+        boxes = [entry["bbox"] for entry in entries]
+        is_crowd = [entry.get("iscrowd") or 0 for entry in entries]
+        areas = [_area(entry.get("area")) for entry in entries]
+        numbers = list(itertools.chain.from_iterable(boxes))
+        if set(map(type, itertools.chain(*columns, numbers))) - {int, float} or set(is_crowd) - {0, 1}:
+            return None
+        if set(map(type, boxes)) - {list} or set(map(len, boxes)) - {4}:
+            return None
+        boxes_xywh = np.array(numbers, dtype=np.float64).reshape(-1, 4)
+    except (LookupError, TypeError, OverflowError, AttributeError):
         return None
-    if not entries:
-        ids, boxes = [np.zeros(0, dtype=np.int64)] * 3, np.zeros((0, 4))
-    for place, column in enumerate(ids):  # some tools write 1.0
-        if column.dtype == np.float64 and ((column % 1 == 0) & (np.abs(column) < MAX_ID)).all():
-            ids[place] = column.astype(np.int64)
-    good = all(column.dtype == np.int64 and column.ndim == 1 for column in ids)
-    good &= boxes.shape == (len(entries), 4) and boxes.dtype in (np.int64, np.float64)
-    good &= is_crowd.dtype.kind in "bif" and is_crowd.ndim == 1 and bool(np.isin(is_crowd, (0, 1)).all())
-    if not good or any(_has_bool(entries, *column) for column in zip((*ID_KEYS, "bbox"), (*ids, boxes), strict=True)):
-        return None
-    return GroundTruth(*ids, boxes.astype(np.float64), areas, is_crowd.astype(bool))
-
-
-def _has_bool(entries: list[Any], key: str, column: np.ndarray) -> bool:
-    """Whether a column has True or False, which NumPy takes for 1 and 0, among its numbers."""
-    rows = np.unique(np.nonzero((column == 0) | (column == 1))[0])
-    values = (entries[row][key] for row in rows)
-    return any(type(number) is bool for value in values for number in (value if key == "bbox" else (value,)))
+    ids = [np.array(column) for column in columns]
+    for column in ids:
+        is_whole = column.dtype == np.float64 and ((column % 1 == 0) & (np.abs(column) < MAX_ID)).all()
+        if column.dtype != np.int64 and not is_whole:  # some tools write 1.0
+            return None
+    ids = (column.astype(np.int64) for column in ids)
+    return GroundTruth(*ids, boxes_xywh, np.array(areas, dtype=np.float64), np.array(is_crowd, dtype=bool))
 
 
 def _area(value: Any) -> float:
-    """NaN where an annotation has no area, or none that can be."""
-    is_number = isinstance(value, float) or (type(value) is int and abs(value) < MAX_ID)
-    return float(value) if is_number else math.nan
+    """NaN where an annotation has no area, or an invalid one."""
+    return value if type(value) is float or (type(value) is int and abs(value) < MAX_ID) else math.nan
 
 
 def check_areas(path: Path, truth: GroundTruth, report: Report) -> GroundTruth:
@@ -108,7 +110,8 @@ def check_areas(path: Path, truth: GroundTruth, report: Report) -> GroundTruth:
         good = (truth.areas > 0) & (truth.areas <= (widths + 1) * (heights + 1))  # some tools count pixels
         areas = np.where(good, truth.areas, widths * heights)
     report.add_rows(
-        *("declared area", np.flatnonzero(~good & ~np.isnan(truth.areas))),
+        "declared area",
+        ~good & ~np.isnan(truth.areas),
         lambda row: f"{path}: annotation {truth.ids[row]}",
         lambda row: f"{truth.areas[row]:g} is no area of a box of {widths[row]:g} x {heights[row]:g}, which counts",
     )

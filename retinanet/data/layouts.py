@@ -1,10 +1,10 @@
-"""What the layouts of all formats have in common: names of sets, and the share of a folder that names none."""
+"""What the folder layouts of all formats share: names of sets, and the division of a folder that has none."""
 
 import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from retinanet.errors import UserError, shown
 
 # Names of one set; COCO's, of the year 2017, are the defaults of --coco_train_set and --coco_val_set.
 SAME_NAMES = (("train", "train2017", "training"), ("val", "val2017", "valid", "validation"))
-# What reads a folder with files of a suffix.
+# The flags that read files of a suffix.
 READERS = {
     ".json": "--dataset coco --coco_path IMAGES --coco_train_set FILE.json",
     ".xml": "--dataset voc --voc_path FOLDER",
@@ -40,11 +40,7 @@ def find_places(root: Path, patterns: Iterable[str]) -> Iterator[tuple[str, str,
 
 
 def find_set(root: Path, set_name: str, sets: Mapping[str, Source], val_share: float | None = None) -> Source:
-    """The set of a name, or else the one set of another name for the same, such as `valid` for `val`.
-
-    Raises:
-        UserError: it does not exist; the message lists the sets that do.
-    """
+    """The set of a name, or else the one set of another name for the same, such as `valid` for `val`."""
     listed = ", ".join(map(shown, sorted(sets)[:20]))
     if val_share is not None:
         raise UserError(f"{root}: has the sets {listed}; --val_share is for folders without sets")
@@ -55,7 +51,7 @@ def find_set(root: Path, set_name: str, sets: Mapping[str, Source], val_share: f
 
 
 def refused(root: Path, wanted: str) -> UserError:
-    """The error about a folder that has none of a format's layouts: what it holds, and what may read that."""
+    """The error about a folder in no layout of a format: what it holds instead, and which flags read that."""
     if not root.is_dir():
         return UserError(f"{root}: is not a folder")
     files = itertools.islice((path for path in root.rglob("*") if path.is_file()), 10_000)
@@ -66,41 +62,41 @@ def refused(root: Path, wanted: str) -> UserError:
     return UserError(f"{root}: has no {wanted}, but {found}{hint}")
 
 
-def choose_share(root: Path, set_name: str, val_share: float | None, names: Iterable[str]) -> list[str]:
-    """The images of a set where a folder names none: all for training, or a share of them for validation.
+def choose_share(
+    root: Path, set_name: str, val_share: float | None, files: Mapping[Path, Source]
+) -> Mapping[Path, Source]:
+    """Of the images of a folder without sets, with their files, those of a set: all, or a share for validation.
 
     The share is drawn by a hash of the names, so that it is the same in every command and run; None: all are for
     training.
-
-    Raises:
-        UserError: the set cannot be told.
     """
-    names = list(names)
     is_train, is_val = (set_name in same for same in SAME_NAMES)
     if set_name == ALL or (is_train and val_share is None):
-        return names
+        return files
     if val_share is None or not (is_train or is_val):
         raise UserError(
-            f"{root}: has no set named {shown(set_name)}: its {len(names):,} images are in no sets, and all for "
+            f"{root}: has no set named {shown(set_name)}: its {len(files):,} images are in no sets, and all for "
             f"training; --val_share 0.2 sets a fifth of them aside for validation, and the set named `{ALL}` is all"
         )
-    number = min(max(round(val_share * len(names)), 1), len(names) - 1)
+    number = min(max(round(val_share * len(files)), 1), len(files) - 1)
     if number < 1:
-        raise UserError(f"{root}: --val_share cannot divide {len(names)} images")
+        raise UserError(f"{root}: --val_share cannot divide {len(files)} images")
 
-    def digest(name: str) -> bytes:
-        return hashlib.blake2b(name.encode(errors="surrogatepass"), person=b"val_share").digest()
+    def digest(path: Path) -> bytes:
+        name = path.relative_to(root).as_posix().encode(errors="surrogatepass")
+        return hashlib.blake2b(name, person=b"val_share").digest()
 
-    chosen = set(sorted(names, key=digest)[:number])
-    return [name for name in names if (name in chosen) == is_val]
+    chosen = set(sorted(files, key=digest)[:number])
+    return {path: file for path, file in files.items() if (path in chosen) == is_val}
 
 
-def report_list(source: Path, folder: Path, lines: Sequence[str], found: Sequence[Hashable], report: Report) -> None:
+def report_list(source: Path, folder: Path, lines: Sequence[str], found: Sequence[Path | None], report: Report) -> None:
     """Report the lines of a list whose images were not found, which is None in `found`, or found before."""
-    missing = [line for line, image in zip(lines, found, strict=True) if image is None]
     cause = None if any(found) else folder
-    message = "image {} does not exist in {}"
-    report.add_rows("missing image", missing, str(source), lambda line: message.format(shown(line), folder), cause)
-    first = {image: row for row, image in reversed([*enumerate(found)])}
-    repeated = [lines[row] for row, image in enumerate(found) if image is not None and first[image] != row]
-    report.add_rows("repeated image", repeated, str(source), lambda line: f"{shown(line)} is repeated, and read once")
+    seen: set[Path | None] = set()
+    for line, image in zip(lines, found, strict=True):
+        if image is None:
+            report.add("missing image", str(source), f"image {shown(line)} does not exist in {folder}", cause)
+        elif image in seen:
+            report.add("repeated image", str(source), f"{shown(line)} is repeated, and read once")
+        seen.add(image)

@@ -1,7 +1,7 @@
-"""A box belongs to the image as it was annotated: where that was turned or resized since, the box is, too.
+"""Boxes of images that were turned or resized after their annotation: they are turned and resized likewise.
 
-Annotation files declare the sizes of their images. A file of another size is the same image turned by its EXIF
-orientation, which some tools ignore, or shrunk after the annotation; its boxes fit the declared size.
+Annotation files declare the sizes of their images. An image file of another size is the same image, turned by its
+EXIF orientation, which some tools ignore, or resized since; its boxes fit the declared size.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from retinanet.data.images import read_header
+from retinanet.data.images import evenly, read_header
 from retinanet.data.report import FileError
 from retinanet.process import progress
 
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 
 SOME_IMAGES = 5000  # an eighth of a second to read their headers; all of a usual validation set
 SLACK = 5, 0.02  # pixels, or share of the image's side, whichever is more: boxes overhang by so much now and then
+
+# EXIF's orientations: (x, y, 1) in the image as stored -> (x, y) in the upright one, in shares of their sides.
+UPRIGHT = np.array([
+    [[1, 0, 0], [0, 1, 0]], [[1, 0, 0], [0, 1, 0]], [[-1, 0, 1], [0, 1, 0]],
+    [[-1, 0, 1], [0, -1, 1]], [[1, 0, 0], [0, -1, 1]], [[0, 1, 0], [1, 0, 0]],
+    [[0, -1, 1], [1, 0, 0]], [[0, -1, 1], [-1, 0, 1]], [[0, 1, 0], [-1, 0, 1]],
+])  # fmt: skip
 
 
 class Placement(NamedTuple):
@@ -51,11 +58,11 @@ def move(boxes: np.ndarray, affine: np.ndarray) -> np.ndarray:
 def find_placement(
     declared: np.ndarray, sizes: np.ndarray, orientations: np.ndarray, boxes: np.ndarray, image_index: np.ndarray
 ) -> Placement:
-    """Find out which images were turned or resized after their annotation.
+    """Find the images that were turned or resized after their annotation.
 
-    Images that were turned (or resized) are alike within a data set: where the boxes of one fit both sizes, those
-    of the others decide, and without any, the declared size does. Sizes [I, 2] are height and width, `declared` as
-    annotated, `sizes` as read, upright, 0: unknown; `boxes` [N, 4] are as annotated.
+    All images of a data set that were turned (or resized) are treated alike: where the boxes of one fit both sizes,
+    those of the others decide, and without any, the declared size does. Sizes [I, 2] are height and width,
+    `declared` as annotated, `sizes` as read, upright, 0: unknown; `boxes` [N, 4] are as annotated.
     """
 
     def fits(limits: np.ndarray) -> np.ndarray:
@@ -80,23 +87,13 @@ def find_placement(
         turned = turned | (known & (orientations > 1) & alike(stored))
     misfit = differs & ~turned & ~alike(sizes) & fits_declared & ~fits_file
 
-    code = np.where(turned, orientations, 1)[:, None]
-    size, swap = declared[:, ::-1].astype(np.float64), code[:, 0] >= 5  # width and height
-    flip = np.column_stack([np.isin(code, (2, 3, 7, 8)), np.isin(code, (3, 4, 6, 7))])  # of x, of y
-    affine = np.zeros((len(declared), 2, 3))
-    affine[:, [0, 1], [0, 1]] = np.where(flip, -1, 1)
-    affine[:, :, 2] = np.where(flip, size, 0)
-    affine[swap], size[swap] = affine[swap, ::-1], size[swap, ::-1]
     moved = turned | scaled
-    affine[moved] *= (sizes[moved, ::-1] / size[moved])[:, :, None]
+    before, after = (np.where(moved[:, None], size[:, ::-1], 1.0) for size in (declared, sizes))  # width and height
+    affine = UPRIGHT[np.where(turned, orientations, 1)] * after[:, :, None]
+    affine[:, :, :2] /= before[:, None]
     wrong = known & (declared != sizes).any(axis=1) & ~moved & ~misfit
     unsure = sizes.all(axis=1) & (orientations > 1) & ~turned & ~(known & sideways & ~alike(stored))
     return Placement(affine, turned, scaled & ~turned, misfit, wrong, unsure)
-
-
-def some_images(number: int) -> np.ndarray:
-    """Of so many images those whose headers are read where reading all would take too long."""
-    return np.unique(np.linspace(0, number - 1, min(number, SOME_IMAGES)).astype(int))
 
 
 def read_headers(dataset: "DetectionDataset", indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -112,8 +109,8 @@ def read_headers(dataset: "DetectionDataset", indices: Iterable[int]) -> tuple[n
 def place_by_some_headers(dataset: "DetectionDataset") -> None:
     """Place the boxes of a data set whose files declare sizes: by some headers, or by all if one of those differs."""
     declared = dataset.declared_sizes
-    sizes, orientations = read_headers(dataset, some_images(len(dataset)))
-    if ((sizes != declared).any(axis=1) & sizes.all(axis=1) & declared.all(axis=1)).any():
+    sizes, orientations = read_headers(dataset, evenly(range(len(dataset)), SOME_IMAGES))
+    if ((sizes != declared) & sizes.all(axis=1, keepdims=True) & declared.all(axis=1, keepdims=True)).any():
         sizes, orientations = read_headers(dataset, range(len(dataset)))
     place_boxes(dataset, sizes, orientations)
 
@@ -145,4 +142,4 @@ def place_boxes(dataset: "DetectionDataset", sizes: np.ndarray, orientations: np
             start = f"is declared as {width} x {height}, and " if declared[image].all() else ""
             return f"{start}has {file_width} x {file_height} pixels in its file; {text}"
 
-        dataset.report.add_rows(kind, np.flatnonzero(mask), dataset.image_name, explain, "")
+        dataset.report.add_rows(kind, mask, dataset.image_name, explain, "")

@@ -5,7 +5,7 @@ import gc
 import json
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from retinanet.data.report import MIN_SIDE, FileError, Report
 from retinanet.errors import UserError
+from retinanet.process import progress
 
 MAX_BYTES = 2**33  # of a file of annotations
 MAX_NAME = 1024  # characters of an image's path
@@ -23,17 +24,13 @@ SIDE = re.compile(r"([0-9]{1,6})(\.0*)?")
 
 
 def parse_side(text: str) -> int:
-    """The height or width of an image, which some tools write as 128.0; 0 where the text is empty, -1 if it is none."""
+    """The height or width of an image, which some tools write as 128.0; 0 if the text is empty, -1 if it is invalid."""
     found = SIDE.fullmatch(text.strip())
     return int(found[1]) if found else -(text.strip().lower() not in EMPTY)
 
 
 def parse_number(text: str) -> float:
-    """The number of a text, whose digits nothing separates: float() takes 5_0 for 50.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """`float(text)`, but a ValueError for digits with separators: float() takes 5_0 for 50."""
     if "_" in text:
         raise ValueError(f"could not convert string to float: {text!r}")
     return float(text)
@@ -46,9 +43,8 @@ def read_bytes(path: str | Path) -> bytes:
         FileError: it cannot be read.
     """
     try:
-        status = Path(path).stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise FileError(str(path), "is not a file")
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise OSError("it is not a file")
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
@@ -77,6 +73,33 @@ def read_text(path: Path) -> str:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise FileError(f"{path}:{line}", "holds a zero byte, so it is not a text file")
     return text
+
+
+def read_annotations(
+    pairs: Mapping[Path, Path | None], read: Callable[[Path, Path | None], tuple[tuple[int, int], list]], report: Report
+) -> tuple[list[str], list[Path | None], np.ndarray, np.ndarray]:
+    """Read the annotation file of each image; images whose files cannot be read are reported and left out.
+
+    `read` takes an image and its file, and gives its height and width, and the rows (number in the file, difficult,
+    x1, y1, x2, y2, label) of its boxes.
+
+    Returns:
+        The images, their files, their sizes [I, 2], and the rows [N, 8] with the image's index in front.
+    """
+    images, files, sizes, rows = [], [], [], []
+    for image, file in progress(pairs.items(), "reading annotations", len(pairs)):
+        try:
+            size, boxes = read(image, file)
+        except FileError as error:
+            kind = "bad entry" if error.where.startswith(str(file)) else "unreadable image"
+            report.add(kind, error.where, error.message)
+            continue
+        rows += [(len(images), *box) for box in boxes]
+        images.append(str(image))
+        files.append(file)
+        sizes.append(size)
+    table = np.array(rows, dtype=np.float64).reshape(-1, 8)
+    return images, files, np.array(sizes, dtype=np.int64).reshape(-1, 2), table
 
 
 @contextlib.contextmanager
@@ -134,28 +157,29 @@ def check_boxes(
 
     finite = (np.abs(boxes) <= MAX_COORDINATE).all(axis=1)  # NaN: false
     with np.errstate(invalid="ignore", over="ignore"):
-        side = (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf)  # the shorter one
-    valid = finite & (side >= 0)
-    small = valid & (side < MIN_SIDE)
-    twin = valid & ~small & (labels >= 0)
-    twin[twin] = _repeated([*boxes[twin].T, labels[twin], groups[twin]])
+        shorter = (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf)  # side
+    valid = finite & (shorter >= 0)
+    small = valid & (shorter < MIN_SIDE)
+    good = valid & ~small & (labels >= 0)
+    twin = np.zeros_like(good)
+    twin[good] = _repeated([*boxes[good].T, labels[good], groups[good]])
     tiny = valid & (np.abs(boxes) <= 1.05).all(axis=1)
     all_tiny = tiny.any() and tiny.sum() == valid.sum()
     if all_tiny or (tiny.sum() > valid.sum() / 2 and (boxes[tiny] % 1).any()):
-        first = int(np.flatnonzero(tiny)[0])
+        first = int(tiny.argmax())
         message = (
             f"{'' if all_tiny else 'a guess: '}{tiny.sum():,} of {len(boxes):,} boxes, such as {show(first)}, lie "
             "between 0 and 1; boxes must be in pixels: multiply by the image's width and height"
         )
         report.add("looks normalised" if all_tiny else "guess", where(first), message)
-    for kind, mask, message in (
+    for kind, rows, message in (
         ("not finite", ~finite, f"a box needs finite numbers of at most {MAX_COORDINATE:,.0f}, found"),
-        ("inverted box", finite & (side < 0), "a box needs x1 < x2 and y1 < y2, or a width and height above 0, found"),
+        ("inverted box", finite & ~valid, "a box needs x1 < x2 and y1 < y2, or a width and height above 0, found"),
         ("sub-pixel box", small & ~all_tiny, "is less than 1 pixel wide or high:"),
         ("duplicate box", twin, "repeats a box of the same image and class:"),
     ):
-        report.add_rows(kind, np.flatnonzero(mask), where, lambda row, message=message: f"{message} {show(row)}")
-    return valid & ~small & ~twin & (labels >= 0)
+        report.add_rows(kind, rows, where, lambda row, message=message: f"{message} {show(row)}")
+    return good & ~twin
 
 
 def _repeated(columns: Sequence[np.ndarray]) -> np.ndarray:

@@ -41,13 +41,6 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else noun + ('es' if noun[-1] in 'sx' else 's')}"
 
 
-Text = str | Callable[[Any], str]  # of all rows of a problem, or of each
-
-
-def _of_row(value: Any, row: Any) -> Any:
-    return value(row) if callable(value) else value
-
-
 class Problem(NamedTuple):
     """One thing that is wrong, or all that have one cause."""
 
@@ -88,24 +81,33 @@ class Report:
             self.skipped.append((where, message))
         self._add(Problem(kind, where, message, count, cause))
 
-    def add_rows(self, kind: str, rows: Sequence | np.ndarray, where: Text, message: Text, cause: Any = None) -> None:
-        """Add a problem of many rows.
+    def add_rows(
+        self,
+        kind: str,
+        rows: Sequence | np.ndarray,
+        where: Callable[[Any], str],
+        message: str | Callable[[Any], str],
+        cause: Any = None,
+    ) -> None:
+        """Add a problem of many rows: anything that `where` takes, or a mask [N] bool of the rows that have it.
 
-        `where`, `message` and `cause` are those of all rows, or functions of a row, of which the first two are called
-        for what is kept as an example, or listed as skipped, alone, and `message` once a cause.
+        `message` and `cause` are those of all rows, or functions of a row. Nothing is called for rows that are neither
+        an example nor listed as skipped; `message` is called once a cause.
         """
+        if isinstance(rows, np.ndarray) and rows.dtype == bool:
+            rows = np.flatnonzero(rows)
         skipping = self.policy(kind) == SKIPPED
         groups: dict[tuple, list] = {}
         for row in rows if cause is not None or skipping else rows[:MAX_EXAMPLES]:
-            name = _of_row(cause, row)
+            name = cause(row) if callable(cause) else cause
             groups.setdefault((name, name is None and len(groups)), []).append(row)
         rest = len(rows)
         for (name, _), group in islice(groups.items(), None if skipping else MAX_EXAMPLES):
-            problem = Problem(kind, _of_row(where, group[0]), _of_row(message, group[0]), len(group), name)
-            self._add(problem)
+            text = message(group[0]) if callable(message) else message
+            self._add(Problem(kind, where(group[0]), text, len(group), name))
             rest -= len(group)
             if skipping:
-                self.skipped += [(_of_row(where, row), problem.message) for row in group]
+                self.skipped += [(where(row), text) for row in group]
         if rest:
             self.counts[kind] += rest
 

@@ -45,16 +45,26 @@ class Layout(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The rows of a file, but for the malformed ones: N of them, whose texts are codes, the same for the same text."""
+    """The N well-formed rows of a file; texts are codes, which index the list of the different ones."""
 
-    paths: list[str]  # the different texts, in the order of their first rows
-    path_codes: np.ndarray  # [N] int: positions in `paths`
-    boxes: np.ndarray  # [N, 4] float64; NaN in a row without a box
-    classes: list[str]
-    class_codes: np.ndarray
-    sizes: np.ndarray  # [N, 2] int: height and width, of `parse_side`
+    path: Path
     lines: np.ndarray  # [N] int, from 1
+    paths: list[str]  # in the order of their first rows
+    path_codes: np.ndarray  # [N] int
+    boxes: np.ndarray  # [N, 4] float64
+    has_box: np.ndarray  # [N] bool: False in the row of an image without objects
+    classes: list[str]
+    class_codes: np.ndarray  # [N] int
+    sizes: np.ndarray  # [N, 2] int: height and width, of `parse_side`
     has_header: bool
+
+    def class_names(self) -> list[str]:
+        """The classes of the boxes, sorted."""
+        return sorted({self.classes[code].strip() for code in np.unique(self.class_codes[self.has_box])} - {""})
+
+    def where(self, row: int) -> str:
+        """The file and line of a row, for messages."""
+        return f"{self.path}:{self.lines[row]}"
 
 
 def read_table(path: Path, report: Report) -> Table:
@@ -63,21 +73,27 @@ def read_table(path: Path, report: Report) -> Table:
     Raises:
         UserError: it is missing, empty, or not a CSV file in UTF-8, or its header lacks columns.
     """
-    layout, paths, classes = None, {}, {}
-    nothing = np.zeros(0, dtype=np.int64)
-    parts = [(nothing, np.zeros((0, 4)), nothing, np.zeros((0, 2), dtype=np.int64), nothing)]
+    layout, paths, classes, parts = None, {}, {}, []
     for numbers, rows in read_rows(path, 6, report):
         layout = layout or _read_header(path, numbers, rows, report)
         try:
             columns = _to_columns(rows, layout, paths, classes)
         except ValueError:
             numbers, rows = _look_closer(path, numbers, rows, layout, report)
-            if not rows:
-                continue
             columns = _to_columns(rows, layout, paths, classes)
-        parts.append((*columns, np.asarray(numbers)))
+        parts.append((*columns, np.asarray(numbers, dtype=np.int64)))
     path_codes, boxes, class_codes, sizes, lines = map(np.concatenate, zip(*parts, strict=True))
-    return Table([*paths], path_codes, boxes, [*classes], class_codes, sizes, lines, bool(layout and layout.header))
+    if not len(lines) and not report.errors():
+        raise UserError(f"{path}: lists no images")
+    has_box = ~(np.isnan(boxes).all(axis=1) | (boxes == 0).all(axis=1) | (boxes == -1).all(axis=1))
+    has_header = layout.header is not None
+    table = Table(path, lines, [*paths], path_codes, boxes, has_box, [*classes], class_codes, sizes, has_header)
+    named = np.array([text != NO_CLASS for text in classes], dtype=bool)[class_codes]
+    message = "is read as an image without objects, whose line is best written `path,,,,,`"
+    report.add_rows("no objects", ~has_box & named, table.where, message, "")
+    message = "height or width is not a whole number of pixels; those of the image file are used"
+    report.add_rows("declared size", (sizes < 0).any(axis=1), table.where, message, "")
+    return table
 
 
 def read_rows(path: Path, num_columns: int, report: Report) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
@@ -98,10 +114,8 @@ def read_rows(path: Path, num_columns: int, report: Report) -> Iterator[tuple[Se
     try:
         while rows := list(itertools.islice(reader, CHUNK_ROWS)):
             if reader.line_num - done != len(rows):
-                reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-                line = next(number for number, _ in enumerate(reader, start=1) if reader.line_num != number)
-                message = f"a quoted field continues on line {reader.line_num}: is its quote not closed?"
-                raise UserError(f"{path}:{line}: {message}")
+                line = next(line for line, row in enumerate(rows, start=done + 1) if {"\r", "\n"} & set("".join(row)))
+                raise UserError(f"{path}:{line}: a quoted field continues on line {line + 1}: is its quote not closed?")
             yield range(done + 1, reader.line_num + 1), rows
             done = reader.line_num
     except csv.Error as error:
@@ -142,16 +156,17 @@ def _to_columns(
     Raises:
         ValueError: one of the rows is malformed.
     """
-    columns = list(zip(*rows, strict=True))
+    columns = list(zip(*rows, strict=True)) if rows else [()] * layout.number
     if len(columns) != layout.number:
         raise ValueError
     paths, *numbers, classes = (columns[place] for place in layout.places)
     if any("_" in "".join(column) for column in numbers):  # float() takes 1_0 for 10
         raise ValueError
     boxes = np.stack([np.fromiter(map(float, column), np.float64, len(rows)) for column in numbers], axis=1)
-    read = {side: parse_side(side) for place in layout.sizes for side in set(columns[place])}
-    sides = [[read[side] for side in columns[place]] for place in layout.sizes]
-    sizes = np.array(sides or np.zeros((2, len(rows)))).T.astype(np.int64)
+    sizes = np.zeros((len(rows), 2), dtype=np.int64)
+    for side, place in enumerate(layout.sizes):
+        read = {text: parse_side(text) for text in set(columns[place])}
+        sizes[:, side] = [read[text] for text in columns[place]]
     return _encode(paths, path_codes), boxes, _encode(classes, class_codes), sizes
 
 

@@ -1,4 +1,11 @@
-"""Pascal VOC's layout and its kin: one XML file an image."""
+"""Pascal VOC's layout and similar ones: one XML file an image.
+
+    <annotation><filename>a.jpg</filename><size><width>640</width><height>480</height></size>
+      <object><name>car</name><difficult>0</difficult>
+        <bndbox><xmin>11</xmin><ymin>21</ymin><xmax>110</xmax><ymax>220</ymax></bndbox></object></annotation>
+
+VOC counts pixels from 1 and includes the last one: this box is from x = 10 to 110, and from y = 20 to 220.
+"""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +19,7 @@ from retinanet.data.classes import read_class_list, unknown_class
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import IMAGE_SUFFIXES, list_images, walk
 from retinanet.data.layouts import choose_share, find_set, refused, report_list
-from retinanet.data.reading import parse_number, parse_side, read_bytes, read_text
+from retinanet.data.reading import parse_number, parse_side, read_annotations, read_bytes, read_text
 from retinanet.data.report import FileError, Report
 from retinanet.errors import UserError, shown
 
@@ -28,10 +35,7 @@ IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img")
 
 
 class VOCDataset(DetectionDataset):
-    """A data set in Pascal VOC's layout, or one of its kin.
-
-    Boxes marked `difficult` are neither trained on nor scored. VOC counts pixels from 1 and includes the last one:
-    a box from 1 to 10 becomes 0 to 10.
+    """A data set in Pascal VOC's layout or a similar one. Boxes marked `difficult` are neither trained on nor scored.
 
     Args:
         root_dir: holds `Annotations`, `JPEGImages` and `ImageSets/Main/<set_name>.txt`, such as `VOCdevkit/VOC2012`;
@@ -58,41 +62,37 @@ class VOCDataset(DetectionDataset):
         val_share: float | None = None,
         report: Report | None = None,
     ):
-        self.root_dir = Path(root_dir)
+        self.root_dir = root = Path(root_dir)
         self.set_name = set_name
         report = report or Report()
-        list_file, base = _find_set(self.root_dir, set_name, val_share)
+        list_file, base = _find_set(root, set_name, val_share)
         folder = _subfolder(base, XML_FOLDERS)
         xml_files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in walk(folder, XML)}
-        read = functools.cache(_read_xml)
+        content_of = functools.cache(_read_xml)
         if class_names is None:
-            class_names = read_class_list(self.root_dir / "classes.txt")
+            class_names = read_class_list(root / "classes.txt")
         if class_names is None:  # those of all sets, so that these agree
-            all_files = {*xml_files.values(), *(() if base == self.root_dir else walk(self.root_dir, XML))}
-            used = {name for path in all_files for name, *_ in read(path).objects} - {""}
+            all_files = {*xml_files.values(), *(() if base == root else walk(root, XML))}
+            used = {name for path in all_files for name, *_ in content_of(path).objects} - {""}
             class_names = VOC_CLASSES if used <= set(VOC_CLASSES) else sorted(used)
-        pairs = _pair_files(list_file, folder, xml_files, _subfolder(base, IMAGE_FOLDERS), read, report)
-        if not list_file and base == self.root_dir:  # there are no sets
-            names = {image.relative_to(base).as_posix(): image for image in pairs}
-            pairs = {names[name]: pairs[names[name]] for name in choose_share(base, set_name, val_share, names)}
-        faults = {path: read(path).fault for path in pairs.values() if path and read(path).fault}
-        for path, fault in faults.items():
-            report.add("bad entry", str(path), fault)
-        pairs = {image: path for image, path in pairs.items() if path not in faults}
-        contents = [read(path) if path else _Content() for path in pairs.values()]
-        sizes = np.array([content.size for content in contents], dtype=np.int64).reshape(-1, 2)
-        bad = [path for path, size in zip(pairs.values(), sizes, strict=True) if (size < 0).any()]
-        report.add_rows("declared size", bad, str, "height or width is not a whole number; the image file's counts", "")
-        rows = [
-            (index, *row)
-            for index, (path, content) in enumerate(zip(pairs.values(), contents, strict=True))
-            for row in _read_objects(path, content, class_names, report)
-        ]
-        table = np.array(rows, dtype=np.float64).reshape(-1, 8)
+        pairs = _pair_files(list_file, folder, xml_files, _subfolder(base, IMAGE_FOLDERS), content_of, report)
+        if not list_file and base == root:  # there are no sets
+            pairs = choose_share(root, set_name, val_share, pairs)
+
+        def read(_: Path, path: Path | None) -> tuple[tuple[int, int], list]:
+            content = content_of(path) if path else _Content()
+            if content.fault:
+                raise FileError(str(path), content.fault)
+            if min(content.size) < 0:
+                message = "height or width is not a whole number; those of the image file are used"
+                report.add("declared size", str(path), message, "")
+            rows = list(_read_objects(path, content, class_names, report))
+            return content.size if min(content.size) > 0 else (0, 0), rows
+
+        images, files, sizes, table = read_annotations(pairs, read, report)
         image_index, numbers, difficult = table[:, :3].T.astype(np.int64)
-        table[:, 3:5] = np.maximum(table[:, 3:5] - 1, 0)  # some tools count from 0 nevertheless
         super().__init__(
-            [str(image) for image in pairs],
+            images,
             table[:, 3:],
             image_index,
             class_names,
@@ -101,16 +101,16 @@ class VOCDataset(DetectionDataset):
             numbers,
             report,
             list_file or folder,
-            np.where((sizes > 0).all(axis=1, keepdims=True), sizes, 0),
-            annotation_files=[*pairs.values()],
+            sizes,
+            annotation_files=files,
         )
 
 
 def _find_set(root: Path, set_name: str, val_share: float | None) -> tuple[Path | None, Path]:
     """The list of a set, if there are lists, and the folder that holds its files."""
-    sets = {path.stem: (path, root) for place in LISTS for path in sorted(root.glob(f"{place}/*.txt"))}
     if not root.is_dir():
         raise refused(root, "")
+    sets = {path.stem: (path, root) for place in LISTS for path in sorted(root.glob(f"{place}/*.txt"))}
     if not sets and _subfolder(root, XML_FOLDERS) == root and not any(root.glob("*.xml")):
         sets = {path.name: (None, path) for path in root.iterdir() if path.is_dir() and any(walk(path, XML))}
         if not sets:
@@ -144,19 +144,17 @@ def _pair_files(
     folder: Path,
     xml_files: Mapping[str, Path],
     image_folder: Path,
-    read: Callable[[Path], "_Content"],
+    content_of: Callable[[Path], "_Content"],
     report: Report,
 ) -> dict[Path, Path | None]:
     """Each image of a list, or of all XML files, and its XML file: of the same name, or naming it as its own."""
     lines = _read_list(list_file) if list_file else [(name, [name]) for name in xml_files]
     files = [next((xml_files[name] for name in names if name in xml_files), None) for _, names in lines]
-    named = {path: read(path).file_name for path in files if path}
-    wanted = {name for _, names in lines for name in names}
-    images = list_images(image_folder, wanted, set(named.values()))
+    own_names = [content_of(path).file_name if path else "" for path in files]
+    images = list_images(image_folder, {name for _, names in lines for name in names}, set(own_names))
     found = []
-    for (_, names), path in zip(lines, files, strict=True):
-        also = [Path(named[path]).stem] if path else []
-        found.append(next((images[name] for name in [*names, *also] if name in images), None))
+    for (_, names), own_name in zip(lines, own_names, strict=True):
+        found.append(next((images[name] for name in [*names, Path(own_name).stem] if name in images), None))
     report_list(list_file or folder, image_folder, [line for line, _ in lines], found, report)
     pairs = {image: path for image, path in zip(found, files, strict=True) if image}
     without = [image for image, path in pairs.items() if path is None]
@@ -204,22 +202,22 @@ def _read_xml(path: Path) -> _Content:
         for entry in root.findall("object")
     ]
     size = tuple(parse_side(root.findtext(f"size/{side}", "")) for side in ("height", "width"))
-    file_name = PureWindowsPath(root.findtext("filename", "").strip()).name  # whose paths may have either slash
+    file_name = PureWindowsPath(root.findtext("filename", "").strip()).name  # paths with either slash
     return _Content(file_name, size, objects)
 
 
 def _read_objects(
-    path: Path, content: _Content, class_names: Sequence[str], report: Report
+    path: Path | None, content: _Content, class_names: Sequence[str], report: Report
 ) -> Iterator[tuple[float, ...]]:
-    """Number from 1, `difficult`, the box as in the file, and label of each object of an image."""
+    """Number from 1, `difficult`, the box from 0, and label of each object of an image."""
     for number, (name, difficult, texts) in enumerate(content.objects, start=1):
         where = f"{path}: object {number}"
         if name not in class_names:
             report.add("unknown class", where, unknown_class(name, class_names), name)
             continue
         try:
-            box = [parse_number(text) for text in texts]
+            x1, y1, x2, y2 = map(parse_number, texts)
         except ValueError as error:
             report.add("not a number", where, f"needs a bndbox of four numbers ({error})")
-        else:
-            yield number, difficult, *box, class_names.index(name)
+        else:  # some tools count from 0 nevertheless
+            yield number, difficult, max(x1 - 1, 0), max(y1 - 1, 0), x2, y2, class_names.index(name)

@@ -15,10 +15,10 @@ from retinanet.data.classes import class_difference, read_class_list
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.images import IMAGE_SUFFIXES, list_images, read_header, walk
 from retinanet.data.layouts import SAME_NAMES, any_case, choose_share, find_places, find_set, refused, report_list
-from retinanet.data.reading import parse_number, read_text
-from retinanet.data.report import FileError, Report, counted
+from retinanet.data.reading import parse_number, read_annotations, read_text
+from retinanet.data.report import Report, counted
 from retinanet.errors import UserError, shown
-from retinanet.process import log, progress
+from retinanet.process import log
 
 # Where the images of a set may lie; a text file lists them, a path a line.
 PLACES = ("images/{}", "{}/images", "{}", "{}.txt")
@@ -62,26 +62,18 @@ class YoloDataset(DetectionDataset):
         files, source = _find_files(root, set_name, val_share, settings, report)
         class_names = _class_names(root, [root, source, *(file.parent for file in files.values())], settings)
         key_numbers = sum(_key_numbers(path, content) for path, content in settings.items())
-        images, label_files, sizes, rows = [], [], [], []
-        for path, file in progress(files.items(), "reading YOLO files", len(files)):
-            try:
-                lines = read_text(file).splitlines() if file.is_file() else []
-                boxes = [(len(images), *box) for box in _read_boxes(file, lines, len(class_names), key_numbers, report)]
-                sizes.append(read_header(path)[:2])
-            except FileError as error:
-                kind = "bad entry" if error.where.startswith(str(file)) else "unreadable image"
-                report.add(kind, error.where, error.message)
-                continue
-            rows += boxes
-            images.append(str(path))
-            label_files.append(file)
-        table = np.array(rows, dtype=np.float64).reshape(-1, 7)
+
+        def read(image: Path, file: Path) -> tuple[tuple[int, int], list]:
+            lines = read_text(file).splitlines() if file.is_file() else []
+            boxes = list(_read_boxes(file, lines, len(class_names), key_numbers, report))
+            return read_header(image)[:2], boxes
+
+        images, label_files, sizes, table = read_annotations(files, read, report)
         image_index, numbers = table[:, :2].T.astype(np.int64)
-        sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)
-        table[:, 2:6] *= np.tile(sizes[image_index, ::-1], 2)
+        table[:, 3:7] *= np.tile(sizes[image_index, ::-1], 2)
         super().__init__(
             images,
-            table[:, 2:],
+            table[:, 3:],
             image_index,
             class_names,
             transform,
@@ -143,29 +135,29 @@ def _find_sets(root: Path, set_name: str, settings: Mapping[Path, dict]) -> dict
     wanted = {set_name}.union(*(names for names in SAME_NAMES if set_name in names))
     for source, content in settings.items():
         base = root / content["path"] if isinstance(content.get("path"), str) else root
-        for name, value in content.items():
-            texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text]
-            if name in NO_SETS:
-                continue
-            found = {text: _resolve(text, root, base) for text in texts}
-            if lost := [shown(text) for text in texts if name in wanted and not found[text]]:
+        for name in [name for name in content if name not in NO_SETS]:
+            values = content[name] if isinstance(content[name], list) else [content[name]]
+            found = {text: _resolve(text, root, base) for text in values if isinstance(text, str) and text}
+            paths = list(itertools.chain.from_iterable(found.values()))
+            if lost := [shown(text) for text in found if name in wanted and not found[text]]:
                 message = f"{source}: {', '.join(lost)} of the set {shown(name)} leads nowhere"
-                if any(found.values()):
+                if paths:
                     raise UserError(message)
                 log.warning("warning: %s; the usual folders are looked for", message)  # a path of another machine
-            if paths := [path for text in texts for path in found[text]]:
+            if paths:
                 sets.setdefault(name, []).append(paths)
     known = {name for names in (*SAME_NAMES, ["test", set_name]) for name in names}
     for place, written, path in find_places(root, PLACES):
         name = written.lower() if written.lower() in known else written
-        if path.is_dir() if "images" in place else name in known and _holds_images(path):
+        if "images" in place:
+            is_set = path.is_dir()
+        else:  # a list, or a folder with images of its own
+            is_set = name in known and (
+                path.is_file() or any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir())
+            )
+        if is_set:
             sets.setdefault(name, []).append([path])
     return sets
-
-
-def _holds_images(path: Path) -> bool:
-    """Whether a path is a list, or a folder with images of its own."""
-    return path.is_file() or any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir())
 
 
 def _find_files(
@@ -186,8 +178,7 @@ def _find_files(
     files = {path: folders[path.parent] / f"{path.stem}.txt" for path in images}
     _check_files(files, {source: folders[source] for source in sources if source.is_dir()}, report)
     if not sets:
-        names = {path.relative_to(root).as_posix(): path for path in images}
-        files = {names[name]: files[names[name]] for name in choose_share(root, set_name, val_share, names)}
+        files = choose_share(root, set_name, val_share, files)
     return files, folders[sources[0]] if sources[0].is_dir() else sources[0]
 
 
@@ -229,8 +220,9 @@ def _label_folder(folder: Path, must_exist: bool = True) -> Path:
 def _class_names(root: Path, folders: Iterable[Path], settings: Mapping[Path, dict]) -> list[str]:
     """The class names, on which all files that name them must agree."""
     paths = [folder / name for folder in dict.fromkeys(folders) for name in CLASS_LISTS]
-    named = [names for content in settings.values() if isinstance(names := content.get("names"), str)]
-    paths += [path for text in named for path in _resolve(text, root, root)]
+    for content in settings.values():
+        if isinstance(text := content.get("names"), str):
+            paths += _resolve(text, root, root)
     sources = {path: names for path in paths if (names := read_class_list(path))}
     for path, content in settings.items():
         if path.suffix != ".data" and ("names" in content or not sources):
@@ -270,7 +262,7 @@ def _key_numbers(path: Path, content: Mapping[str, Any]) -> int:
 def _read_boxes(
     path: Path, lines: Sequence[str], num_classes: int, key_numbers: int, report: Report
 ) -> Iterator[tuple[float, ...]]:
-    """Number from 1, (x1, y1, x2, y2) in fractions of the image's size, and label of each line."""
+    """Number from 1, False, (x1, y1, x2, y2) in fractions of the image's size, and label of each line."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -295,4 +287,4 @@ def _read_boxes(
         elif not all(-0.5 < value < 1.5 for value in points):
             report.add("bad entry", where, "a box must be in fractions of the image's size, from 0 to 1")
         else:
-            yield number, *corners, label
+            yield number, False, *corners, label

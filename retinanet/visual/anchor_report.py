@@ -124,13 +124,13 @@ def as_dict(fit: AnchorFit, better: AnchorFit, dataset: DetectionDataset) -> dic
     }
     unreachable = [
         {
-            "file": dataset.image_path(fit.boxes.image_index[row]),
+            "file": dataset.find_image(image) or dataset.expected_path(image),
             "class": fit.class_names[fit.boxes.labels[row]],
             "box": (fit.boxes.boxes[row] / fit.boxes.scales[row]).round(2).tolist(),
             "resized": (fit.boxes.boxes[row, 2:] - fit.boxes.boxes[row, :2]).round(2).tolist(),
             "best_iou": round(float(fit.iou[row]), 4),
         }
-        for row in np.flatnonzero(fit.unreachable)
+        for row, image in zip(np.flatnonzero(fit.unreachable), fit.boxes.image_index[fit.unreachable], strict=True)
     ]
     return {
         "anchors": fit.anchors.settings(),

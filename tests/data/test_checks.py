@@ -76,7 +76,8 @@ def test_the_cheap_check_reads_some_headers_of_images_whose_sizes_are_declared(t
     for name in ("a.png", "b.png", "empty.png"):
         (tmp_path / "images" / "val2017" / name).write_text("not an image")
     assert checks.check_dataset(CocoDataset(root, "val2017")).counts["unreadable image"] == 3
-    monkeypatch.setattr(placing, "SOME_IMAGES", 2)
+    for module in (placing, checks):
+        monkeypatch.setattr(module, "SOME_IMAGES", 2)
     assert checks.check_dataset(CocoDataset(root, "val2017")).counts["unreadable image"] == 2
 
 

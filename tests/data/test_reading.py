@@ -38,7 +38,7 @@ def test_pipes_in_place_of_files_are_errors_of_a_data_set(tmp_path):
     for name in ("data.csv", "image.png"):
         os.mkfifo(tmp_path / name)
     (tmp_path / "classes.csv").write_text("car,0\n")
-    with pytest.raises(UserError, match=r"data\.csv: is not a file"):
+    with pytest.raises(UserError, match=r"data\.csv: cannot be read \(it is not a file"):
         CSVDataset(tmp_path / "data.csv", tmp_path / "classes.csv")
     (tmp_path / "good.csv").write_text("image.png,1,1,9,9,car\n")
     report = check_dataset(CSVDataset(tmp_path / "good.csv", tmp_path / "classes.csv"), "decode")
