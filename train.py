@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from retinanet import process
 from retinanet.commands import flags
@@ -99,8 +100,9 @@ def main(argv: list[str] | None = None) -> None:
     process.setup_logging()
     settings = Settings.resolve(vars(args), device)
     train_set, val_set = (flags.make_dataset(args, split, None) for split in ("train", "val"))
-    result = run_training(settings, device, train_set, val_set)
-    log.info("%s", next_steps(args, result.out_dir, result.best, train_set.image_path(0)))
+    run_training(settings, device, train_set, val_set)
+    best = Path(settings.out_dir) / "best.pt"
+    log.info("%s", next_steps(args, best.parent, best if best.is_file() else None, train_set.image_path(0)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """`retinanet.train` and `retinanet.validate`: what train.py and validate.py do, for programs and notebooks."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -14,18 +15,46 @@ from retinanet.commands.save_csv import check_csv, write_csv
 from retinanet.data.checks import write_skipped
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.loader import make_loader
-from retinanet.errors import UserError
-from retinanet.evaluation import report
+from retinanet.errors import UserError, shown
+from retinanet.evaluation import coco, report
 from retinanet.evaluation.errors import CONFUSION_SCORE
 from retinanet.model import RetinaNet
 from retinanet.postprocess import Detections
 from retinanet.process import log
-from retinanet.running import TrainResult, run_training, transformed
+from retinanet.running import run_training, transformed
 from retinanet.training import checkpoint
 from retinanet.training.checkpoint import LIMITS
-from retinanet.training.settings import AUGMENTATIONS, Settings, check_settings
+from retinanet.training.log import read_log
+from retinanet.training.run import Run
+from retinanet.training.settings import AUGMENTATIONS, Settings, as_flags, check_settings
 from retinanet.training.weights import match_classes
 from retinanet.visual import charts
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves.
+
+    Attributes:
+        out_dir: the run's folder.
+        best: its best.pt; None without a validation set.
+        last: its last.pt.
+        log: its log.jsonl.
+        metrics: COCO's numbers of `best`; empty without a validation set.
+        last_metrics: those of the last validation.
+    """
+
+    out_dir: Path
+    best: Path | None
+    last: Path
+    log: Path
+    metrics: dict[str, float]
+    last_metrics: dict[str, float]
+
+    @cached_property
+    def model(self) -> RetinaNet:
+        """The detector of `best`, or of `last` without it, on the CPU, in evaluation mode."""
+        return checkpoint.load_model(self.best or self.last)[0]
 
 
 def train(
@@ -52,16 +81,38 @@ def train(
     Raises:
         UserError: a setting or the data is wrong; the message lists all that is.
     """
-    process.show_log()
-    for name, dataset in (("train_set", train_set), ("val_set", val_set)):
-        if not isinstance(dataset, DetectionDataset) and (name == "train_set" or dataset is not None):
-            raise UserError(f"{name} must be a DetectionDataset, such as CSVDataset, not {type(dataset).__name__}")
+    _check_dataset("train_set", train_set)
+    if val_set is not None:
+        _check_dataset("val_set", val_set)
+    for name, call in (("on_log", on_log), ("on_validation", on_validation)):
+        if call is not None and not callable(call):
+            raise UserError(f"{name} must be callable with a dict, not {shown(call)}")
     if train_set.transform is not None and (given := [name for name in AUGMENTATIONS if name in settings]):
         raise UserError(f"train_set has its own transform, which {', '.join(given)} would not change; leave one out")
     settings = check_settings(settings, val_set is not None)
     device = process.choose_device(settings.get("device", "auto"))
     process.init_distributed(device)
-    return run_training(Settings.resolve(settings, device), device, train_set, val_set, on_log, on_validation)
+    process.show_log()
+    run = run_training(Settings.resolve(settings, device), device, train_set, val_set, on_log, on_validation)
+    return _result(run)
+
+
+def _result(run: Run) -> TrainResult:
+    """What a run that is over left in its folder; the same on all ranks."""
+    out_dir, found = Path(run.settings.out_dir), None
+    if process.is_main_process():
+        scores = [entry for entry in read_log(out_dir / "log.jsonl") if "AP" in entry]
+        best = max(scores, key=lambda entry: entry["AP"], default={})
+        found = (out_dir / "best.pt").exists(), best
+    has_best, best = process.from_main_process(found)
+    best = {name: best[name] for name in coco.metric_names(run.settings.max_detections) if name in best}
+    paths = out_dir, out_dir / "best.pt" if has_best else None, out_dir / "last.pt", out_dir / "log.jsonl"
+    return TrainResult(*paths, best, run.metrics)
+
+
+def _check_dataset(name: str, dataset: DetectionDataset) -> None:
+    if not isinstance(dataset, DetectionDataset):
+        raise UserError(f"{name} must be a DetectionDataset, such as CSVDataset, not {type(dataset).__name__}")
 
 
 def validate(
@@ -111,9 +162,13 @@ def validate(
     Raises:
         UserError: the checkpoint cannot be read, or has other classes than the data set.
     """
-    process.show_log()
-    chosen = process.choose_device(device)
+    _check_dataset("dataset", dataset)
+    numbers = {"iou_threshold": iou_threshold, "min_precision": min_precision, "limit": limit, "batch_size": batch_size}
+    values = dict(zip(LIMITS, (score_threshold, nms_threshold, top_k, max_detections), strict=True))
+    as_flags({**numbers, **values, "workers": workers, "device": device}, get_type_hints(validate))
+    chosen = process.choose_device(str(device))
     process.init_distributed(chosen)
+    process.show_log()
     if out is not None:
         report.check_folder(flags.make_out_dir(str(out)))
     if save_csv is not None:
@@ -121,12 +176,13 @@ def validate(
     if isinstance(model, str | Path):
         model = checkpoint.load_model(model)
     net, info = model if isinstance(model, tuple) else (getattr(model, "module", model), {})
+    if not isinstance(net, RetinaNet):
+        raise UserError(f"model must be a path, a RetinaNet or the result of load_model, not {type(net).__name__}")
     info = {"class_names": list(dataset.labels.values()), **info}
     net, info = match_classes(info.get("path", "the model"), net, info, dataset)
     if net.num_classes != dataset.num_classes():
         raise UserError(f"the model has {net.num_classes} classes, and {dataset.source} {dataset.num_classes()}")
-    values = (score_threshold, nms_threshold, top_k, max_detections)
-    given = {name: value for name, value in zip(LIMITS, values, strict=True) if value is not None}
+    given = {name: value for name, value in values.items() if value is not None}
     limits = inference.detection_limits(info, given)
     tiles = {"tile": tile, "tile_overlap": tile_overlap}
     tiling = inference.choose_tiling(info, {name: value for name, value in tiles.items() if value is not None})

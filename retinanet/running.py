@@ -4,8 +4,6 @@ import contextlib
 import copy
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,7 +24,6 @@ from retinanet.errors import UserError
 from retinanet.evaluation import coco as coco_eval
 from retinanet.evaluation import report, voc
 from retinanet.evaluation.errors import judge
-from retinanet.model import RetinaNet
 from retinanet.process import log
 from retinanet.signals import StopSignals
 from retinanet.training import checkpoint
@@ -40,32 +37,6 @@ from retinanet.training.run import Run
 from retinanet.training.settings import Settings
 from retinanet.training.weights import make_model
 from retinanet.visual import anchor_report, charts, data_views, views
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run leaves.
-
-    Attributes:
-        out_dir: the run's folder.
-        best: its best.pt; None without a validation set.
-        last: its last.pt.
-        log: its log.jsonl.
-        metrics: COCO's numbers of `best`; empty without a validation set.
-        last_metrics: those of the last validation.
-    """
-
-    out_dir: Path
-    best: Path | None
-    last: Path
-    log: Path
-    metrics: dict[str, float]
-    last_metrics: dict[str, float]
-
-    @cached_property
-    def model(self) -> RetinaNet:
-        """The detector of `best`, or of `last` without it, on the CPU, in evaluation mode."""
-        return checkpoint.load_model(self.best or self.last)[0]
 
 
 @contextlib.contextmanager
@@ -90,8 +61,8 @@ def run_training(
     val_set: DetectionDataset | None,
     on_log: Callable[[dict[str, float]], object] | None = None,
     on_validation: Callable[[dict[str, float]], object] | None = None,
-) -> TrainResult:
-    """Train with settings that are resolved; the rest is that of `train`."""
+) -> Run:
+    """Train with settings that are resolved; the rest is that of `retinanet.train`. Returns the run as it ended."""
     process.seed_everything(settings.seed)
     if val_set is train_set:
         val_set = copy.copy(val_set)  # it needs another transform
@@ -109,7 +80,7 @@ def run_training(
         machine = {"device": device, "tiling": settings.tiling}
         val_loader = make_loader(val_set, batch, settings.workers, **machine) if val_set else None
 
-        out_dir = flags.make_out_dir(settings.out_dir)
+        flags.make_out_dir(settings.out_dir)
         stack.enter_context(train_set.scaled())
         run = _make_run(settings, device, train_set)
         if val_set is not None:
@@ -122,7 +93,7 @@ def run_training(
                     _train(run, train_loader, sampler, val_loader, val_set, device, stop)
                 if val_loader is not None:  # a rank may have no batches of it
                     _report(run, val_loader, val_set, device, stop)
-            return _result(run, out_dir)
+            return run
         finally:
             if run.log:
                 run.log.close()
@@ -315,16 +286,3 @@ def _saving(run: Run, train_set: DetectionDataset, stop: StopSignals) -> Iterato
         if not RECIPES[run.settings.recipe].train_bn:
             run.save_last()
         raise SystemExit(128 + stop.signum) from error
-
-
-def _result(run: Run, out_dir: Path) -> TrainResult:
-    """What a run that is over left in its folder; the same on all ranks."""
-    found = None
-    if run.log:
-        scores = [entry for entry in read_log(run.log.path) if "AP" in entry]
-        best = max(scores, key=lambda entry: entry["AP"], default={})
-        found = (out_dir / "best.pt").exists(), best
-    has_best, best = process.from_main_process(found)
-    best = {name: best[name] for name in coco_eval.metric_names(run.settings.max_detections) if name in best}
-    paths = out_dir, out_dir / "best.pt" if has_best else None, out_dir / "last.pt", out_dir / "log.jsonl"
-    return TrainResult(*paths, best, run.metrics)

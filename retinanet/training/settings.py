@@ -1,7 +1,7 @@
 """The settings of a training run, for train.py and `retinanet.train`, and what they come to."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
 from pathlib import Path
@@ -29,6 +29,8 @@ BOUNDS = {
     "tile": SIDES,  # pixels
     "tile_overlap": (0, MAX_OVERLAP),
     "tile_background": (0, 1),
+    "limit": (1, 10**7),
+    **dict.fromkeys(("iou_threshold", "min_precision"), (0, 1)),
     "workers": (0, 256),
     "seed": (0, 2**63 - 1),
     "lr": (1e-12, 1000),
@@ -205,19 +207,32 @@ def check_settings(given: Mapping[str, Any], has_val_set: bool) -> dict[str, Any
     Raises:
         UserError: it lists all that is wrong.
     """
-    hints, settings, errors = get_type_hints(Settings), Settings.defaults(), []
-    for name, value in given.items():
-        if name not in settings:
-            errors.append(f"there is no setting {shown(name)}{suggestion(name, settings)}")
-            continue
-        try:
-            settings[name] = _as_flag(name, value, get_args(hints[name]) or (hints[name],))
-        except ValueError as error:
-            errors.append(f"{name} {error}")
+    settings = Settings.defaults()
+    settings |= as_flags(given, {name: hint for name, hint in get_type_hints(Settings).items() if name in settings})
     settings["checkpoint_every"] = parse_interval(settings["checkpoint_every"])
-    if errors := errors or contradictions(settings, has_val_set):
+    if errors := contradictions(settings, has_val_set):
         raise UserError("; ".join(errors))
     return settings
+
+
+def as_flags(given: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments, with their type hints, as the flags of the same names would give them: plain values within bounds.
+
+    Raises:
+        UserError: it lists all that is wrong.
+    """
+    values, errors = {}, []
+    for name, value in given.items():
+        if name not in hints:
+            errors.append(f"there is no setting {shown(name)}{suggestion(name, hints)}")
+            continue
+        try:
+            values[name] = _as_flag(name, value, get_args(hints[name]) or (hints[name],))
+        except ValueError as error:
+            errors.append(f"{name} {error}")
+    if errors:
+        raise UserError("; ".join(errors))
+    return values
 
 
 def parse_interval(value: Any) -> tuple[int, str]:
@@ -239,7 +254,7 @@ def _as_flag(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
         return None
     if get_args(kind):  # a list
         number = {"jitter": 2, "scale_jitter": 2}.get(name)
-        values = [value] if isinstance(value, str | Real) else list(value)
+        values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
         if not values or (number and len(values) != number):
             raise ValueError(f"must be {number or 'one or more'} numbers, not {shown(value)}")
         return [_as_flag(name, one, get_args(kind)) for one in values]
@@ -249,7 +264,7 @@ def _as_flag(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
             raise ValueError(f"must be a {'whole ' * (kind is int)}number, not {shown(value)}")
         if not choices and not low <= value <= high:
             raise ValueError(f"must be from {low:g} to {high:,}, not {value}")
-    elif not isinstance(value, str | Path if kind is str else kind) or value == "":
+    elif not isinstance(value, str | Path | torch.device if kind is str else kind) or value == "":
         raise ValueError(f"must be {'True or False' if kind is bool else 'a text'}, not {shown(value)}")
     if choices and value not in choices:
         near = suggestion(str(value), map(str, choices))
