@@ -50,14 +50,14 @@ def pad_value(dtype: torch.dtype) -> Tensor:
 
 def pad_images(images: Sequence[Tensor], height: int, width: int) -> Tensor:
     """[3, H, W] each -> [B, 3, height, width] in their dtype, channels_last, padded at the right and below."""
-    batch = images[0].new_empty(len(images), height, width, 3).permute(0, 3, 1, 2)
-    colour = pad_value(batch.dtype)[:, None, None]
-    for row, image in zip(batch, images, strict=True):
+    batch = images[0].new_empty(len(images), height, width, 3)
+    row = pad_value(batch.dtype).repeat(width).view(width, 3)  # copied whole: single pixels would take 50 times as long
+    for canvas, image in zip(batch, images, strict=True):
         bottom, right = image.shape[1:]
-        row[:, :bottom, :right] = image
-        row[:, :bottom, right:] = colour
-        row[:, bottom:] = colour
-    return batch
+        canvas[:bottom, :right] = image.permute(1, 2, 0)
+        canvas[:bottom, right:] = row[right:]
+        canvas[bottom:] = row
+    return batch.permute(0, 3, 1, 2)
 
 
 class SampleError(UserError):
@@ -295,6 +295,11 @@ def resized_sizes(
     return scales, resized, -(-resized // SIZE_DIVISOR) * SIZE_DIVISOR
 
 
+def _interpolate(images: Tensor, size: Sequence[int]) -> Tensor:
+    """[B, 3, H, W] channels_last, which torch resizes as bytes, without copying them, many times faster."""
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+
 class Resizer:
     """Scales the short side to `min_side`, unless the long side would exceed `max_side`; pads to multiples of 32.
 
@@ -322,7 +327,7 @@ class Resizer:
         sides = min_side or self.min_side, max_side or self.max_side
         scales, resized, padded = resized_sizes(sizes, *sides, self.enlarge)
         scale, size = float(scales[0]), tuple(resized[0].tolist())
-        resized = F.interpolate(image, size, mode="bilinear", antialias=True)
+        resized = _interpolate(image, size)
         canvas = pad_images(resized, *padded[0].tolist())[0].permute(1, 2, 0)  # [H, W, 3]
         annotations = torch.from_numpy(annotations.astype(np.float32))
         annotations[:, :4] *= scale
@@ -372,10 +377,11 @@ class LargeScaleJitter:
         top, left = (np.random.randint(0, rest + 1) for rest in size - cut)
         resized = np.clip(np.round(np.multiply(cut, scale)), 1, canvas).astype(int).tolist()
         crop = partial(tv.crop, top=top, left=left, height=height, width=width)
-        resize = partial(tv.resize, size=resized, antialias=True)
-        image, cropped = pad_images([resize(crop(image))], canvas, canvas)[0], crop(boxes)
+        pixels = crop(image)[None].clone(memory_format=torch.channels_last)
+        image = pad_images(_interpolate(pixels, resized), canvas, canvas)[0]
+        cropped = crop(boxes)
         kept = _areas(cropped) >= self.MIN_REST * _areas(boxes)
-        sample = _from_tv(sample, image, resize(cropped)[kept], labels[kept])
+        sample = _from_tv(sample, image, tv.resize(cropped, resized)[kept], labels[kept])
         annotations = clip_to_image(sample["annot"], *resized)
         return {**sample, "annot": annotations, "scale": scale, "size": tuple(resized)}
 
