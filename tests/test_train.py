@@ -50,6 +50,7 @@ def small_and_quick():
         for module, name in ((running.charts, "draw_training_curves"), (running.views, "save_detections")):
             patch.setattr(module, name, lambda *_: None)
         patch.setattr(running.data_views, "save_data_images", lambda *_: None)
+        patch.setattr(running, "write_page", lambda *_: None)
         yield
     torch.set_num_threads(before)
 

@@ -41,8 +41,8 @@ function chart(svg, { low = 0, high, top = 1, xName, lines }) {
   const RIGHT = WIDTH - (lines[0].name ? 80 : 10); // room for names
   const x = (value) => LEFT + ((value - low) / (high - low)) * (RIGHT - LEFT);
   const y = (value) => BOTTOM - (value / top) * (BOTTOM - TOP);
-  const write = (x, y, anchor, text, colour = "var(--soft)") =>
-    svg.append(element("text", { x, y, "text-anchor": anchor, fill: colour }, text));
+  const write = (x, y, anchor, text) =>
+    svg.append(element("text", { x, y, "text-anchor": anchor, fill: "var(--soft)" }, text));
   svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
   svg.replaceChildren();
   for (const value of ticks(top)) {
@@ -56,7 +56,7 @@ function chart(svg, { low = 0, high, top = 1, xName, lines }) {
     svg.append(element("polyline", { points: path, stroke: colour, "stroke-dasharray": dash, "data-row": row }));
     const [a, b] = points.at(-1) ?? [];
     if (name) svg.append(element("circle", { cx: x(a), cy: y(b), r: 3, fill: colour }));
-    if (name) write(x(a) + 8, y(b) + 4, "start", name, colour);
+    if (name) write(x(a) + 8, y(b) + 4, "start", name);
   }
   return { x, y };
 }
