@@ -180,7 +180,8 @@ def augmentation_errors(settings: Mapping[str, Any]) -> list[str]:
 def contradictions(settings: Mapping[str, Any], has_val_set: bool) -> list[str]:
     """A message for each setting that contradicts another one."""
     filled = follow_recipe(settings)
-    errors, min_side, max_side = augmentation_errors(filled), filled["min_side"], filled["max_side"]
+    min_side, max_side = filled["min_side"], filled["max_side"]
+    errors = augmentation_errors({**settings, "max_side": max_side})
     if max_side < min_side:
         errors.append(f"--max_side {max_side} is below --min_side {min_side}")
     changed = {name for name, value in Settings.defaults().items() if settings[name] != value}
