@@ -16,7 +16,7 @@ expect = sync_api.expect
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: report.html is not tested")
 NONE = "\N{EN DASH}"
-NAMES = ["<script>alert(1)</script>", "$x_$", "\u05e9\u05dc\u05d5\u05dd \u6c7d\u8f66"]
+NAMES = ["<script>alert(1)</script>", "$x_$", "\u05e9\u05dc\u05d5\u05dd \u6c7d\u8f66 " + 300 * "a"]
 
 
 @pytest.fixture(scope="module")

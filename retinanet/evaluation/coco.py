@@ -18,8 +18,8 @@ from retinanet.boxes import xywh_to_xyxy, xyxy_to_xywh
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.ground_truth import quiet_coco
 from retinanet.data.reading import load_json
+from retinanet.detection import detect_dataset
 from retinanet.errors import UserError, shortened, shown
-from retinanet.inference import detect_dataset
 from retinanet.postprocess import MAX_DETECTIONS, Detections
 from retinanet.process import log, show_log
 

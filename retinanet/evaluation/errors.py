@@ -85,7 +85,7 @@ def judge(
 ) -> dict[int, tuple[Detections, np.ndarray, np.ndarray]]:
     """Find out which detections are right and which boxes were found, as drawings show it.
 
-    Detections are those of `inference.detect`. Returns for each index the ones above the threshold, whether each is
+    Detections are those of `detection.detect`. Returns for each index the ones above the threshold, whether each is
     right [N] bool, and whether each box of the image was found [G] bool.
     """
     judged = {}

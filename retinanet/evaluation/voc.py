@@ -14,9 +14,9 @@ from torch import nn
 
 from retinanet.boxes import box_iou
 from retinanet.data.dataset import DetectionDataset
+from retinanet.detection import detect_dataset
 from retinanet.errors import shortened
 from retinanet.evaluation.thresholds import Point, Ranking, at_precision, best_f1, counts_above, pooled, rates_above
-from retinanet.inference import detect_dataset
 from retinanet.postprocess import MAX_DETECTIONS, SCORE_THRESHOLD, Detections
 from retinanet.process import log, show_log
 from retinanet.visual import charts

@@ -278,7 +278,7 @@ def _image_entry(
 
 def _finite(values: np.ndarray, digits: int) -> list:
     """Rounded numbers, as JSON can hold them."""
-    return np.asarray(values, dtype=np.float64).clip(-1e9, 1e9).round(digits).tolist()
+    return np.nan_to_num(np.asarray(values, dtype=np.float64)).clip(-1e9, 1e9).round(digits).tolist()
 
 
 def _line_styles(boxes: Sequence[int]) -> dict[int, dict[str, str]]:
