@@ -141,7 +141,7 @@ def _open_raw(image: Image.Image | None, file: BinaryIO, path: str | Path) -> Ra
         UnidentifiedImageError: it is of no known format.
     """
     if image is not None and image.format != "TIFF":
-        return (found := _deep_pixels(image, file)) and RawImage(*found)
+        return (found := _deep_pixels(image, file)) and RawImage(*found, orientation=_orientation(image))
     if image is not None and max(image.tag_v2.get(BITS, (1,))) <= 8 and max(image.tag_v2.get(NUMBER_KIND, (1,))) == 1:
         raw = open_tiff(path, None) if image.width * image.height > LARGE else None
         return raw if raw and raw.by_parts and raw.orientation == 1 else None

@@ -83,7 +83,7 @@ def to_bytes(values: np.ndarray, pixel_range: PixelRange, nodata: float | None =
         scaled -= low
         scaled *= 255 / (high - low)
         np.rint(scaled.clip(0, 255, out=scaled), out=scaled)
-    scaled[np.isnan(scaled) if nodata is None else np.isnan(scaled) | (values == nodata)] = 0
+        scaled[np.isnan(scaled) if nodata is None else np.isnan(scaled) | (values == nodata)] = 0
     return scaled.astype(np.uint8)
 
 
@@ -172,8 +172,8 @@ class RawImage:
             parts = [self.values[top : top + 128, left : left + 128] for top in tops for left in lefts]
         step = max(1, -(-min(height, width) // SAMPLE_SIDE)) if len(parts) == 1 else 4
         values = np.concatenate([to_three_bands(part)[::step, ::step].ravel() for part in parts])
-        measured = np.isfinite(values) if self.nodata is None else np.isfinite(values) & (values != self.nodata)
-        if values.dtype.kind != "u" and self.nodata is None:
-            measured &= ~np.isin(values, NODATA)
-        values = values[measured].astype(np.float64)
+        values = values[np.isfinite(values)].astype(np.float64)
+        with np.errstate(over="ignore"):
+            missing = NODATA if self.nodata is None else (self.nodata, np.float32(self.nodata))  # as rounded in files
+        values = values[~np.isin(values, missing)]
         return Sample(values[np.abs(values) < HUGE], self.declared, self.values.dtype)

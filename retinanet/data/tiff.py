@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from retinanet.data.pixels import Deferred, PixelRange, RawImage
+from retinanet.data.report import FileError
 
 if TYPE_CHECKING:
     from tifffile import TiffPage
@@ -48,7 +49,13 @@ class Pixels:
         self._cache: dict[int, np.ndarray] = {}
 
     def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
-        """[h, w, C], of many bands the first three."""
+        """[h, w, C], of many bands the first three; a FileError where the file is damaged."""
+        try:
+            return self._read(window)
+        except (OSError, ValueError, MemoryError, zlib.error) as error:
+            raise FileError(str(self.path), f"cannot be read as an image ({error})") from error
+
+    def _read(self, window: tuple[slice, slice]) -> np.ndarray:
         (top, bottom, _), (left, right, _) = (
             part.indices(length) for part, length in zip(window, self.shape, strict=False)
         )

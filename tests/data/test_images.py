@@ -217,6 +217,14 @@ def test_deep_tiff_files_are_turned_upright(tmp_path, orientation):
     assert read_header(path) == (*expected.shape[:2], orientation)
 
 
+def test_deep_png_files_are_turned_upright(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(ramp(12)[:, :, 0]).save(path, exif=exif(6))
+    upright = np.rot90(np.rint(ramp(12)[:, :, 0] * (255 / 4095)), -1)
+    np.testing.assert_array_equal(read_image(path, (0, 4095))[:, :, 0], upright)
+    assert read_header(path) == (64, 40, 6)
+
+
 def test_8_bits_stay_as_they_are_in_any_range(tmp_path):
     for name, values in (("a.png", GRADIENT), ("b.tif", GRADIENT), ("c.jpg", GRADIENT)):
         save(values, tmp_path / name)
@@ -230,7 +238,7 @@ def test_8_bits_stay_as_they_are_in_any_range(tmp_path):
 
 def test_missing_pixels_are_black_and_change_no_range(tmp_path):
     values = ramp(12)[:, :, 0].astype(np.float32)
-    for missing, tags in ((np.nan, ()), (-9999, ()), (-3.4e38, ()), (77777, [(42113, 2, 0, "77777", True)])):
+    for missing, tags in ((np.nan, ()), (-9999, ()), (-3.4e38, ()), (77777.1, [(42113, 2, 0, "77777.1", True)])):
         holes = values.copy()
         holes[:9, :50] = missing
         pixels = read_image(tif(tmp_path / "a.tif", holes, extratags=tags))
@@ -326,7 +334,7 @@ def test_parts_of_a_large_tiff_are_those_of_the_whole(tmp_path, monkeypatch, opt
 
 @pytest.mark.parametrize("compression", [None, "zlib"])
 @pytest.mark.parametrize("damage", ["cut", "no strips", "no size", "bomb", "noise"])
-def test_a_damaged_deep_tiff_is_one_error(tmp_path, damage, compression):
+def test_a_damaged_deep_tiff_is_one_error(tmp_path, monkeypatch, damage, compression):
     path = tif(tmp_path / "a.tif", np.random.default_rng(0).random((64, 64, 3), np.float32), compression=compression)
     with tifffile.TiffFile(path, mode="r+b") as file:
         tags = file.pages.first.tags
@@ -344,6 +352,7 @@ def test_a_damaged_deep_tiff_is_one_error(tmp_path, damage, compression):
     with pytest.raises(UserError, match=r"a\.tif: ") as error:
         read_image(path)
     assert len(str(error.value).split("\n")) == 1
+    monkeypatch.setattr(images, "LARGE", 0)
     with pytest.raises(UserError, match=r"a\.tif: "):
         open_image(path)[:, :]
 
