@@ -138,7 +138,7 @@ def write(
         anchors=anchors,
         data=data,
     )
-    page.write_text(text, encoding="utf-8")
+    page.write_text(text, encoding="utf-8", errors="replace")
 
 
 def score_steps(rankings: Sequence[Ranking], points: Sequence[Point | None]) -> dict[str, Any]:
