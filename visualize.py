@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from retinanet import inference, process
+from retinanet import detection, inference, process
 from retinanet.anchors import Anchors
 from retinanet.commands import flags
 from retinanet.commands.detect_files import detect_files
@@ -164,7 +164,7 @@ def show_detections(
     loader = make_loader(dataset, args.batch_size, args.workers, indices=indices, device=device, tiling=tiling)
     precision = process.choose_precision(args.precision, device)
     limits = inference.detection_limits(info, flags.given_limits(args), for_use=True)
-    detections = inference.detect(net, loader, device, precision, **limits)
+    detections = detection.detect(net, loader, device, precision, **limits)
     if args.save_csv:
         write_csv(args.save_csv, [(dataset.image_path(index), detections[index]) for index in indices], names)
     judged = judge(dataset, detections)

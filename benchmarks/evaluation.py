@@ -6,10 +6,10 @@ import torch
 from networks import make_networks
 from side_by_side import make_parser, measure, report
 
-from retinanet import inference
 from retinanet.data.loader import make_loader
 from retinanet.data.shapes import ShapesDataset
 from retinanet.data.transforms import Resizer, normalize
+from retinanet.detection import detect
 from retinanet.evaluation import coco as coco_eval
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         spread = (logits - logits.mean()).flatten().topk(logits.numel() // 10_000).values[-1]
         net.classificationModel.output.weight.mul_(3 / spread)
         net.classificationModel.output.bias.fill_(-6)
-    found = inference.detect(net, loader, device)
+    found = detect(net, loader, device)
 
     @torch.no_grad()
     def network() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
         coco_eval.score(dataset, found)
 
     def ours() -> None:
-        coco_eval.score(dataset, inference.detect(net, loader, device))
+        coco_eval.score(dataset, detect(net, loader, device))
 
     programs = {"ours, all": ours, "bare network": network, "network and detection": detection, "pycocotools": scoring}
     seconds = measure(programs, args.repeats, args.device)

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 import torch
 
-from retinanet import inference, process
+from retinanet import detection, inference, process
 from retinanet.commands import flags
 from retinanet.commands.page import write_page
 from retinanet.commands.save_csv import check_csv, write_csv
@@ -190,7 +190,7 @@ def validate(
         indices = None if limit is None else range(len(dataset))[:limit]
         loader = make_loader(dataset, batch_size, workers, indices=indices, device=chosen, tiling=tiling)
         net.to(chosen, memory_format=torch.channels_last)
-        found = inference.detect(net, loader, chosen, process.choose_precision(precision, chosen), **limits)
+        found = detection.detect(net, loader, chosen, process.choose_precision(precision, chosen), **limits)
     metrics = None
     if process.is_main_process():
         log.info("detections with scores above %g:", limits["score_threshold"])

@@ -11,7 +11,7 @@ import torchvision
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from retinanet import __version__, inference, process
+from retinanet import __version__, detection, process
 from retinanet.commands import flags
 from retinanet.commands.page import write_page
 from retinanet.data.checks import check_before_training, write_skipped
@@ -179,7 +179,7 @@ def _validate(
     process.broadcast_buffers(run.detector)  # each rank has BatchNorm statistics of its own
     with process.seeded(settings.seed):  # what a loader draws here must not change the training
         stopped, limits = (lambda: bool(stop.signum)), settings.limits
-        found = inference.detect(run.detector, loader, device, settings.dtype, stopped, **limits)
+        found = detection.detect(run.detector, loader, device, settings.dtype, stopped, **limits)
     signum = max(process.gather_objects(stop.signum))
     if signum:
         run.stop(signum)
@@ -256,7 +256,7 @@ def _report(run: Run, loader: DataLoader, dataset: DetectionDataset, device: tor
     try:
         net, info = checkpoint.load_model(path)
         net.to(device, memory_format=torch.channels_last)
-        found = inference.detect(net, loader, device, settings.dtype, lambda: bool(stop.signum), **settings.limits)
+        found = detection.detect(net, loader, device, settings.dtype, lambda: bool(stop.signum), **settings.limits)
         if run.log and not stop.signum:
             evaluation = report.evaluate(dataset, found, limit=settings.limits["max_detections"])
             write_page(path.with_name("report.html"), evaluation, str(path), (net, info))

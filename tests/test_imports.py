@@ -10,6 +10,7 @@ PACKAGE = ROOT / "retinanet"
 PAPER = ("anchors", "boxes", "matcher", "losses", "resnet", "model", "postprocess")
 DOORS = ("dataloader", "coco_eval", "csv_eval", "utils")
 BASE = ("errors", "process", "signals")
+USE = ("detection", "inference")
 
 # Part of the package -> what it may import of the package; a name stands for everything below it.
 RULES = {
@@ -22,16 +23,17 @@ RULES = {
     "sparse_head": PAPER,
     "data": ("data", "boxes", *BASE),
     "training": ("training", "data", *PAPER, "fused_loss", "inference", *BASE),
-    "inference": ("data", "training.checkpoint", *PAPER, *BASE),
+    "detection": ("data", *PAPER, *BASE),
+    "inference": ("data", "training.checkpoint", "detection", *PAPER, *BASE),
     "visual": ("visual", "data", *PAPER, "sparse_head", *BASE),
-    "evaluation": ("evaluation", "data", *PAPER, "inference", "visual.charts", *BASE),
-    "commands": ("commands", "data", "training", "evaluation", "visual", "inference", *PAPER, "fused_loss", *BASE),
+    "evaluation": ("evaluation", "data", *PAPER, "detection", "visual.charts", *BASE),
+    "commands": ("commands", "data", "training", "evaluation", "visual", *USE, *PAPER, "fused_loss", *BASE),
     "dataloader": ("data",),
     "coco_eval": ("evaluation",),
     "csv_eval": ("evaluation",),
     "utils": ("boxes", "resnet"),
-    "running": ("commands", "data", "training", "evaluation", "visual", "inference", *PAPER, *BASE),
-    "api": ("running", "commands", "data", "training", "evaluation", "visual", "inference", *PAPER, *BASE),
+    "running": ("commands", "data", "training", "evaluation", "visual", *USE, *PAPER, *BASE),
+    "api": ("running", "commands", "data", "training", "evaluation", "visual", *USE, *PAPER, *BASE),
     "__init__": ("inference", "api"),
     "__main__": ("commands",),
 }

@@ -18,10 +18,11 @@ from retinanet.data.images import read_image
 from retinanet.data.shapes import ShapesDataset
 from retinanet.data.transforms import Resizer, normalize
 from retinanet.data.video import Video
+from retinanet.detection import detect, detect_images
 from retinanet.errors import UserError
 from retinanet.evaluation.coco import evaluate_coco, read_results, to_detections
 from retinanet.evaluation.voc import evaluate
-from retinanet.inference import Prediction, as_array, detect, detect_images, detection_limits, predict
+from retinanet.inference import Prediction, as_array, detection_limits, predict
 from retinanet.postprocess import Detections
 from retinanet.training import checkpoint
 

@@ -21,9 +21,10 @@ from retinanet.data.csv import CSVDataset
 from retinanet.data.loader import make_loader
 from retinanet.data.tiles import Tiling
 from retinanet.data.transforms import Resizer, UnNormalizer
+from retinanet.detection import detect, detect_images
 from retinanet.evaluation.errors import greedy_match
 from retinanet.evaluation.voc import compute_overlap
-from retinanet.inference import detect, detect_images, predict
+from retinanet.inference import predict
 from retinanet.postprocess import Detections
 from retinanet.training import checkpoint
 
@@ -252,10 +253,10 @@ def recall_and_precision(found, boxes):
 
 @pytest.mark.slow
 def test_a_detector_trained_on_tiles_finds_small_objects_in_a_large_image(tmp_path):
-    train_set = write(tmp_path, "train", 12, 1024, 1024, 80, seed=1)
+    train_set = write(tmp_path, "train", 12, 1024, 1024, 120, seed=1)
     val_set = write(tmp_path, "val", 2, 1024, 1024, 80, seed=2)
     settings = {"depth": 18, "weights": "none", "recipe": "scratch", "anchor_scales": [0.4, 0.63, 1], "workers": 0}
-    settings |= {"tile": 512, "max_detections": 1000, "batch_size": 2, "epochs": 6, "val_every": 6}
+    settings |= {"tile": 512, "max_detections": 1000, "batch_size": 2, "epochs": 12, "val_every": 12}
     result = retinanet.train(train_set, val_set, out_dir=tmp_path / "run", **settings)
     image, boxes = draw(4000, 6000, 400, 3)
     options = {"precision": "auto", "score_threshold": "best"}

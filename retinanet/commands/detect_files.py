@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from retinanet import inference, process
+from retinanet import detection, inference, process
 from retinanet.commands import flags
 from retinanet.commands.save_csv import check_csv, write_csv
 from retinanet.data.images import find_images, open_image, read_image
@@ -116,7 +116,7 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
     precision = process.choose_precision(args.precision, device)
     resizer = inference.make_resizer(info, args.min_side, args.max_side)
     limits = inference.detection_limits(info, flags.given_limits(args), for_use=True)
-    found = inference.detect_images(net, load(), resizer, args.batch_size, precision, tiling, **limits)
+    found = detection.detect_images(net, load(), resizer, args.batch_size, precision, tiling, **limits)
     results = ((*read.popleft(), detections) for _, detections in found)
     limit = limits["max_detections"]
     head, counts = {"model": args.model, "class_names": names, **limits}, collections.Counter()

@@ -173,7 +173,7 @@ def make_loader(
     """A loader of batches: for training those of `batch_sampler`, else all samples, or `indices` in order.
 
     All samples are sorted by shape, so that the images of a batch need little padding. Without a `batch_sampler`,
-    each process of a torchrun job gets its share of the batches; `inference.detect` gathers the detections.
+    each process of a torchrun job gets its share of the batches; `detection.detect` gathers the detections.
 
     Args:
         dataset: gives samples.

@@ -52,7 +52,7 @@ def test_batches_hold_the_pixels_of_the_tiles():
 
 
 def visible(objects, tile, share):
-    """What a detector that finds all it sees gives: in the tile's pixels, those with that share of their area inside."""
+    """What a detector that finds all it sees gives, in the tile's pixels: all with that share of their area inside."""
     x1, y1, x2, y2 = tile
     clipped = objects.clip([x1, y1, x1, y1], [x2, y2, x2, y2])
     areas = [(boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (clipped, objects)]
@@ -75,7 +75,7 @@ def merged(objects, labels, tiling, size, share=0.3, scores=None):
 
 def assert_once(found, objects, labels):
     """Each object is found with its whole box; repeats, if any, are exact ones, which NMS removes."""
-    scores, found_labels, boxes = found
+    _, found_labels, boxes = found
     rows = {(label, *box) for label, box in zip(found_labels.tolist(), boxes.tolist(), strict=True)}
     assert rows == {(label, *map(float, box)) for label, box in zip(labels, objects, strict=True)}
 
