@@ -27,7 +27,7 @@ from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import train
-from retinanet import inference, process
+from retinanet import detection, process
 from retinanet.commands import flags
 from retinanet.data.loader import make_loader
 from retinanet.data.sampler import AspectRatioBasedSampler
@@ -95,7 +95,7 @@ def train_torchvision(args: argparse.Namespace, lr: float) -> dict[str, float]:
             done = train_one_epoch(net, loader, optimizer, scaler, schedule, device, precision, progress, CLIP_NORM)
             process.log.info("epoch %d: loss %.3f, %.1f images/s", epoch, done["loss"], done["images_per_second"])
         limits = {name: getattr(args, name) for name in LIMITS}
-        found = inference.detect(net, val_loader, device, precision, **limits)
+        found = detection.detect(net, val_loader, device, precision, **limits)
     return coco_eval.score(val_set, found, args.max_detections).metrics
 
 
