@@ -165,7 +165,9 @@ def validate(
     _check_dataset("dataset", dataset)
     numbers = {"iou_threshold": iou_threshold, "min_precision": min_precision, "limit": limit, "batch_size": batch_size}
     values = dict(zip(LIMITS, (score_threshold, nms_threshold, top_k, max_detections), strict=True))
-    as_flags({**numbers, **values, "workers": workers, "device": device}, get_type_hints(validate))
+    as_flags(
+        {**numbers, **values, "workers": workers, "device": device, "precision": precision}, get_type_hints(validate)
+    )
     chosen = process.choose_device(str(device))
     process.init_distributed(chosen)
     process.show_log()

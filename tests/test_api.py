@@ -16,7 +16,7 @@ from retinanet.anchors import Anchors
 from retinanet.data.shapes import ShapesDataset
 from retinanet.data.transforms import Resizer
 from retinanet.errors import UserError
-from retinanet.model import ARCHITECTURES
+from retinanet.model import ARCHITECTURES, resnet18
 from retinanet.resnet import BasicBlock
 from retinanet.training import checkpoint
 from retinanet.training.log import read_log
@@ -141,6 +141,21 @@ def test_a_wrong_setting_is_one_message(settings, message, tmp_path):
 def test_what_is_no_data_set_is_one_message():
     with pytest.raises(UserError, match="train_set must be a DetectionDataset, such as CSVDataset, not str"):
         retinanet.train("train.csv")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"limit": 0, "precision": "fp99"}, "limit must be from 1 .*; precision must be one of auto, fp32"),
+        ({"score_threshold": 2}, "score_threshold must be from 0 to 1, not 2"),
+        ({"model": 3}, "model must be a path, a RetinaNet or the result of load_model, not int"),
+        ({"model": resnet18(5)}, "the model has 5 classes, and ShapesDataset 3"),
+        ({"dataset": "val.csv"}, "dataset must be a DetectionDataset, such as CSVDataset, not str"),
+    ],
+)
+def test_a_wrong_argument_of_validate_is_one_message(arguments, message):
+    with pytest.raises(UserError, match=message):
+        retinanet.validate(**{"model": "none.pt", "dataset": ShapesDataset(1)} | arguments)
 
 
 def test_the_settings_are_the_flags():
