@@ -24,6 +24,7 @@ from retinanet.errors import UserError
 from retinanet.evaluation import coco as coco_eval
 from retinanet.evaluation import report, voc
 from retinanet.evaluation.errors import judge
+from retinanet.postprocess import Detections
 from retinanet.process import log
 from retinanet.signals import StopSignals
 from retinanet.training import checkpoint
@@ -90,9 +91,9 @@ def run_training(
             with StopSignals() as stop:
                 _begin(run, device, train_set, val_set, sampler)
                 with _saving(run, train_set, stop), explained(train_loader, settings.dtype):  # a worker may die
-                    _train(run, train_loader, sampler, val_loader, val_set, device, stop)
+                    found = _train(run, train_loader, sampler, val_loader, val_set, device, stop)
                 if val_loader is not None:  # a rank may have no batches of it
-                    _report(run, val_loader, val_set, device, stop)
+                    _report(run, val_loader, val_set, device, stop, found)
             return run
         finally:
             if run.log:
@@ -173,8 +174,8 @@ def _begin(
 
 def _validate(
     run: Run, loader: DataLoader, dataset: DetectionDataset, device: torch.device, stop: StopSignals
-) -> dict[str, float]:
-    """COCO's numbers of the detector, computed by all ranks together."""
+) -> tuple[dict[str, float], dict[int, Detections]]:
+    """COCO's numbers of the detector, computed by all ranks together, and what it finds, on rank 0."""
     settings = run.settings
     process.broadcast_buffers(run.detector)  # each rank has BatchNorm statistics of its own
     with process.seeded(settings.seed):  # what a loader draws here must not change the training
@@ -195,7 +196,7 @@ def _validate(
             sheet = Path(settings.out_dir) / "detections.png"
             views.save_detections(dataset, judge(dataset, found, 0.5), sheet)
             run.log.add_pictures(run.progress.epoch, sheet, voc.board_curves(results, dataset))
-    return process.from_main_process(metrics)
+    return process.from_main_process(metrics), found
 
 
 @contextlib.contextmanager
@@ -217,9 +218,12 @@ def _train(
     val_set: DetectionDataset | None,
     device: torch.device,
     stop: StopSignals,
-) -> None:
-    """Train and validate, epoch by epoch, until the run is over or a signal comes."""
-    settings = run.settings
+) -> dict[int, Detections] | None:
+    """Train and validate, epoch by epoch, until the run is over or a signal comes.
+
+    Returns what best.pt finds in the validation set, if this process wrote it.
+    """
+    settings, of_best = run.settings, None
     model = run.net
     if process.get_world_size() > 1:
         devices = [device] if device.type == "cuda" else None
@@ -239,28 +243,44 @@ def _train(
         is_last = epoch + 1 == settings.epochs
         run.metrics, run.score_thresholds = {}, {}
         if val_loader is not None and ((epoch + 1) % settings.val_every == 0 or is_last):
-            run.metrics = _validate(run, val_loader, val_set, device, stop)
+            run.metrics, found = _validate(run, val_loader, val_set, device, stop)
         run.end_epoch(statistics)
+        if run.metrics and not run.stale:  # best.pt is of this epoch
+            of_best = found
         if run.log and (run.metrics or is_last):
             with _drawing(run, "curves.png"):
                 charts.draw_training_curves(read_log(run.log.path), run.steps_per_epoch, run.log.folder / "curves.png")
     best = f", best AP {run.best:.3f}" if run.best >= 0 else ""
     log.info("done after %s%s", counted(run.progress.epoch, "epoch"), best)
+    return of_best
 
 
-def _report(run: Run, loader: DataLoader, dataset: DetectionDataset, device: torch.device, stop: StopSignals) -> None:
-    """Write report.html, of best.pt on the validation set, which all ranks detect in together."""
-    settings, path = run.settings, Path(run.settings.out_dir) / "best.pt"
-    if not process.from_main_process(path.is_file()):
+def _report(
+    run: Run,
+    loader: DataLoader,
+    dataset: DetectionDataset,
+    device: torch.device,
+    stop: StopSignals,
+    found: dict[int, Detections] | None,
+) -> None:
+    """Write report.html, of best.pt on the validation set, unless it is there.
+
+    If this process did not write best.pt, `found` is None, and all ranks detect together what it finds.
+    """
+    settings, best = run.settings, Path(run.settings.out_dir) / "best.pt"
+    page = best.with_name("report.html")
+    done = not best.is_file() or (page.is_file() and page.stat().st_mtime >= best.stat().st_mtime)
+    if process.from_main_process(done):
         return
     try:
-        net, info = checkpoint.load_model(path)
-        net.to(device, memory_format=torch.channels_last)
-        found = detection.detect(net, loader, device, settings.dtype, lambda: bool(stop.signum), **settings.limits)
+        net, info = checkpoint.load_model(best)
+        if found is None:
+            net.to(device, memory_format=torch.channels_last)
+            found = detection.detect(net, loader, device, settings.dtype, lambda: bool(stop.signum), **settings.limits)
         if run.log and not stop.signum:
             evaluation = report.evaluate(dataset, found, limit=settings.limits["max_detections"])
-            write_page(path.with_name("report.html"), evaluation, str(path), (net, info))
-            log.info("what it gets wrong: %s", path.with_name("report.html"))
+            write_page(page, evaluation, str(best), (net, info))
+            log.info("what it gets wrong: %s", page)
     except (OSError, ValueError, RuntimeError) as error:  # the run itself is complete
         log.warning("warning: no report.html: %s", error)
 

@@ -4,6 +4,7 @@ import pytest
 from helpers import detections, write_csv_data
 
 import train
+from retinanet import detection
 from retinanet.commands.page import write_page
 from retinanet.data.csv import CSVDataset
 from retinanet.evaluation import report
@@ -16,10 +17,16 @@ FLAGS = [*SMALL, "--weights", "none", "--recipe", "scratch", "--epochs", "1", "-
 
 def test_a_training_ends_with_its_report_and_not_with_an_error_of_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, 18, (BasicBlock, (1, 1, 1, 1)))
-    flags = [*FLAGS, "--out_dir", str(tmp_path)]
+    detect, flags, calls = detection.detect, [*FLAGS, "--out_dir", str(tmp_path)], []
+    monkeypatch.setattr(detection, "detect", lambda *args, **limits: calls.append(1) or detect(*args, **limits))
     assert train.main(flags) == 0
     page = (tmp_path / "report.html").read_text()
     assert str(tmp_path / "best.pt") in page and 'id="training"' in page and "The anchors' reach" in page
+    assert train.main([*flags, "--resume", "auto"]) == 0 and len(calls) == 1  # what the validation found is used
+    (tmp_path / "report.html").unlink()
+    assert train.main([*flags, "--resume", "auto"]) == 0 and len(calls) == 2
+    again = (tmp_path / "report.html").read_text()
+    assert again.split('id="data">')[1] == page.split('id="data">')[1]
     (tmp_path / "report.html").unlink()
     (tmp_path / "report.html").mkdir()
     capsys.readouterr()
