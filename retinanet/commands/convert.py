@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -25,7 +25,7 @@ from retinanet.data.checks import leave_out_bad_images, write_skipped
 from retinanet.data.csv import CSVDataset
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.ground_truth import coco_content
-from retinanet.data.images import IMAGE_SUFFIXES, list_images
+from retinanet.data.files import IMAGE_SUFFIXES, list_images
 from retinanet.data.placing import place_boxes, read_headers
 from retinanet.data.report import Report, counted
 from retinanet.errors import UserError, output_file, shown
@@ -43,14 +43,10 @@ def is_plain(name: str) -> bool:
 
 
 def plan_images(dataset: DetectionDataset, root: Path, folder: Path, to: str) -> dict[str, Path]:
-    """Choose the images' names in a folder of `root`; nothing is written yet.
+    """Choose the images' names in a folder of `root`: the old names, or all with their folders' in front if two clash.
 
-    Returns:
-        New name -> image: the old names, or all with the names of their folders in front if two are the same.
-
-    Raises:
-        UserError: an image is missing, two names are the same, the layout cannot hold a name, or the folder holds
-            another image with such a name, or lies elsewhere.
+    The folder is created, but nothing is written to it. New name -> image; a UserError if an image is missing, the
+    layout cannot hold a name, or the folder holds another image with such a name, or is outside `root`.
     """
     paths = [Path(dataset.image_path(index)) for index in range(len(dataset))]
     # Only the folders are resolved: the target of a link may have another name, such as a hash.
@@ -61,31 +57,31 @@ def plan_images(dataset: DetectionDataset, root: Path, folder: Path, to: str) ->
         names = ["__".join(path.relative_to(common).parts) for path in paths]
     stems = [Path(name).stem for name in names]
     if len(set(stems)) < len(stems):  # VOC and YOLO name an image without its suffix
-        repeated = next(name for name in names if stems.count(Path(name).stem) > 1)
+        repeated = next(name for name, stem in zip(names, stems, strict=True) if stems.count(stem) > 1)
         raise UserError(f"{repeated}: two images of one folder have this name, or differ only in their suffix")
     if to != "coco":  # JSON holds any name
-        unfit = [f"class {shown(name)}" for name in dataset.labels.values() if not is_plain(name)]
         hidden = "." if to in ("voc", "yolo") else "\0"  # files that their readers skip
-        plain = (is_plain(name) and is_plain(Path(name).stem) and not name.startswith(hidden) for name in names)
-        unfit += [f"image {shown(name)}" for name, is_good in zip(names, plain, strict=True) if not is_good]
+        unfit = [f"class {shown(name)}" for name in dataset.labels.values() if not is_plain(name)]
+        unfit += [
+            f"image {shown(name)}"
+            for name, stem in zip(names, stems, strict=True)
+            if not (is_plain(name) and is_plain(stem)) or name.startswith(hidden)
+        ]
         if unfit:
             listed = ", ".join(unfit[:10]) + (f", and {len(unfit) - 10} more" if len(unfit) > 10 else "")
             raise UserError(f"{to} cannot hold these names: {listed}; rename them in the source, or use --to coco")
     _make_folder(root, folder)
     existing = {path.stem: path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
-    for path, name in zip(paths, names, strict=True):
-        if not path.is_file():
-            raise UserError(f"{path}: the image does not exist")
-        other = existing.get(Path(name).stem, name)
-        if other != name:
-            raise UserError(f"{folder}: holds {other}, which differs from {name} only in its suffix")
+    for path, name, stem in zip(paths, names, stems, strict=True):
+        if existing.get(stem, name) != name:
+            raise UserError(f"{folder}: holds {existing[stem]}, which differs from {name} only in its suffix")
         target = folder / name
         if os.path.lexists(target) and not (target.is_file() and filecmp.cmp(path, target, shallow=False)):
             raise UserError(f"{target}: exists and differs from {path}")
     return dict(zip(names, paths, strict=True))
 
 
-def place_images(images: dict[str, Path], folder: Path, link: bool) -> None:
+def place_images(images: Mapping[str, Path], folder: Path, link: bool) -> None:
     """Copy or link the result of `plan_images`."""
     for name, path in progress(images.items(), "images", len(images)):
         target = folder / name
@@ -98,22 +94,14 @@ def place_images(images: dict[str, Path], folder: Path, link: bool) -> None:
 
 
 def _make_folder(root: Path, folder: Path) -> None:
-    """Create a folder below `root`.
-
-    Raises:
-        UserError: a link leads elsewhere.
-    """
+    """Create a folder below `root`, which no link may lead out of."""
     if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root)):
         raise UserError(f"{folder}: leads out of --out {root}")
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def _write_text(root: Path, name: str, text: str, same: Callable[[str, str], bool] = str.__eq__) -> None:
-    """Write a file below `root`.
-
-    Raises:
-        UserError: it exists with other content, or is not a regular file.
-    """
+    """Write a file below `root`, where none is that has other content."""
     path = output_file(root / name)
     _make_folder(root, path.parent)
     if path.exists() and not same(path.read_text(encoding="utf-8", errors="replace"), text):
@@ -122,7 +110,6 @@ def _write_text(root: Path, name: str, text: str, same: Callable[[str, str], boo
 
 
 def _write_rows(root: Path, name: str, rows: Iterable[Sequence[object]]) -> None:
-    """Write a CSV file; errors are those of `_write_text`."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     _write_text(root, name, text.getvalue())
@@ -203,27 +190,30 @@ WRITERS = {"csv": write_csv, "coco": write_coco, "voc": write_voc, "yolo": write
 def main(argv: list[str] | None = None) -> None:
     """Convert as the flags say."""
     parser = make_parser(__doc__.split("\n")[0])
-    parser.add_argument("--from", dest="kind", choices=sorted(WRITERS), required=True, help="layout of the source")
-    parser.add_argument("--source", required=True, help="the data set's folder; of CSV data, the annotation file")
-    parser.add_argument("--set", help="name of the set, such as train or val2017 (default: the CSV file's name)")
-    parser.add_argument("--csv_classes", help="of CSV data: the file class_name,id (default: all classes, sorted)")
-    parser.add_argument("--crowds_are_objects", action="store_true", help="of COCO data: read crowds as objects")
-    parser.add_argument("--to", choices=sorted(WRITERS), required=True, help="layout to write")
-    parser.add_argument("--out", required=True, help="folder to write to")
-    parser.add_argument("--out_set", help="name of the set there, such as train (default: as in the source)")
-    parser.add_argument("--link", action="store_true", help="link to the images instead of copying them")
+    add = parser.add_argument
+    add("--from", dest="kind", choices=sorted(WRITERS), required=True, help="layout of the source")
+    add("--source", required=True, help="the data set's folder; of CSV data, the annotation file")
+    add("--set", help="name of the set, such as train or val2017 (default: the CSV file's name)")
+    add("--csv_classes", help="of CSV data: the file class_name,id (default: all classes, sorted)")
+    add("--crowds_are_objects", action="store_true", help="of COCO data: read crowds as objects")
+    add("--to", choices=sorted(WRITERS), required=True, help="layout to write")
+    add("--out", required=True, help="folder to write to")
+    add("--out_set", help="name of the set there, such as train (default: as in the source)")
+    add("--link", action="store_true", help="link to the images instead of copying them")
     text = "leave out images that cannot be read and annotations that are corrupt; decodes all images first"
-    parser.add_argument("--skip_bad", action="store_true", help=text)
+    add("--skip_bad", action="store_true", help=text)
     args = parser.parse_args(argv)
-    if args.kind != "csv" and args.set is None:
-        parser.error(f"--from {args.kind} needs --set")
-    if args.crowds_are_objects and args.kind != "coco":
-        parser.error("--crowds_are_objects needs --from coco")
     set_name = args.out_set or (Path(args.set).name.removesuffix(".json") if args.set else Path(args.source).stem)
+    errors = []
+    if args.kind != "csv" and args.set is None:
+        errors.append(f"--from {args.kind} needs --set")
+    if args.crowds_are_objects and args.kind != "coco":
+        errors.append("--crowds_are_objects needs --from coco")
     if not is_plain(set_name) or set_name[0] == "." or set(set_name) & set("/\\:#\"'"):
-        parser.error(
-            f"the name of the set, {shown(set_name)}, must be a plain word: choose an --out_set, such as train"
-        )
+        name = shown(set_name)
+        errors.append(f"the name of the set, {name}, must be a plain word: choose an --out_set, such as train")
+    if errors:
+        parser.error("; ".join(errors))
     setup_logging()
 
     found = Report(skip_bad=args.skip_bad)
@@ -253,20 +243,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def report(dataset: DetectionDataset, written: DetectionDataset, names: list[str], kind: str, root: Path) -> None:
-    """Log what was written, read back from the files, and what was lost.
-
-    Raises:
-        UserError: classes or images are not those of the source.
-    """
+    """Log what was written, read back from the files, and what was lost; no class or image may have changed."""
     written_names = [Path(written.image_path(index)).name for index in range(len(written))]
     for what, before, after in (
         ("classes", list(dataset.labels.values()), list(written.labels.values())),
         ("images", sorted(names), sorted(written_names)),
     ):
-        if before != after:
-            old, new = next(pair for pair in itertools.zip_longest(before, after) if pair[0] != pair[1])
-            message = f"{shown(old)} is read back as {shown(new)}: do not use what was written"
-            raise UserError(f"{root}: the {what} written are not those of the source: {message}")
+        for old, new in itertools.zip_longest(before, after):
+            if old != new:
+                message = f"{shown(old)} is read back as {shown(new)}: do not use what was written"
+                raise UserError(f"{root}: the {what} written are not those of the source: {message}")
     difficult = len(dataset.difficult_annotations) - len(written.difficult_annotations)
     if difficult and kind in ("csv", "yolo"):
         what = counted(difficult, "difficult box")

@@ -62,12 +62,9 @@ class Detector(nn.Module):
         max_detections: int = MAX_DETECTIONS,
     ):
         super().__init__()
-        self.net = net
-        self.with_nms = with_nms
-        self.score_threshold = score_threshold
-        self.nms_threshold = nms_threshold
-        self.top_k = top_k
-        self.max_detections = max_detections
+        self.net, self.with_nms = net, with_nms
+        self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
+        self.top_k, self.max_detections = top_k, max_detections
         mean, std = torch.tensor(PIXEL_MEAN)[:, None, None], torch.tensor(PIXEL_STD)[:, None, None]
         self.register_buffer("pixel_scale", 1 / (255 * std))
         self.register_buffer("pixel_shift", mean / std)
@@ -84,12 +81,11 @@ class Detector(nn.Module):
     def select(self, logits: Tensor, boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """`select_detections` on logits [A, K] and boxes [A, 4], without branches on data: a graph has none."""
         num_classes = logits.shape[1]
-        sizes = self.net.anchors.level_sizes(height, width)
         candidates, offset = [], 0
-        for level, size in zip(logits.split(sizes), sizes, strict=True):
-            top_k = torch.sym_min(self.top_k, size * num_classes)
-            candidates.append(level.flatten().topk(top_k).indices + offset)
-            offset = offset + size * num_classes
+        for level in logits.split(self.net.anchors.level_sizes(height, width)):
+            size = level.shape[0] * num_classes
+            candidates.append(level.flatten().topk(torch.sym_min(self.top_k, size)).indices + offset)
+            offset = offset + size
         candidates = torch.cat(candidates)
         scores, boxes = logits.flatten()[candidates].sigmoid(), boxes[candidates // num_classes]
         good = (scores > self.score_threshold) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
@@ -193,16 +189,11 @@ def count_wrong(found: Detections, candidates: Detections, nms_threshold: float)
 
 @torch.no_grad()
 def compare(detector: Detector, exported: Callable[[Tensor], Sequence[Tensor]], images: Tensor) -> str:
-    """Compare an exported network with the eager one, on one image.
+    """Compare an exported network with the eager one, on images [1, 3, H, W] uint8; returns a line that reports it.
 
     Two correct lists of detections may differ: of two overlapping boxes whose scores differ by a rounding error,
     either may suppress the other, which is common for scores near 0. So the exported detections are not compared
-    with the eager ones, but must be a right result of NMS among the eager candidates.
-
-    Takes images [1, 3, H, W] uint8, and returns a line that reports the differences.
-
-    Raises:
-        UserError: they are larger than rounding errors.
+    with the eager ones, but must be a right result of NMS among the eager candidates, or else it is a UserError.
     """
     normal, outputs = normalize(images), exported(images)
     height, width = images.shape[-2:]
@@ -212,10 +203,10 @@ def compare(detector: Detector, exported: Callable[[Tensor], Sequence[Tensor]], 
         difference = float((outputs[0] - logits).abs().max() / logits.abs().max())
         report += f"logits within {difference:.1e} relative, "
         outputs = detector.select(outputs[0][0], outputs[1][0], height, width)
-    found, threshold, nms_threshold = Detections(*outputs), detector.score_threshold, detector.nms_threshold
+    found, nms_threshold = Detections(*outputs), detector.nms_threshold
     # Whether a box near the score threshold or near the last of the top k is a candidate is a matter of rounding, too.
     certain, possible = (
-        detector.net.detect(normal, threshold + margin, 1.0, top_k, max_detections=None)[0]
+        detector.net.detect(normal, detector.score_threshold + margin, 1.0, top_k, max_detections=None)[0]
         for margin, top_k in ((SCORE_TOLERANCE, detector.top_k // 2), (-SCORE_TOLERANCE, detector.top_k * 2))
     )
     missing = count_missing(found, certain, nms_threshold, detector.max_detections)

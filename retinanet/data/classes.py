@@ -31,31 +31,30 @@ def read_class_ids(path: Path, report: Report) -> list[str]:
     """Class names in the order of their ids, from `class_name,id` lines.
 
     Raises:
-        UserError: the file is missing, empty, or not a CSV file in UTF-8.
         DataError: classes are wrong; without them, reading the boxes would only repeat it.
     """
     names: dict[int, str] = {}
     taken: set[str] = set()
     for numbers, rows in read_rows(path, 2, report):
-        for number, row in zip(numbers, ([field.strip() for field in row] for row in rows), strict=True):
+        for number, row in zip(numbers, rows, strict=True):
+            row = [field.strip() for field in row]
             if not any(row):
                 continue
             name, class_id, where = row[0], row[-1], f"{path}:{number}"
             if len(row) != 2:
-                message = f"expected `class_name,id`, found {len(row)} columns"
+                report.add("class list", where, f"expected `class_name,id`, found {len(row)} columns")
             elif not (class_id.isascii() and class_id.isdecimal() and len(class_id) < 10):
                 if not names and not report.errors() and class_id.lower() in ("id", "class_id", "label", "index"):
                     report.add("header row", where, f"{shown(','.join(row))} are column names: line skipped")
                     continue
                 hint = " (are the two columns swapped?)" if name.isdecimal() else ""
-                message = f"the class id must be a whole number, not {shown(class_id)}{hint}"
+                report.add("class list", where, f"the class id must be a whole number, not {shown(class_id)}{hint}")
             elif not name or name in taken or int(class_id) in names:
                 message = f"class {shown(name)} or its id {class_id} is repeated, or the class has no name"
+                report.add("class list", where, message)
             else:
                 names[int(class_id)] = name
                 taken.add(name)
-                continue
-            report.add("class list", where, message)
     if not report.errors() and sorted(names) != list(range(max(1, len(names)))):
         report.add("class list", str(path), f"class ids must run from 0 without gaps, found {shown(sorted(names))}")
     report.raise_errors()
@@ -82,11 +81,7 @@ def class_difference(owner: str, names: Sequence[str], other: str, others: Seque
 
 
 def check_classes(owner: str, class_names: list[str], dataset: DetectionDataset) -> None:
-    """Make sure that a model (`owner`) and a data set have the same classes; placeholders need only be as many.
-
-    Raises:
-        UserError: they differ; the message names the classes that do.
-    """
+    """Raise a UserError if a model (`owner`) and a data set have other classes; placeholders need only be as many."""
     names = list(dataset.labels.values())
     difference = class_difference(owner, class_names, dataset.source, names)
     if difference and class_names != placeholder_names(len(names)):

@@ -43,9 +43,6 @@ class CocoDataset(DetectionDataset):
         transform: sample -> sample.
         crowds_are_objects: crowd regions are objects, too.
         report: gets what is wrong.
-
-    Raises:
-        UserError: the annotation file is missing or broken; the message lists all that is wrong.
     """
 
     box_format = "xywh"
@@ -67,14 +64,13 @@ class CocoDataset(DetectionDataset):
         images, categories, truth = read_coco(self.annotation_file, report)
         folders = [str(self.root_dir / place.format(name)) for place in IMAGE_FOLDERS]
         some = [image["file_name"] for image in images[:20]]
-        places = (folder for folder in folders for file in some if os.path.isfile(f"{folder}/{file}"))  # noqa: PTH113
-        self.image_folders = (next(places, None) or next(filter(os.path.isdir, folders), folders[0]),)
+        places = [folder for folder in folders if any(os.path.isfile(f"{folder}/{file}") for file in some)]  # noqa: PTH113
+        self.image_folders = (places or [*filter(os.path.isdir, folders), folders[0]])[:1]
         if crowds_are_objects:
             truth.is_crowd[:] = False
-        # Boxes that are not finite or inverted are left out of evaluation, too, where they are not fatal.
-        with np.errstate(all="ignore"):
-            corners, (widths, heights) = truth.corners(), truth.boxes_xywh[:, 2:].T
         self._truth = truth
+        with np.errstate(all="ignore"):
+            corners = truth.corners()
         super().__init__(
             [image["file_name"] for image in images],
             np.column_stack([corners, truth.labels]),
@@ -89,7 +85,8 @@ class CocoDataset(DetectionDataset):
             [image["id"] for image in images],
         )
         self._report_crowds()
-        self._truth = truth.select(np.isfinite(corners).all(axis=1) & (widths >= 0) & (heights >= 0))
+        # Boxes that are not finite or inverted are left out of evaluation, too, where they are not fatal.
+        self._truth = truth.select(np.isfinite(corners).all(axis=1) & (truth.boxes_xywh[:, 2:] >= 0).all(axis=1))
         self.coco_labels = {label: category["id"] for label, category in enumerate(categories)}
         self.coco_labels_inverse = {category_id: label for label, category_id in self.coco_labels.items()}
 

@@ -15,18 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from retinanet.data.files import explain_missing
 from retinanet.data.ground_truth import GroundTruth, coco_content, from_arrays, quiet_coco
-from retinanet.data.images import (
-    LOOKS,
-    PIXEL_LIMIT,
-    choose_pixel_range,
-    evenly,
-    explain_missing,
-    open_image,
-    read_header,
-    read_image,
-)
-from retinanet.data.pixels import PixelRange
+from retinanet.data.images import PIXEL_LIMIT, choose_pixel_range, open_image, read_header, read_image
+from retinanet.data.pixels import PixelRanges, checked_range
 from retinanet.data.placing import place_boxes, place_by_some_headers, read_headers
 from retinanet.data.reading import check_boxes
 from retinanet.data.report import DROPPED, Report
@@ -65,11 +57,12 @@ class DetectionDataset(Dataset):
         headers_read: [I] bool: whether known_sizes are those of the file, and the boxes are moved accordingly.
         misfit: [I] bool: images whose boxes must be those of another one.
         affine: [I, 2, 3] of `placing`; None where no boxes were moved.
-        pixel_range: what becomes black and white in images of more than 8 bits, see `pixels`; None: of each, its own.
+        pixel_range: what becomes black and white in images of more than 8 bits: two numbers, or a dict of them by type,
+            see `pixels`; None: of each image, its own.
         pixel_limit: millions of pixels that an image may have.
 
     Raises:
-        DataError: the report holds errors.
+        UserError: files are missing or wrong; as a DataError, it lists all that is wrong, with file and line.
     """
 
     # Attributes with an entry for each image.
@@ -82,7 +75,7 @@ class DetectionDataset(Dataset):
     in_files = True  # False where images are drawn or kept in memory
     by_parts = False  # whether the transform takes images of `open_image`
     box_format = "xyxy"  # of the annotation files
-    pixel_range: PixelRange | None = None
+    pixel_range: PixelRanges = None
     pixel_limit: float = PIXEL_LIMIT
     has_coco_ids = False  # whether image_ids and coco_labels are those of a COCO file, instead of positions
 
@@ -200,16 +193,16 @@ class DetectionDataset(Dataset):
         return image
 
     @contextlib.contextmanager
-    def scaled(self, pixel_range: PixelRange | None = None) -> Iterator[None]:
-        """Within the context, `pixel_range` is that of the data set, else the given one, else the one for its images.
+    def scaled(self, pixel_range: PixelRanges = None) -> Iterator[None]:
+        """Within the context, `pixel_range` is that of the data set, else the given one; else one for each type of images.
 
         Under torchrun, all processes must enter together.
         """
         own = self.pixel_range
+        given = checked_range(own) if own else pixel_range
         if self.in_files:
-            looks = evenly(range(len(self)), LOOKS) if is_main_process() else ()
-            files = list(filter(None, map(self.find_image, looks)))
-            self.pixel_range = from_main_process(choose_pixel_range(files, own or pixel_range, self.pixel_limit))
+            files = list(filter(None, map(self.find_image, range(len(self) if is_main_process() else 0))))
+            self.pixel_range = from_main_process(choose_pixel_range(files, given, self.pixel_limit))
         try:
             yield
         finally:

@@ -77,14 +77,11 @@ def read_text(path: Path) -> str:
 
 def read_annotations(
     pairs: Mapping[Path, Path | None], read: Callable[[Path, Path | None], tuple[tuple[int, int], list]], report: Report
-) -> tuple[list[str], list[Path | None], np.ndarray, np.ndarray]:
-    """Read the annotation file of each image; images whose files cannot be read are reported and left out.
+) -> dict[str, Any]:
+    """Read the annotation file of each image: arguments of `DetectionDataset`.
 
-    `read` takes an image and its file, and gives its height and width, and the rows (number in the file, difficult,
-    x1, y1, x2, y2, label) of its boxes.
-
-    Returns:
-        The images, their files, their sizes [I, 2], and the rows [N, 8] with the image's index in front.
+    `read` takes an image and its file, and gives the image's height and width, and for each box (number in the file,
+    difficult, x1, y1, x2, y2, label). Images of which it raises a FileError are reported and left out.
     """
     images, files, sizes, rows = [], [], [], []
     for image, file in progress(pairs.items(), "reading annotations", len(pairs)):
@@ -99,7 +96,16 @@ def read_annotations(
         files.append(file)
         sizes.append(size)
     table = np.array(rows, dtype=np.float64).reshape(-1, 8)
-    return images, files, np.array(sizes, dtype=np.int64).reshape(-1, 2), table
+    arguments = dict(zip(("image_index", "annotation_ids", "difficult"), table[:, :3].T.astype(np.int64), strict=True))
+    sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)
+    return {
+        **arguments,
+        "image_files": images,
+        "annotations": table[:, 3:],
+        "declared_sizes": sizes,
+        "annotation_files": files,
+        "report": report,
+    }
 
 
 @contextlib.contextmanager

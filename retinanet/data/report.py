@@ -41,6 +41,10 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else noun + ('es' if noun[-1] in 'sx' else 's')}"
 
 
+Rows = Sequence | np.ndarray  # anything that tells rows apart, or a mask [N] bool of them
+OfRow = Callable[[Any], str]
+
+
 class Problem(NamedTuple):
     """One thing that is wrong, or all that have one cause."""
 
@@ -81,18 +85,11 @@ class Report:
             self.skipped.append((where, message))
         self._add(Problem(kind, where, message, count, cause))
 
-    def add_rows(
-        self,
-        kind: str,
-        rows: Sequence | np.ndarray,
-        where: Callable[[Any], str],
-        message: str | Callable[[Any], str],
-        cause: Any = None,
-    ) -> None:
-        """Add a problem of many rows: anything that `where` takes, or a mask [N] bool of the rows that have it.
+    def add_rows(self, kind: str, rows: Rows, where: OfRow, message: str | OfRow, cause: Any = None) -> None:
+        """Add a problem of many rows; `message` and `cause` are those of all, or functions of a row.
 
-        `message` and `cause` are those of all rows, or functions of a row. Nothing is called for rows that are neither
-        an example nor listed as skipped; `message` is called once a cause.
+        `where` and `message` are not called for rows that are neither an example nor listed as skipped, and `message`
+        is called once a cause.
         """
         if isinstance(rows, np.ndarray) and rows.dtype == bool:
             rows = np.flatnonzero(rows)

@@ -11,37 +11,28 @@ from skimage.draw import random_shapes
 from retinanet.data.dataset import DetectionDataset
 
 CLASS_NAMES = ("circle", "rectangle", "triangle")
-WHITE = 255
+WHITE, INK = 255, ((0, 200),)
 
 
 def draw_shapes(size: int, seed: int | list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Draw one image of one to four shapes that do not overlap; the seed decides everything in it.
 
-    Returns:
-        The image [size, size, 3] uint8, and its boxes [G, 5] float32 (x1, y1, x2, y2, label), exact to the pixel.
+    The image is [size, size, 3] uint8, its boxes are [G, 5] float32 (x1, y1, x2, y2, label), exact to the pixel.
     """
     rng = np.random.default_rng(seed)
     image = np.full((size, size, 3), WHITE, dtype=np.uint8)
     boxes = []
     for _ in range(rng.integers(1, 5)):
         label = int(rng.integers(len(CLASS_NAMES)))
-        layer, _ = random_shapes(
-            (size, size),
-            shape=CLASS_NAMES[label],
-            max_shapes=1,
-            min_size=size // 4,
-            max_size=size // 2,
-            intensity_range=((0, 200),),
-            rng=rng,
-        )
+        shape, sides = CLASS_NAMES[label], {"min_size": size // 4, "max_size": size // 2}
+        layer, _ = random_shapes((size, size), max_shapes=1, shape=shape, intensity_range=INK, rng=rng, **sides)
         inked = (layer != WHITE).any(axis=2)  # [size, size]
         ys, xs = inked.nonzero()
-        box = slice(ys.min(), ys.max() + 1), slice(xs.min(), xs.max() + 1)
-        height, width = layer[box].shape[:2]
-        if min(height, width) < size // 5 or (image[box] != WHITE).any():  # a sliver, or no room left for it
+        x1, y1, x2, y2 = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
+        if min(x2 - x1, y2 - y1) < size // 5 or (image[y1:y2, x1:x2] != WHITE).any():  # a sliver, or no room for it
             continue
         image[inked] = layer[inked]
-        boxes.append((box[1].start, box[0].start, box[1].stop, box[0].stop, label))
+        boxes.append((x1, y1, x2, y2, label))
     return image, np.array(boxes, dtype=np.float32).reshape(-1, 5)
 
 

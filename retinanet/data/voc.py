@@ -8,16 +8,14 @@ VOC counts pixels from 1 and includes the last one: this box is from x = 10 to 1
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-import numpy as np
-
 from retinanet.data.classes import read_class_list, unknown_class
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.images import IMAGE_SUFFIXES, list_images, walk
+from retinanet.data.files import IMAGE_SUFFIXES, list_images, walk
 from retinanet.data.layouts import choose_share, find_set, refused, report_list
 from retinanet.data.reading import parse_number, parse_side, read_annotations, read_bytes, read_text
 from retinanet.data.report import FileError, Report
@@ -46,9 +44,6 @@ class VOCDataset(DetectionDataset):
             all that the XML files have, sorted, if there are others among them.
         val_share: of the images that are for validation, in a folder without sets.
         report: gets what is wrong.
-
-    Raises:
-        UserError: files are missing or wrong; the message lists all that is wrong.
     """
 
     annotation_format = "{}: object {}"
@@ -67,15 +62,14 @@ class VOCDataset(DetectionDataset):
         report = report or Report()
         list_file, base = _find_set(root, set_name, val_share)
         folder = _subfolder(base, XML_FOLDERS)
-        xml_files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in walk(folder, XML)}
         content_of = functools.cache(_read_xml)
         if class_names is None:
             class_names = read_class_list(root / "classes.txt")
         if class_names is None:  # those of all sets, so that these agree
-            all_files = {*xml_files.values(), *(() if base == root else walk(root, XML))}
-            used = {name for path in all_files for name, *_ in content_of(path).objects} - {""}
+            xml_files = walk(folder if base == root else root, XML)
+            used = {name for path in xml_files for name, *_ in content_of(path).objects} - {""}
             class_names = VOC_CLASSES if used <= set(VOC_CLASSES) else sorted(used)
-        pairs = _pair_files(list_file, folder, xml_files, _subfolder(base, IMAGE_FOLDERS), content_of, report)
+        pairs = _pair_files(list_file, folder, _subfolder(base, IMAGE_FOLDERS), content_of, report)
         if not list_file and base == root:  # there are no sets
             pairs = choose_share(root, set_name, val_share, pairs)
 
@@ -89,21 +83,8 @@ class VOCDataset(DetectionDataset):
             rows = list(_read_objects(path, content, class_names, report))
             return content.size if min(content.size) > 0 else (0, 0), rows
 
-        images, files, sizes, table = read_annotations(pairs, read, report)
-        image_index, numbers, difficult = table[:, :3].T.astype(np.int64)
-        super().__init__(
-            images,
-            table[:, 3:],
-            image_index,
-            class_names,
-            transform,
-            difficult,
-            numbers,
-            report,
-            list_file or folder,
-            sizes,
-            annotation_files=files,
-        )
+        contents = read_annotations(pairs, read, report)
+        super().__init__(class_names=class_names, transform=transform, source=list_file or folder, **contents)
 
 
 def _find_set(root: Path, set_name: str, val_share: float | None) -> tuple[Path | None, Path]:
@@ -140,21 +121,16 @@ def _read_list(path: Path) -> list[tuple[str, list[str]]]:
 
 
 def _pair_files(
-    list_file: Path | None,
-    folder: Path,
-    xml_files: Mapping[str, Path],
-    image_folder: Path,
-    content_of: Callable[[Path], "_Content"],
-    report: Report,
+    list_file: Path | None, folder: Path, image_folder: Path, content_of: Callable[[Path], "_Content"], report: Report
 ) -> dict[Path, Path | None]:
     """Each image of a list, or of all XML files, and its XML file: of the same name, or naming it as its own."""
+    xml_files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in walk(folder, XML)}
     lines = _read_list(list_file) if list_file else [(name, [name]) for name in xml_files]
     files = [next((xml_files[name] for name in names if name in xml_files), None) for _, names in lines]
     own_names = [content_of(path).file_name if path else "" for path in files]
     images = list_images(image_folder, {name for _, names in lines for name in names}, set(own_names))
-    found = []
-    for (_, names), own_name in zip(lines, own_names, strict=True):
-        found.append(next((images[name] for name in [*names, Path(own_name).stem] if name in images), None))
+    choices = [[*names, Path(own_name).stem] for (_, names), own_name in zip(lines, own_names, strict=True)]
+    found = [next((images[name] for name in names if name in images), None) for names in choices]
     report_list(list_file or folder, image_folder, [line for line, _ in lines], found, report)
     pairs = {image: path for image, path in zip(found, files, strict=True) if image}
     without = [image for image, path in pairs.items() if path is None]

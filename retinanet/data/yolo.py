@@ -3,17 +3,17 @@
 import glob
 import itertools
 import math
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from retinanet.data.classes import class_difference, read_class_list
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.images import IMAGE_SUFFIXES, list_images, read_header, walk
+from retinanet.data.files import IMAGE_SUFFIXES, list_images, walk
+from retinanet.data.images import read_header
 from retinanet.data.layouts import SAME_NAMES, any_case, choose_share, find_places, find_set, refused, report_list
 from retinanet.data.reading import parse_number, read_annotations, read_text
 from retinanet.data.report import Report, counted
@@ -40,9 +40,6 @@ class YoloDataset(DetectionDataset):
         transform: sample -> sample.
         val_share: of the images that are for validation, in a folder without sets.
         report: gets what is wrong.
-
-    Raises:
-        UserError: a file is missing, or lines are wrong; the message lists them all, with file and line.
     """
 
     annotation_format = "{}:{}"
@@ -66,23 +63,12 @@ class YoloDataset(DetectionDataset):
         def read(image: Path, file: Path) -> tuple[tuple[int, int], list]:
             lines = read_text(file).splitlines() if file.is_file() else []
             boxes = list(_read_boxes(file, lines, len(class_names), key_numbers, report))
-            return read_header(image)[:2], boxes
+            height, width, _ = read_header(image)
+            factors = 1, 0, width, height, width, height, 1  # fractions -> pixels
+            return (height, width), [map(operator.mul, box, factors) for box in boxes]
 
-        images, label_files, sizes, table = read_annotations(files, read, report)
-        image_index, numbers = table[:, :2].T.astype(np.int64)
-        table[:, 3:7] *= np.tile(sizes[image_index, ::-1], 2)
-        super().__init__(
-            images,
-            table[:, 3:],
-            image_index,
-            class_names,
-            transform,
-            annotation_ids=numbers,
-            report=report,
-            source=source,
-            declared_sizes=sizes,
-            annotation_files=label_files,
-        )
+        contents = read_annotations(files, read, report)
+        super().__init__(class_names=class_names, transform=transform, source=source, **contents)
 
 
 def _read_settings(root: Path) -> dict[Path, dict[str, Any]]:
