@@ -4,9 +4,14 @@ import contextlib
 import csv
 import io
 import json
+import struct
+import subprocess
+import sys
+import zlib
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from helpers import gradient, in_memory, save
 from PIL import Image
@@ -267,3 +272,56 @@ def test_a_detector_trained_on_tiles_finds_small_objects_in_a_large_image(tmp_pa
     print(f"\nrecall and precision with tiles: {tiled}, without: {whole}")  # noqa: T201, for the README
     assert tiled[0] >= 0.9 and tiled[1] >= 0.9
     assert whole[0] < 0.05
+
+
+HUGE = """
+import resource, sys
+import torch
+import visualize
+from retinanet.model import RetinaNet
+from retinanet.postprocess import Detections
+
+detect, calls = RetinaNet.detect, []
+
+
+def only_the_first(self, images, **limits):
+    calls.append(1)
+    found = Detections(torch.ones(1), torch.zeros(1).long(), torch.tensor([[200.0, 200, 240, 240]]))
+    return detect(self, images, **limits) if len(calls) == 1 else [found] * len(images)
+
+
+RetinaNet.detect = only_the_first
+status = visualize.main(sys.argv[1:])
+sys.exit(status or f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}")
+"""
+
+
+def write_tiff(path, side):
+    bands = (np.full((16, side, 3), row % 250, dtype=np.uint8) for row in range(side // 16))
+    tifffile.imwrite(path, bands, shape=(side, side, 3), dtype=np.uint8, rowsperstrip=16, photometric="rgb")
+
+
+def write_png(path, side):
+    """As Pillow would write it, but without the whole image in memory."""
+    compress = zlib.compressobj(1)
+    rows = b"".join(compress.compress(b"\0" + bytes([row % 250]) * 3 * side) for row in range(side)) + compress.flush()
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    with open(path, "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for kind, data in ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")):
+            file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "write_file", "limit"), [("a.tif", write_tiff, 2.5), ("a.png", write_png, 4)])
+def test_an_image_of_400_million_pixels_takes_little_memory(tmp_path, name, write_file, limit):
+    """The network runs on the first batch alone, which takes as much memory as all others."""
+    checkpoint.save(tmp_path / "model.pt", checkpoint.model_entries(retinanet.model.resnet50(2), NAMES, 608, 1024))
+    write_file(tmp_path / name, 20_000)
+    flags = ["--images", tmp_path / name, "--model", tmp_path / "model.pt", "--tile", 512, "--pixel_limit", 400]
+    flags += ["--max_detections", 10_000, "--out_dir", tmp_path / "found", "--save_csv", tmp_path / "found.csv"]
+    done = subprocess.run([sys.executable, "-c", HUGE, *map(str, flags)], capture_output=True, text=True)
+    peak = float(done.stderr.split()[-1])
+    print(f"\n{name}: {peak} GiB")  # noqa: T201, for the README
+    assert peak < limit
+    assert len((tmp_path / "found.csv").read_text().splitlines()) == 1 + 52 * 52 - 4  # tiles

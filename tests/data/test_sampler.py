@@ -188,6 +188,16 @@ def test_every_repeat_has_a_number_of_its_own():
         assert numbers == [*range(100), 100, 101, 102, 103, 203, 303]
 
 
+def test_an_epoch_of_tiles_shows_an_image_as_often_as_tiles_cover_it():
+    data = in_memory([], num_images=3)
+    data.known_sizes[:] = (100, 100), (201, 90), (50, 400)
+    assert repeat_factors(data, None, tile=100).tolist() == [1, 3, 4]
+    sampler = AspectRatioBasedSampler(data, 2, tile=100)
+    numbers = sorted(number for batch in sampler.numbered_batches() for number in batch)
+    assert numbers == [0, 1, 2, 4, 5, 7, 8, 11] and len(sampler) == 4
+    assert (repeat_factors(shelf(), 0.16, tile=50) == 2 * repeat_factors(shelf(), 0.16)).all()
+
+
 def test_balance_that_repeats_nothing_changes_nothing():
     plain, balanced = (AspectRatioBasedSampler(shelf(), 4, balance=balance) for balance in (None, 0.001))
     assert [list(plain) for _ in range(3)] == [list(balanced) for _ in range(3)]
