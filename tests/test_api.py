@@ -193,14 +193,14 @@ def learned(tmp_path_factory):
     """A run of recipe scratch, and its data sets."""
     sets, out_dir = (ShapesDataset(400, seed=1), ShapesDataset(100, seed=0)), tmp_path_factory.mktemp("learned")
     settings = {"depth": 18, "batch_size": 4, "min_side": 96, "workers": 0, "val_every": 4}
-    return retinanet.train(*sets, recipe="scratch", epochs=8, lr=7e-4, out_dir=out_dir, **settings), sets, settings
+    return retinanet.train(*sets, recipe="scratch", epochs=4, lr=7e-4, out_dir=out_dir, **settings), sets, settings
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_every_recipe_trains_the_shapes_from_a_checkpoint_of_scratch(learned, tmp_path, recipe):
     start, (_, val_set), settings = learned
-    others = ShapesDataset(200, seed=3)
+    others = ShapesDataset(100, seed=3)
     result = retinanet.train(others, val_set, recipe=recipe, weights=start.last, epochs=4, out_dir=tmp_path, **settings)
     assert result.last_metrics["AP50"] >= 0.95
 

@@ -317,7 +317,7 @@ def test_frozen_weights_stay_as_they_are_and_a_resumed_run_ends_alike(tmp_path, 
 
     jobs, output = start(reference, *flags, ranks=ranks, change=in_step(2, keep_the_first_step))
     assert finish(jobs) == [0] * ranks and progress_of(again) == (0, 1)
-    assert "for 16 images), backbone x 0.5, global batch" in output()
+    assert "for 16 images), backbone x 0.5, 64 / 1024 pixels, global batch" in output()
     train_to_end(again, *flags, "--resume", "auto", ranks=ranks)
     assert_same_run(again, reference)
     content = checkpoint.load(again / "last.pt")
