@@ -52,8 +52,9 @@ class Torchvision(nn.Module):
         super().__init__()
         # What `retinanet_resnet50_fpn` does, for any depth.
         backbone = _resnet_fpn_extractor(get_model(f"resnet{depth}"), 5, [2, 3, 4], LastLevelP6P7(256, 256))
-        identity = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3, "_skip_resize": True}
-        self.net = TorchvisionRetinaNet(backbone, num_classes, **identity)
+        self.net = TorchvisionRetinaNet(backbone, num_classes, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+        # Its images are resized already (its own `_skip_resize` does so in training only).
+        self.net.transform.resize = lambda image, target: (image, target)
         # Losses and boxes are computed in float32, as ours are.
         self.net.head.register_forward_hook(lambda head, inputs, out: {key: out[key].float() for key in out})
 
