@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retinanet.boxes import xyxy_to_xywh
 from retinanet.data.images import PIXEL_LIMIT, open_image, read_image, to_rgb
-from retinanet.data.pixels import PixelRange, RawImage, checked_range
+from retinanet.data.pixels import PixelRanges, RawImage, checked_range, range_of
 from retinanet.data.tiles import OVERLAP, Tiling
 from retinanet.data.transforms import Resizer
 from retinanet.data.video import Video, is_video
@@ -209,7 +209,7 @@ def choose_tiling(info: Mapping[str, Any], given: Mapping[str, Any]) -> Tiling |
     return None
 
 
-def as_array(image: AnyImage, pixel_range: PixelRange | None = None, pixel_limit: float = PIXEL_LIMIT) -> np.ndarray:
+def as_array(image: AnyImage, pixel_range: PixelRanges = None, pixel_limit: float = PIXEL_LIMIT) -> np.ndarray:
     """Convert an image of any kind to [H, W, 3] uint8 RGB; see `predict` for the arguments."""
     if isinstance(image, str | Path):
         return read_image(image, pixel_range, pixel_limit)
@@ -225,6 +225,7 @@ def as_array(image: AnyImage, pixel_range: PixelRange | None = None, pixel_limit
     image = image[:, :, None] if image.ndim == 2 else image
     if image.shape[2] not in (1, 3, 4):
         raise ValueError(f"an image has 1, 3 or 4 channels: last in an array, first in a tensor; not {kind}")
+    pixel_range = range_of(pixel_range, image.dtype)
     if image.dtype.kind not in ("uif" if pixel_range else "f") and image.dtype not in (np.uint8, np.uint16):
         text = "an image holds uint8, uint16 or floating-point numbers, others with pixel_range alone"
         raise ValueError(f"{text}, not {image.dtype}")

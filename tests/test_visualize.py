@@ -11,7 +11,7 @@ from PIL import Image
 
 import visualize
 from retinanet.commands.detect_files import output_paths
-from retinanet.data.images import find_images
+from retinanet.data.files import find_images
 from retinanet.data.video import Video
 from retinanet.errors import UserError
 from retinanet.training import checkpoint

@@ -16,7 +16,8 @@ import torch
 from retinanet import detection, inference, process
 from retinanet.commands import flags
 from retinanet.commands.save_csv import check_csv, write_csv
-from retinanet.data.images import find_images, open_image, read_image
+from retinanet.data.files import find_images
+from retinanet.data.images import open_image, read_image
 from retinanet.data.report import counted
 from retinanet.data.tiles import overview
 from retinanet.data.video import Frame, Video, VideoWriter, is_video

@@ -16,7 +16,8 @@ import numpy as np
 
 from retinanet.data.classes import class_difference
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.images import ImageHeader, evenly, missing_folder, read_header, read_image
+from retinanet.data.files import evenly, missing_folder
+from retinanet.data.images import ImageHeader, read_header, read_image
 from retinanet.data.placing import SOME_IMAGES, exceeds, overhang, place_boxes
 from retinanet.data.report import CLIPPED, DROPPED, MIN_SIDE, SKIPPED, WARNED, FileError, Report, counted
 from retinanet.errors import UserError, output_file, shown

@@ -15,7 +15,7 @@ import numpy as np
 
 from retinanet.data.classes import read_class_ids, unknown_class
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.images import explain_missing
+from retinanet.data.files import explain_missing
 from retinanet.data.reading import MAX_NAME
 from retinanet.data.report import DataError, Report
 from retinanet.data.tables import Table, read_table

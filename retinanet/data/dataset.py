@@ -194,7 +194,7 @@ class DetectionDataset(Dataset):
 
     @contextlib.contextmanager
     def scaled(self, pixel_range: PixelRanges = None) -> Iterator[None]:
-        """Within the context, `pixel_range` is that of the data set, else the given one; else one for each type of images.
+        """Within the context, `pixel_range` is that of the data set, else the given one, else one for each type.
 
         Under torchrun, all processes must enter together.
         """

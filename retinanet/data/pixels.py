@@ -1,13 +1,13 @@
 """From pixels of any depth to 8 bits: the range of values that becomes black to white.
 
-8-bit pixels stay as they are. All others are scaled linearly, those of a data set by one range. It is what the files
-declare, else what their values are: from the 0.1th to the 99.9th percentile of a sample, without the few brightest and
-darkest pixels, so that a defect of the sensor does not decide.
+8-bit pixels stay as they are. All others are scaled linearly, those of a data set that have one type (uint16, float32,
+...) by one range: types differ in their units. It is what the files declare, else what their values are: from the
+0.1th to the 99.9th percentile of a sample, so that a defect of the sensor does not decide.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from retinanet.errors import shown
 
 PixelRange = tuple[float, float]  # the values that become black and white
+PixelRanges = PixelRange | dict[str, PixelRange] | None  # of all types, or by the type's name; others have their own
 
 PERCENTILES = 0.1, 99.9
 SAMPLE_SIDE = 256  # pixels of each side of an image, at most, that are looked at
@@ -25,13 +26,20 @@ DARK = 16  # of 255: an image whose pixels are all darker is nearly black
 STRIP = 2**22  # pixels that are scaled at once
 
 
-def checked_range(values: Sequence[float]) -> PixelRange:
-    """Two rising numbers, or a ValueError."""
+def checked_range(values: Any) -> PixelRanges:
+    """Two rising numbers, or a dict of them by type; or a ValueError."""
+    if isinstance(values, dict):
+        return {np.dtype(name).name: checked_range(pair) for name, pair in values.items()}
     with contextlib.suppress(TypeError, ValueError):
         low, high = map(float, values)
         if -HUGE <= low < high <= HUGE:
             return low, high
     raise ValueError(f"a pixel range must be two numbers, of which the second is larger, not {shown(values)}")
+
+
+def range_of(ranges: PixelRanges, dtype: np.dtype) -> PixelRange | None:
+    """The range for a type; None: there is none."""
+    return ranges.get(dtype.name) if isinstance(ranges, dict) else ranges
 
 
 class Sample(NamedTuple):
@@ -98,9 +106,7 @@ class Deferred:
     """An array [H, W, C] that is decoded when it is first sliced."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: np.dtype, decode: Callable[[], np.ndarray]):
-        self.shape = shape
-        self.dtype = dtype
-        self._decode = decode
+        self.shape, self.dtype, self._decode = shape, dtype, decode
 
     @functools.cached_property
     def _values(self) -> np.ndarray:
@@ -123,6 +129,7 @@ class RawImage:
     """
 
     dtype = np.dtype(np.uint8)
+    ranges: PixelRanges = None  # None: its own
 
     def __init__(
         self,
@@ -133,29 +140,28 @@ class RawImage:
         orientation: int = 1,
         by_parts: bool = False,
     ):
-        self.values = values
-        self.declared = declared
-        self.nodata = nodata
-        self.inverted = inverted
-        self.orientation = orientation
-        self.by_parts = by_parts
-        self.pixel_range: PixelRange | None = None  # None: its own
+        self.values, self.declared, self.nodata, self.inverted = values, declared, nodata, inverted
+        self.orientation, self.by_parts = orientation, by_parts
         self.shape = (*values.shape[:2], 3)
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether it has more than 8 bits."""
+        return self.values.dtype not in (np.uint8, np.bool_)
 
     @functools.cached_property
     def _range(self) -> PixelRange:
-        """The range by which this image is scaled."""
-        if self.values.dtype == np.uint8:
+        if not self.is_deep:
             return 0, 255
-        return self.pixel_range or pooled_range([self.sample()])
+        return range_of(self.ranges, self.values.dtype) or pooled_range([self.sample()])
 
     def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
         grey = to_bytes(to_three_bands(self.values[window]), self._range, self.nodata)
         return 255 - grey if self.inverted else grey
 
-    def decode(self, pixel_range: PixelRange | None = None) -> np.ndarray:
-        """All of it, [H, W, 3], in a range; by default its own."""
-        self.pixel_range = pixel_range
+    def decode(self, ranges: PixelRanges = None) -> np.ndarray:
+        """All of it, [H, W, 3]."""
+        self.ranges = ranges
         height, width, _ = self.shape
         image, step = np.empty(self.shape, dtype=np.uint8), max(1, STRIP // width)
         for top in range(0, height, step):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from retinanet.data.images import evenly, read_header
+from retinanet.data.files import evenly
+from retinanet.data.images import read_header
 from retinanet.data.report import FileError
 from retinanet.process import progress
 

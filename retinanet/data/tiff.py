@@ -1,126 +1,100 @@
-"""TIFF files that Pillow does not read, reads with fewer bits, or reads whole where a part is enough."""
+"""TIFF files that Pillow does not read, reads with fewer bits, or reads whole where a part is enough: by tifffile."""
 
+import contextlib
+import functools
 import logging
 import math
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from retinanet.data.files import reading
 from retinanet.data.pixels import Deferred, PixelRange, RawImage
-from retinanet.data.report import FileError
 
 if TYPE_CHECKING:
     from tifffile import TiffPage
 
-CACHE = 2**27  # bytes of decoded segments that are kept; a row of tiles of a wide image has fewer
-DEFLATE = (8, 32946)
+CACHE = 2**27  # bytes of decoded strips or tiles that are kept; a row of tiles of a wide image has fewer
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# Values of TIFF's tags.
-WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2
-ASSOCIATED_ALPHA = 1
-ORIENTATION = 274
-REDUCED, MASK = 1, 4
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2  # photometric interpretations
+ASSOCIATED_ALPHA = 1  # colours are multiplied by it
+ORIENTATION, GDAL_NODATA = 274, 42113  # tags
+DECLARED = (340, 341), (280, 281)  # SMinSampleValue and SMaxSampleValue, MinSampleValue and MaxSampleValue
+REDUCED, MASK = 1, 4  # kinds of pages
 
 
-class Pixels:
-    """The first image of a TIFF file, of which only those strips or tiles are decoded that a slice touches."""
+class Segments:
+    """[H, W, C] of a TIFF file, at most three of its bands: a slice decodes the strips or tiles that it touches."""
 
     def __init__(self, path: str | Path, page: "TiffPage"):
-        self.path = path
-        self.dtype = page.dtype
-        self.stored = page.dtype.newbyteorder(page.parent.byteorder)
-        planes, _, height, width, samples = page.shaped
-        self.shape = (height, width, planes * samples)
-        self.separate, self.samples = planes > 1, samples
-        rows = page.rowsperstrip or height
-        self.segment = (page.tilelength, page.tilewidth) if page.is_tiled else (min(rows, height), width)
-        self.tiled, self.deflated = page.is_tiled, page.compression in DEFLATE
-        self.differences = self.deflated and page.predictor == 2
-        self.file_size = page.parent.filehandle.size
-        self.offsets, self.counts = page.dataoffsets, page.databytecounts
-        down, across = (-(-length // side) for length, side in zip((height, width), self.segment, strict=True))
-        self.across, self.number = across, down * across
-        if len(self.offsets) < planes * self.number or len(self.counts) < planes * self.number:
+        self.path, self.page, self.dtype = path, page, page.dtype
+        self.planes, _, height, width, samples = page.shaped
+        self.shape = (height, width, self.planes * samples)
+        self.side = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, height), width)
+        self.across = -(-width // self.side[1])
+        self.number = -(-height // self.side[0]) * self.across  # of segments of a plane
+        if len(page.dataoffsets) < self.planes * self.number:
             raise ValueError("it lists fewer strips or tiles than its size needs")
-        self._cache: dict[int, np.ndarray] = {}
+        kept = CACHE // (math.prod(self.side) * samples * self.dtype.itemsize)
+        self._segment = functools.lru_cache(max(1, kept))(self._decode)
 
     def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
-        """[h, w, C], of many bands the first three; a FileError where the file is damaged."""
-        try:
-            return self._read(window)
-        except (OSError, ValueError, MemoryError, zlib.error) as error:
-            raise FileError(str(self.path), f"cannot be read as an image ({error})") from error
-
-    def _read(self, window: tuple[slice, slice]) -> np.ndarray:
         (top, bottom, _), (left, right, _) = (
             part.indices(length) for part, length in zip(window, self.shape, strict=False)
         )
-        (height, width), bands = self.segment, min(self.shape[2], 3)
-        found = np.empty((max(0, bottom - top), max(0, right - left), bands), dtype=self.dtype)
-        with open(self.path, "rb") as file:
-            for plane in range(bands if self.separate else 1):
-                into = found[:, :, plane : plane + 1] if self.separate else found
-                for y in range(top // height * height, bottom, height):
-                    for x in range(left // width * width, right, width):
-                        index = plane * self.number + y // height * self.across + x // width
-                        rows = max(top, y), min(bottom, y + height)
-                        columns = max(left, x), min(right, x + width)
-                        part = self._rows(file, index, rows[0] - y, rows[1] - y)
-                        part = part[:, columns[0] - x : columns[1] - x, : into.shape[2]]
-                        into[rows[0] - top : rows[1] - top, columns[0] - left : columns[1] - left] = part
-        return found
+        height, width = self.side
 
-    def _rows(self, file: BinaryIO, index: int, start: int, stop: int) -> np.ndarray:
-        """Some rows of a segment [stop - start, segment's width, samples]; compressed segments are kept for others."""
-        height, width = self.segment
-        row = width * self.samples * self.dtype.itemsize
-        if not self.tiled:  # the last strip is shorter
-            height = min(height, self.shape[0] - index % self.number * height)
-        if not self.counts[index]:  # left out, because nothing is in it
-            return np.zeros((stop - start, width, self.samples), dtype=self.dtype)
-        if not self.deflated:
-            if self.offsets[index] + stop * row > self.file_size:
+        def row(plane: int, y: int) -> np.ndarray:
+            first = plane * self.number + y * self.across
+            ys = slice(max(0, top - y * height), bottom - y * height)
+            columns = range(left // width, -(-right // width))
+            parts = [self._segment(first + x)[ys, max(0, left - x * width) : right - x * width, :3] for x in columns]
+            return np.concatenate(parts, axis=1)
+
+        with reading(self.path):
+            rows = range(top // height, -(-bottom // height))
+            planes = [np.concatenate([row(plane, y) for y in rows]) for plane in range(min(self.planes, 3))]
+            return np.concatenate(planes, axis=2)
+
+    def _decode(self, index: int) -> np.ndarray:
+        """One strip or tile [h, w, samples]."""
+        page = self.page
+        with _explained(), open(self.path, "rb") as file:
+            file.seek(page.dataoffsets[index])
+            data = file.read(page.databytecounts[index])
+            if len(data) < page.databytecounts[index]:
                 raise ValueError("image file is truncated")
-            shape = stop - start, width, self.samples  # not read: the slice may be narrow
-            return np.memmap(file, self.stored, "r", self.offsets[index] + start * row, shape)
-        if index not in self._cache:
-            file.seek(self.offsets[index])
-            data = file.read(self.counts[index])
-            segment = self._decode(zlib.decompressobj().decompress(data, height * row), height)
-            while self._cache and len(self._cache) * segment.nbytes > CACHE:
-                del self._cache[next(iter(self._cache))]
-            self._cache[index] = segment
-        return self._cache[index][start:stop]
-
-    def _decode(self, data: bytes, rows: int) -> np.ndarray:
-        shape = rows, self.segment[1], self.samples
-        if len(data) < math.prod(shape) * self.dtype.itemsize:
-            raise ValueError("image file is truncated")
-        values = np.frombuffer(data, self.stored, math.prod(shape)).reshape(shape).astype(self.dtype, copy=False)
-        return np.cumsum(values, axis=1, dtype=self.dtype) if self.differences else values
+            values, _, shape = page.decode(data or None, index, jpegtables=page.jpegtables)
+        # Strips and tiles without data hold nothing.
+        return np.full(shape[1:], page.nodata, self.dtype) if values is None else values[0]
 
 
-@contextmanager
-def _first_page(path: str | Path) -> "Iterator[TiffPage]":
-    from tifffile import TiffFile, TiffFileError  # takes a tenth of a second, which few need
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    from tifffile import TiffFileError
 
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it warns of is read, or an error of its own
     try:
-        with TiffFile(path) as file:
-            if not len(file.pages):
-                raise ValueError("it holds no image")
-            page = file.pages.first
-            if page.dtype is None or page.dtype.kind not in "buif" or not math.prod(page.shaped) or page.shaped[1] != 1:
-                raise ValueError(
-                    f"it has the shape {page.shape} and {page.bitspersample} bits a number of kind {page.dtype}"
-                )
-            yield page
+        yield
     except TiffFileError as error:
         raise ValueError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _first_page(path: str | Path) -> "Iterator[TiffPage]":
+    from tifffile import TiffFile  # takes a tenth of a second, which few need
+
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it warns of is read, or an error of its own
+    with _explained(), TiffFile(path) as file:
+        if not len(file.pages):
+            raise ValueError("it holds no image")
+        page = file.pages.first
+        if page.dtype is None or page.dtype.kind not in "buif" or not math.prod(page.shaped) or page.shaped[1] != 1:
+            raise ValueError(
+                f"it has the shape {page.shape} and {page.bitspersample} bits a number of kind {page.dtype}"
+            )
+        yield page
 
 
 def has_more_pages(path: str | Path) -> bool:
@@ -138,56 +112,49 @@ def open_tiff(path: str | Path, by_pillow: Deferred | None) -> RawImage | None:
 
     Args:
         path: the file.
-        by_pillow: what Pillow makes of it, for compressions that need a library; it is turned upright.
+        by_pillow: what Pillow makes of it, turned upright: taken where tifffile needs imagecodecs, which is not there.
 
     Returns:
         The image; None for colours other than RGB and grey, which are Pillow's part.
-
-    Raises:
-        ValueError: the file is damaged; or what tifffile raises for it.
     """
+    from tifffile import TIFF
+
     with _first_page(path) as page:
         if page.photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB):
             return None
-        orientation = page.tags.valueof(ORIENTATION, 1)
-        plain = page.compression in (1, *DEFLATE) and page.predictor in (1, 2) and page.fillorder == 1
-        plain &= page.bitspersample == 8 * page.dtype.itemsize and (page.predictor == 1 or page.dtype.kind in "ui")
-        if plain:
-            values = Pixels(path, page)
-        elif by_pillow is not None:
+        orientation, whole_bytes = page.tags.valueof(ORIENTATION, 1), page.bitspersample == 8 * page.dtype.itemsize
+        known = page.compression == 1 or page.compression in TIFF.DECOMPRESSORS
+        known &= whole_bytes and (page.predictor == 1 or page.predictor in TIFF.UNPREDICTORS)
+        if by_pillow is not None and not known:
             values, orientation = by_pillow, 1
+        elif page.is_final and whole_bytes:
+            planes, _, *size = page.shaped
+            if page.dataoffsets[0] + page.nbytes > page.parent.filehandle.size:
+                raise ValueError("image file is truncated")
+            stored = page.dtype.newbyteorder(page.parent.byteorder)
+            values = np.memmap(path, stored, "r", page.dataoffsets[0], (planes, *size))
+            values = (
+                np.moveaxis(values, 0, 2).reshape(*size[:2], -1) if planes == 1 else np.moveaxis(values[..., 0], 0, 2)
+            )
         else:
-            planes, _, height, width, samples = page.shaped
-            values = Deferred((height, width, planes * samples), page.dtype, lambda: _decode_all(path))
-        premultiplied = ASSOCIATED_ALPHA in page.extrasamples
-        return RawImage(
-            values, *_declarations(page), page.photometric == WHITE_IS_ZERO, orientation, plain and not premultiplied
-        )
-
-
-def _decode_all(path: str | Path) -> np.ndarray:
-    """[H, W, C] by tifffile, which takes imagecodecs for some compressions."""
-    with _first_page(path) as page:
-        planes = page.asarray().reshape(page.shaped)[:, 0]  # [planes, H, W, samples]
-    return np.concatenate(planes, axis=2)
+            values = Segments(path, page)
+        by_parts = known and ASSOCIATED_ALPHA not in page.extrasamples
+        return RawImage(values, *_declarations(page), page.photometric == WHITE_IS_ZERO, orientation, by_parts)
 
 
 def _declarations(page: "TiffPage") -> tuple[PixelRange | None, float | None]:
     """The range that a file declares, unless it is that of its data type; and its value for missing pixels."""
-
-    def number(tags: Sequence[int], choose: Callable) -> float | None:
-        found = (page.tags.valueof(tag) for tag in tags)
-        return next((float(choose(np.ravel(value))) for value in found if value is not None), None)
-
-    low, high = number((340, 280), min), number((341, 281), max)  # SMinSampleValue, MinSampleValue, ...
+    bits, is_unsigned = page.bitspersample, page.dtype.kind == "u"
+    full = 2.0**bits - 1
+    low, high = (0.0, full) if is_unsigned else (-math.inf, math.inf)
+    for tags in DECLARED:
+        lows, highs = (np.ravel(page.tags.valueof(tag, ())) for tag in tags)
+        if len(highs):
+            low, high = float(min(lows, default=low)), float(max(highs))
+            break
     try:
-        nodata = float(page.tags.valueof(42113, ""))  # GDAL_NODATA
+        nodata = float(page.tags.valueof(GDAL_NODATA, ""))
     except ValueError:
         nodata = None
-    full = 2.0**page.bitspersample - 1
-    if high is None and page.dtype.kind == "u" and page.bitspersample < 8 * page.dtype.itemsize:
-        high = full
-    low = 0.0 if low is None and page.dtype.kind == "u" else low
-    is_declared = low is not None and high is not None and low < high < math.inf
-    is_declared &= page.bitspersample < 8 * page.dtype.itemsize or (low, high) != (0, full)
-    return (low, high) if is_declared else None, nodata
+    says_more = bits < 8 * page.dtype.itemsize or (low, high) != (0, full)
+    return (low, high) if -math.inf < low < high < math.inf and says_more else None, nodata

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retinanet.anchors import Anchors
 from retinanet.data.classes import placeholder_names
-from retinanet.data.pixels import PixelRange, checked_range
+from retinanet.data.pixels import PixelRanges, checked_range
 from retinanet.data.tiles import MAX_OVERLAP, OVERLAP, SIDES, Tiling
 from retinanet.errors import UserError, shown
 from retinanet.model import ARCHITECTURES, RetinaNet, resnet
@@ -140,7 +140,7 @@ def model_entries(
     limits: Mapping[str, float] = LIMITS,
     score_thresholds: Mapping[str, Any] | None = None,
     tiling: Tiling | None = None,
-    pixel_range: PixelRange | None = None,
+    pixel_range: PixelRanges = None,
 ) -> dict[str, Any]:
     """What rebuilds a model: weights, depth, class names, anchors, matching rule, the size of its images, its LIMITS.
 
@@ -158,7 +158,7 @@ def model_entries(
         "max_side": max_side,
         "limits": dict(limits),
         "score_thresholds": dict(score_thresholds or {}),
-        "pixel_range": pixel_range and tuple(pixel_range),
+        "pixel_range": pixel_range,
         "tile": tiling and tiling.side,
         "tile_overlap": float(tiling.overlap) if tiling else OVERLAP,
     }
