@@ -262,6 +262,8 @@ def main(argv: list[str] | None = None) -> None:
         "input": "images: uint8 RGB, batch x 3 x height x width",
         "min_side": str(info["min_side"]),
         "max_side": str(info["max_side"]),
+        "tile": json.dumps(info["tile"]),
+        "tile_overlap": json.dumps(info["tile_overlap"]),
         "pixel_range": json.dumps(info["pixel_range"]),
     }
     with warnings.catch_warnings():

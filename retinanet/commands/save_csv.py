@@ -2,6 +2,7 @@
 
 import csv
 import io
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,12 @@ def check_csv(path: str | Path) -> None:
         UserError: the file exists and is none of `write_csv`, such as annotations, or no file can be there.
     """
     for file in map(output_file, (path, counts_path(path))):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "a+b") if file.exists() else io.BytesIO() as content:
-            content.seek(0)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=file.parent).close()
+        except OSError as error:
+            raise UserError(f"--save_csv {file}: nothing can be written there ({error.strerror})") from error
+        with open(file, "rb") if file.exists() else io.BytesIO() as content:
             start = content.read(5)
         if start not in (b"", b"file,"):
             raise UserError(f"--save_csv {file}: exists and holds something else; choose another name")

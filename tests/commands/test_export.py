@@ -194,6 +194,7 @@ def run_export(model_path, path, capsys, *flags):
     run, metadata = export.load(path)
     assert json.loads(metadata["class_names"]) == NAMES
     assert metadata["min_side"] == "64" and metadata["max_side"] == "96"
+    assert (metadata["tile"], metadata["tile_overlap"]) == ("null", "0.25")
     return run, json.loads(metadata["outputs"]), out
 
 

@@ -46,5 +46,7 @@ def test_other_files_are_spared(tmp_path):
     for name in ("train.csv", "x.csv", "folder.csv"):
         with pytest.raises(UserError, match="exists and"):
             check_csv(tmp_path / name)
+    with pytest.raises(UserError, match="nothing can be written there"):
+        check_csv(tmp_path / "train.csv" / "x.csv")
     assert (tmp_path / "train.csv").read_text().startswith("a.png")
     assert not (tmp_path / "x.csv").exists()
