@@ -17,14 +17,11 @@ VIDEO_SUFFIXES = {
     *(".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv"),
     *(".ts", ".vob", ".webm", ".wmv"),
 }
-# Of these, the first that this PyAV has is taken. Their options give even quality in place of a fixed bit rate, and say
-# which colours YUV means: MPEG-4 cannot say so.
+# Encoders of H.264, of which the first that this PyAV has is taken; BT.709 is the YUV into which frames are converted.
 ENCODERS = {
     "libx264": {"colorspace": "bt709", "crf": "20", "preset": "veryfast"},
     "libopenh264": {"colorspace": "bt709"},
-    "mpeg4": {"qmin": "3", "qmax": "3"},
 }
-MPEG4_TICKS = 60_000  # a second: MPEG-4 allows 65,535, and these suit 24, 25, 29.97, 30, 50 and 60 frames a second
 MISSING_SECONDS, MISSING_SHARE = 0.5, 0.02  # at the end of a video, from which on it counts as cut off
 
 
@@ -42,9 +39,9 @@ def is_video(path: str | Path) -> bool:
 
 
 class Video:
-    """The frames of a video file, upright, one after the other; to iterate again reads the file again.
+    """The frames of a video file, upright; to iterate again reads the file again.
 
-    Of a damaged file comes what can be read, and one warning.
+    A damaged file gives what can be read, and one warning.
 
     Args:
         path: of the file.
@@ -121,10 +118,10 @@ class Video:
 
 
 class VideoWriter:
-    """Writes drawn frames of `video` to an mp4 file, each at its time; use it as a context.
+    """Writes drawn frames of `video` to an mp4 file (H.264), each at its time; use it as a context.
 
-    It is H.264 where PyAV has an encoder, else MPEG-4. Sides are made even, as both formats need them, by repeating the
-    last row or column. Frames of another size than the first are scaled to it.
+    Sides are made even, as H.264 needs them, by repeating the last row or column. Frames of another size than the first
+    are scaled to it.
     """
 
     def __init__(self, path: str | Path, video: Video):
@@ -157,18 +154,18 @@ class VideoWriter:
         with self._explained():
             self.stream = self.stream or self._add_stream(*image.shape[:2])
             frame = self.av.VideoFrame.from_ndarray(image, format="rgb24")
-            colours = "ITU709" if "colorspace" in ENCODERS[self.stream.codec_context.codec.name] else "ITU601"
-            frame = frame.reformat(format="yuv420p", dst_colorspace=colours)
+            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
             frame.time_base = self.stream.codec_context.time_base
             frame.pts = round(seconds / frame.time_base)
             self._encode(frame)
 
     def _add_stream(self, height: int, width: int) -> Any:
-        name = next(name for name in ENCODERS if name in self.av.codecs_available)
+        name = next((name for name in ENCODERS if name in self.av.codecs_available), None)
+        if name is None:
+            raise UserError(f"{self.path}: cannot be written, this PyAV has no encoder of H.264")
         stream = self.container.add_stream(name, rate=self.video.rate, options=ENCODERS[name])
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        tick = self.video.time_base
-        stream.codec_context.time_base = max(tick, Fraction(1, MPEG4_TICKS)) if name == "mpeg4" else tick
+        stream.codec_context.time_base = self.video.time_base
         stream.codec_context.sample_aspect_ratio = self.video.pixel_aspect
         return stream
 
