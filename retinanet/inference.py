@@ -111,7 +111,7 @@ def predict(
             in their precision.
         nms_threshold: of two boxes of a class that overlap by more than this IoU, the better one is kept; by default as
             in training, or 0.5.
-        top_k: candidates of each pyramid level; None for all; by default as in training, or 1000.
+        top_k: candidates of each pyramid level, also of a tile's; None for all; by default as in training, or 1000.
         tile: images larger than this, pixels, are cut into tiles of this side, at full resolution, in which objects are
             found and then merged; None for no tiles; by default as in training, or None.
         tile_overlap: share of the tile's side that neighbours have in common, more than the objects' size; by default

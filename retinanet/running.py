@@ -139,6 +139,7 @@ def _log_header(run: Run, device: torch.device, train_set: DetectionDataset) -> 
         "1 batch" if settings.accumulate == 1 else f"{settings.accumulate} batches",
         counted(process.get_world_size(), "process"), counted(settings.epochs, "epoch"),
         "" if settings.ema is None else f", EMA {settings.ema}",
+        f", {counted(run.epoch_size, 'tile')} an epoch" if settings.tile else
         "" if settings.balance is None else
         f", balance {settings.balance:g}: {counted(run.num_images, 'image')} seen as {run.epoch_size:,} an epoch",
         __version__, torch.__version__, torchvision.__version__,

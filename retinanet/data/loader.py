@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.sampler import AspectRatioBasedSampler
 from retinanet.data.tiles import Tiling
-from retinanet.data.transforms import pad_images
+from retinanet.data.samples import transform_name
+from retinanet.data.transforms import Resizer, pad_images
 from retinanet.errors import UserError
 from retinanet.process import get_rank, get_world_size, seeded
 from retinanet.signals import guard_worker, held, resume_workers
@@ -25,15 +27,18 @@ def collater(data: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stack samples to a batch, with images and annotations padded to the largest.
 
     `img` [H, W, 3] become [B, 3, H, W] in their dtype, `annot` [G, 5] become [B, G, 5] float32 with rows of -1 as
-    padding (G is at least 1), and other entries lists: `scale`, `size`, `index`.
+    padding (G is at least 1), and other entries that all samples have lists: `scale`, `size`, `index`.
     """
     images = [torch.as_tensor(sample["img"]).permute(2, 0, 1) for sample in data]  # [3, H, W] each
+    if len(dtypes := {str(image.dtype) for image in images}) > 1:
+        raise UserError(f"images of one batch are {' and '.join(sorted(dtypes))}: normalise all of them, or none")
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     annotations = [torch.as_tensor(sample["annot"], dtype=torch.float32) for sample in data]
     padded = torch.full((len(data), max([1, *map(len, annotations)]), 5), -1.0, dtype=torch.float32)
     for row, boxes in zip(padded, annotations, strict=True):
         row[: len(boxes)] = boxes
-    others = {key: [sample[key] for sample in data] for key in data[0] if key not in ("img", "annot")}
+    keys = [key for key in data[0] if key not in ("img", "annot") and all(key in sample for sample in data)]
+    others = {key: [sample[key] for sample in data] for key in keys}
     return {"img": pad_images(images, height, width), "annot": padded, **others}
 
 
@@ -81,16 +86,17 @@ class _Reader(Dataset):
         try:
             return self.dataset[number] if epoch is None else read_sample(self.dataset, self.seed, epoch, number)
         except UserError as error:
-            if worker is None:
-                raise
-            return error  # DataLoader would pass on only the text of its traceback
+            return error  # _Loader raises it; DataLoader would pass on only the text of a worker's traceback
         finally:
             state[1] = -1
 
 
 def _collate(samples: Sequence[dict[str, Any] | UserError]) -> dict[str, Any] | UserError:
     """A batch, or the first error of its samples."""
-    return next((sample for sample in samples if isinstance(sample, UserError)), None) or collater(samples)
+    try:
+        return next((sample for sample in samples if isinstance(sample, UserError)), None) or collater(samples)
+    except UserError as error:
+        return error
 
 
 class _Loader(DataLoader):
@@ -133,21 +139,18 @@ class _Loader(DataLoader):
         )
 
 
+@dataclass
 class _TiledLoader:
     """The batches of `whole`, then those of the tiles of larger images, read in this process, one at a time.
 
     The batches of tiles have `tile`, see `Tiling.batches`, and are of one image each; one image's come in order.
     """
 
-    def __init__(
-        self, whole: _Loader, dataset: DetectionDataset, large: Sequence[int], tiling: Tiling, batch_size: int
-    ):
-        self.whole = whole
-        self.dataset = dataset
-        self.large = large
-        self.tiling = tiling
-        self.batch_size = batch_size
-        self.explain_death = whole.explain_death
+    whole: _Loader
+    dataset: DetectionDataset
+    large: Sequence[int]
+    tiling: Tiling
+    batch_size: int
 
     def __len__(self) -> int:
         counts = [self.tiling.count(*self.dataset.image_sizes[index]) for index in self.large]
@@ -192,14 +195,18 @@ def make_loader(
         batch_sampler = _KeySampler(batch_sampler)
     elif batch_sampler is None:
         chosen = range(len(dataset)) if indices is None else indices
+        if indices is None and batch_size > 1:
+            chosen = sorted(chosen, key=dataset.image_aspect_ratio)
         if tiling:
             sizes = dataset.image_sizes
             large = [index for index in chosen if not tiling.fits(*sizes[index])]
             if large:
-                whole = make_loader(dataset, batch_size, workers, None, sorted({*chosen} - {*large}), device)
+                if not isinstance(dataset.transform, Resizer | None):
+                    name = transform_name(dataset.transform)
+                    raise UserError(f"tiles do not pass the data set's transform, {name}: leave out one of them")
+                small = [index for index in chosen if tiling.fits(*sizes[index])]
+                whole = make_loader(dataset, batch_size, workers if small else 0, indices=small, device=device)
                 return _TiledLoader(whole, dataset, large[get_rank() :: get_world_size()], tiling, batch_size)
-        if indices is None and batch_size > 1:
-            chosen = sorted(chosen, key=dataset.image_aspect_ratio)
         batch_sampler = [list(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
         batch_sampler = batch_sampler[get_rank() :: get_world_size()]
     return _Loader(
@@ -237,7 +244,8 @@ def explained(loader: Iterable, precision: torch.dtype) -> Iterator[dict[str, An
                 f"out of memory with {batch} images of {height} x {width} pixels a batch in {precision}: lower "
                 "--batch_size (in training, raise --accumulate as much) or the images' size, or use --precision bf16"
             ) from error
-        message = loader.explain_death(str(error)) if isinstance(loader, _Loader | _TiledLoader) else None
+        loader = loader.whole if isinstance(loader, _TiledLoader) else loader
+        message = loader.explain_death(str(error)) if isinstance(loader, _Loader) else None
         if message:
             raise WorkerDiedError(message) from error
         raise
