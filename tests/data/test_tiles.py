@@ -199,7 +199,7 @@ def test_a_loader_gives_small_images_first_and_tiles_of_the_others():
     assert [batch["index"] for batch in make_loader(data, 2, tiling=Tiling(256))] == [[2, 0], [1]]
     loader = make_loader(data, 2, tiling=Tiling(100))
     batches = list(loader)
-    assert [batch["index"] for batch in batches] == [[0, 2], [1, 1], [1]] and len(loader) == 3
+    assert [batch["index"] for batch in batches] == [[2, 0], [1, 1], [1]] and len(loader) == 3
     assert ["tile" in batch for batch in batches] == [False, True, True]
 
 
