@@ -251,7 +251,7 @@ def test_a_signal_before_the_first_step_saves_after_it(tmp_path):
 @SLOW
 def test_a_signal_in_validation_saves_what_was_trained(tmp_path, reference):
     folder = tmp_path / "a"
-    jobs, _ = start(folder, *LIVELY, change=once(running.inference, "detect", 1, send("SIGTERM")))
+    jobs, _ = start(folder, *LIVELY, change=once(running.detection, "detect", 1, send("SIGTERM")))
     assert finish(jobs) == [143]
     assert progress_of(folder) == (0, 3)
     train_to_end(folder, *LIVELY, "--resume", "auto")

@@ -145,7 +145,7 @@ def test_outputs_are_regular_files(model_path, tmp_path, capsys):
 
 
 def test_outputs_are_checked_before_inference(model_path, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(validate.api.inference, "detect", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr(validate.api.detection, "detect", lambda *_, **__: pytest.fail("computed"))
     (tmp_path / "a" / "detections.json").mkdir(parents=True)
     (tmp_path / "b").write_text("")
     for name in "ab":
