@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from retinanet.errors import UserError, escaped
+from retinanet.errors import UserError
 from retinanet.evaluation import web_report
 from retinanet.evaluation.report import Evaluation
 from retinanet.model import RetinaNet
@@ -28,9 +28,6 @@ def write_page(path: Path, evaluation: Evaluation, source: str, model: tuple[Ret
         with contextlib.suppress(UserError, OSError):  # an image is gone
             fit = anchor_fit.measure(evaluation.scored, net.anchors, *sides, info.get("best_match_iou"))
             coverage = anchor_report.as_dict(fit, fit, evaluation.scored)["coverage"] if len(fit.iou) else {}
-            coverage = {
-                title: {escaped(name): row for name, row in groups.items()} for title, groups in coverage.items()
-            }
             anchors = {"summary": anchor_report.summary(fit), "coverage": coverage}
         training = read_log(log_file) if log_file.is_file() else []
     web_report.write(path, evaluation, source, model is not None, training, anchors)

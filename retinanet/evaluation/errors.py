@@ -21,13 +21,14 @@ RIGHT_IOU, OVERLAP_IOU = 0.5, 0.1
 CONFUSION_SCORE = 0.5  # detections above it enter the confusion matrix
 COCO_RECALLS = np.linspace(0, 1, 101)  # where COCO reads a precision-recall curve
 
+# Of each kind its title and what it is.
 KINDS = {
-    "class": "overlaps a box of another class",
-    "location": "overlaps a box of its class, but not enough",
-    "both": "overlaps a box of another class, and not enough",
-    "duplicate": "overlaps a box that a better detection found",
-    "background": "overlaps nothing",
-    "missed": "a box that no detection of the first two kinds could have found",
+    "class": ("Wrong class", "The box fits an object, but of another class."),
+    "location": ("Badly placed", "The class is right, but the box overlaps its object only by an IoU of 0.1 to 0.5."),
+    "both": ("Wrong class, badly placed", "The box overlaps an object of another class, and not enough either."),
+    "duplicate": ("Duplicate", "A better detection has already found this object."),
+    "background": ("Nothing annotated", "It overlaps no annotated object: a false alarm, or a missing annotation."),
+    "missed": ("Never found", "No detection, however low its score, found this object or came close to it."),
 }
 
 
@@ -213,7 +214,7 @@ def analyse(
 def error_table(analysis: ErrorAnalysis) -> str:
     """The kinds of errors, their number and cost, as text."""
     lines = [f"AP50 {analysis.ap50:.3f}; fixing all errors of one kind would add:"]
-    for kind, meaning in KINDS.items():
+    for kind, (_, meaning) in KINDS.items():
         lines.append(f"  {kind:10} {analysis.lost[kind]:.3f}  {analysis.counts[kind]:6d} x  {meaning}")
     return "\n".join(lines)
 

@@ -46,7 +46,7 @@ def _rates(ranking: Ranking, counts: np.ndarray) -> np.ndarray:
 
 def rates_above(ranking: Ranking, scores: np.ndarray) -> np.ndarray:
     """[3, T] precision, recall and F1 of the detections above each of the `scores` [T]."""
-    return _rates(ranking, np.searchsorted(-ranking.scores, -scores))
+    return _rates(ranking, counts_above(ranking, scores)[0])
 
 
 def counts_above(ranking: Ranking, scores: np.ndarray) -> np.ndarray:
@@ -60,8 +60,14 @@ def _steps(ranking: Ranking) -> np.ndarray:
     return np.unique(np.searchsorted(-ranking.scores, -ranking.scores, side="right"))
 
 
-def _between(below: float, last: float) -> float:
-    """A threshold that keeps `last` and not `below`: of few digits, so that it can be typed and stays exact."""
+@np.errstate(over="ignore")  # results files may hold any number
+def threshold(ranking: Ranking, count: int) -> float:
+    """The score above which the best `count` detections are: of few digits, so that it can be typed and stays exact."""
+    last = float(ranking.scores[count - 1])
+    if count < len(ranking.scores):
+        below = float(ranking.scores[count])
+    else:  # there may be more below, which were not detected
+        below = min(float(np.nextafter(np.float32(last), np.float32(-np.inf))), last - abs(last) / 1000)
     for digits in range(1, 9):
         score = round(below / 2 + last / 2, digits)
         if below <= score < last and below <= np.float32(score) < last:  # a detector's scores are float32
@@ -69,20 +75,14 @@ def _between(below: float, last: float) -> float:
     return below
 
 
-@np.errstate(over="ignore")  # results files may hold any number
 def _point(ranking: Ranking, count: int) -> Point:
     """The Point that keeps the best `count` detections."""
-    last = float(ranking.scores[count - 1])
-    if count < len(ranking.scores):
-        below = float(ranking.scores[count])
-    else:  # there may be more below, which were not detected
-        below = min(float(np.nextafter(np.float32(last), np.float32(-np.inf))), last - abs(last) / 1000)
     right, boxes = int(ranking.right[:count].sum()), int(ranking.boxes.sum())
     errors = np.bincount(ranking.images[:count], minlength=len(ranking.boxes)) - ranking.boxes
     precision, recall, f1 = _rates(ranking, np.array([count]))[:, 0].tolist()
     counts = right, count - right, boxes - right
     mean_errors = float(errors.mean()), float(np.abs(errors).mean())
-    return Point(_between(below, last), f1, precision, recall, *counts, *mean_errors)
+    return Point(threshold(ranking, count), f1, precision, recall, *counts, *mean_errors)
 
 
 def best_f1(ranking: Ranking) -> Point | None:

@@ -1,10 +1,13 @@
 """report.html: what a detector gets wrong, and above which score to use it, as a page that needs no server.
 
-The page and the folder `report` beside it, with JPEG images, are all that it takes; the boxes are drawn by the browser,
-so that its slider moves them. The template, style sheet and script are in `page/`.
+The page and the folder `report` beside it, with JPEG images, are all that it takes. Python counts (`score_steps`),
+chooses the images (`choose_images`) and describes them; template, style sheet and script are in `page/`. The script
+draws curves and boxes, and finds the cases of each kind of mistake, so that all of them follow the slider.
 """
 
+import collections
 import datetime
+import heapq
 import itertools
 import os
 import platform
@@ -12,6 +15,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,36 +29,20 @@ from retinanet.data.dataset import DetectionDataset
 from retinanet.errors import UserError, escaped, output_file
 from retinanet.evaluation import errors, voc
 from retinanet.evaluation.report import Evaluation
-from retinanet.evaluation.thresholds import Point, Ranking, best_f1, counts_above
+from retinanet.evaluation.thresholds import Point, Ranking, best_f1, counts_above, threshold
 
 MAX_IMAGES, MAX_BOXES = 300, 60_000  # of the gallery
 MAX_BYTES = 40_000_000  # of all JPEG files
 # Long side in pixels and JPEG quality, from the best: an image gets the first pair whose file is small enough.
 QUALITIES = ((1280, 82), (1280, 65), (960, 60), (640, 50), (320, 40))
-STEPS = 100  # of the slider, besides the scores of the best F1 of all and of the first BEST_LIMIT classes
-BEST_LIMIT = 100
+STEPS, RANKS = 100, 20  # of the slider: at equal distances, and at equal numbers of detections
+BEST_LIMIT = 100  # classes whose best F1 is a step
+CURVE_LIMIT = 7  # classes whose curves are drawn: the most frequent ones
 MATRIX_LIMIT = 20  # classes of the confusion matrix: those that are confused most
 BAR_LIMIT = 40  # classes of the chart of boxes
 NEAR_IOU = 0.1  # a box that no detection overlaps by more may be wrong itself
 SIDES = (0, 16, 32, 64, 96, 128, 256, 512)  # pixels, the root of the area
-CURVE_LIMIT = 24  # classes whose curves are drawn: the most frequent ones
-# Of their lines; told apart by colour-blind readers, on light and dark ground.
-COLOURS = ("#1f83c8", "#d95f02", "#0f9b74", "#c266a0", "#b8860b", "#7a6fd0", "#3aa7b8")
-DASHES = ("none", "7 3", "2 3", "10 3 2 3")
 GRID = 24  # cells a side of the map of positions
-
-# Of each of errors.KINDS, its title and what it is.
-KINDS = {
-    "class": ("Wrong class", "The box fits an object, but of another class."),
-    "location": ("Badly placed", "The class is right, but the box overlaps its object only by an IoU of 0.1 to 0.5."),
-    "both": ("Wrong class, badly placed", "The box overlaps an object of another class, and not enough either."),
-    "duplicate": ("Duplicate", "A better detection has already found this object."),
-    "background": (
-        "Nothing annotated",
-        "It overlaps no annotated object: a false alarm, or an annotation is missing.",
-    ),
-    "missed": ("Never found", "No detection, however low its score, found this object or came close to it."),
-}
 
 
 def write(
@@ -85,29 +73,28 @@ def write(
     images.mkdir(exist_ok=True)
     for old in images.glob("image_[0-9][0-9][0-9].jpg"):
         old.unlink()
-    dataset, limit = evaluation.dataset, evaluation.limit
-    analysis = evaluation.errors or errors.analyse(dataset, evaluation.detections, limit)
+    dataset, names = evaluation.dataset, [escaped(name) for name in evaluation.dataset.labels.values()]
+    analysis = evaluation.errors or errors.analyse(dataset, evaluation.detections, evaluation.limit)
     rankings = voc.all_rankings(evaluation.voc)
     points = list(map(best_f1, rankings))
+    steps = score_steps(rankings, points)
     chosen = choose_images(dataset, analysis, points[-1].score if points[-1] else 0.5)
     paths = [images / f"image_{number:03}.jpg" for number in range(len(chosen))]
-    budget = MAX_BYTES // max(1, len(chosen))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        sizes = list(threads.map(_save_image, itertools.repeat(dataset), chosen, paths, itertools.repeat(budget)))
-    steps = score_steps(rankings, points)
+        save = partial(_save_image, dataset, budget=MAX_BYTES // max(1, len(chosen)))
+        sizes = list(threads.map(save, chosen, paths))
     data = {
-        "names": [escaped(name) for name in dataset.labels.values()],
+        "names": names,
         **steps,
         "iou": evaluation.iou_threshold,
         "surely": errors.CONFUSION_SCORE,
         "near": NEAR_IOU,
-        "kinds": {"right": "Right"} | {kind: title for kind, (title, _) in KINDS.items()},
-        "styles": _line_styles(steps["boxes"]),
+        "kinds": {"right": "Right"} | {kind: title for kind, (title, _) in errors.KINDS.items()},
         "images": [
             _image_entry(dataset, index, analysis.images[index], size, path.name, np.array(steps["steps"]))
             for index, size, path in zip(chosen, sizes, paths, strict=True)
         ],
-        "training": _training_charts(training),
+        "training": _training_curves(training),
     }
     about = {
         "Model" if is_model else "Detections": source if is_model else f"{source}; the model is not known",
@@ -119,20 +106,22 @@ def write(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("retinanet.evaluation", "page"),
         autoescape=True,
+        finalize=lambda value: escaped(value) if type(value) is str else value,  # not of Markup
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     text = environment.get_template("report.html").render(
-        source=escaped(source),
-        data_set=escaped(dataset.source),
-        about={title: escaped(text) for title, text in about.items()},
+        source=source,
+        data_set=dataset.source,
+        about=about,
         metrics=evaluation.coco.metrics,
+        best=points[-1],
         classes=_class_rows(evaluation, points),
-        errors=[(kind, *KINDS[kind], analysis.counts[kind], analysis.lost[kind]) for kind in errors.KINDS],
+        errors=[(kind, *texts, analysis.counts[kind], analysis.lost[kind]) for kind, texts in errors.KINDS.items()],
         ap50=analysis.ap50,
-        matrix=confusion_rows(analysis.confusion, data["names"]),
+        matrix=confusion_rows(analysis.confusion, names),
         statistics=_statistics(evaluation.scored),
         num_images=len(evaluation.detections),
         anchors=anchors,
@@ -142,82 +131,66 @@ def write(
 
 
 def score_steps(rankings: Sequence[Ranking], points: Sequence[Point | None]) -> dict[str, Any]:
-    """What the slider shows: detections and right ones of each ranking, the last of which is of all, at each step.
+    """What the slider shows: the numbers of each ranking, the last of which is of all, at each of its steps.
 
-    Args:
-        rankings: from `voc.all_rankings`.
-        points: the best F1 of each.
+    Steps lie at equal distances, at equal numbers of detections, so that crowded scores can be told apart, and at the
+    best F1 of each ranking, `points`.
 
     Returns:
-        `steps`, rising scores; `counts` and `right`, for each ranking the differences from one step to the next, of
-        which most are 0; `boxes` of each ranking; `best`, the step of each one's best F1, or None; `start`.
+        `steps`, rising scores; `counts` of detections and of `right` ones, for each ranking the differences from one
+        step to the next, of which most are 0; `boxes` of each ranking; `best`, the step of each one's best F1, or None;
+        `start`, a step; `curves`, the most frequent classes.
     """
-    scores = rankings[-1].scores.clip(-1e9, 1e9)
+    scores, boxes = rankings[-1].scores.clip(-1e9, 1e9), [int(ranking.boxes.sum()) for ranking in rankings]
     low, high = scores.min(initial=0), scores.max(initial=1)
-    if (low, high) == (0, 1):
-        grid = np.arange(STEPS + 1) / STEPS
-    else:  # results files may hold any numbers
-        margin = (high - low) / STEPS
-        grid = np.array([float(f"{score:.4g}") for score in np.linspace(low - margin, high, STEPS + 1)])
-    marked = [point.score for point in [*points[:-1][:BEST_LIMIT], points[-1]] if point and np.isfinite(point.score)]
-    steps = np.unique(np.concatenate([grid, marked]))
+    margin = 0 if (low, high) == (0, 1) else (high - low) / STEPS  # results files may hold any numbers
+    grid = [float(f"{score:.4g}") for score in np.linspace(low - margin, high, STEPS + 1)]
+    curves = np.argsort(-np.array(boxes[:-1]), kind="stable")[:CURVE_LIMIT].tolist()
+    for ranking in (*(rankings[label] for label in curves), rankings[-1]):
+        counts = np.linspace(0, len(ranking.scores), RANKS, dtype=int)[1:]
+        grid += [threshold(ranking, count) for count in counts[counts > 0].tolist()]
+    grid += [point.score for point in [*points[:-1][:BEST_LIMIT], points[-1]] if point]
+    steps = np.unique([score for score in grid if abs(score) < 2e9])
     places = {score: place for place, score in enumerate(steps.tolist())}
     best = [point and places.get(point.score) for point in points]
-    tables = np.stack([counts_above(ranking, steps) for ranking in rankings])  # [K + 1, 2, T]
-    changes = np.diff(tables, prepend=0)
+    changes = np.diff(np.stack([counts_above(ranking, steps) for ranking in rankings]), prepend=0)  # [K + 1, 2, T]
     return {
         "steps": steps.tolist(),
         "counts": changes[:, 0].tolist(),
         "right": changes[:, 1].tolist(),
-        "boxes": [int(ranking.boxes.sum()) for ranking in rankings],
+        "boxes": boxes,
         "best": best,
         "start": int(np.abs(steps - 0.5).argmin()) if best[-1] is None else best[-1],
+        "curves": curves,
     }
 
 
-def choose_images(dataset: DetectionDataset, analysis: errors.ErrorAnalysis, threshold: float) -> list[int]:
-    """The sample indices of the gallery: those with the worst errors of each kind, and of each class in it.
+def choose_images(dataset: DetectionDataset, analysis: errors.ErrorAnalysis, score: float) -> list[int]:
+    """The sample indices of the gallery: in turn the worst of each kind of error, and of each class in it.
 
-    False detections are the worse the higher their score, boxes that have no right detection above the `threshold`
-    the larger they are. At most MAX_IMAGES, and not more of them than hold MAX_BOXES.
+    False detections are the worse the higher their score, boxes that have no right detection above the `score` the
+    larger they are. At most MAX_IMAGES, and not more of them than hold MAX_BOXES.
     """
-    numbers, classes = {kind: number for number, kind in enumerate(("right", *errors.KINDS))}, dataset.num_classes()
-    columns: list[list[np.ndarray]] = [[], [], [], []]
+    groups = collections.defaultdict(list)  # (weight, index) of each error
     for index, one in analysis.images.items():
-        annotations = dataset.load_annotations(index)
-        true_labels = annotations[:, 4].astype(int)
-        scores, labels = one.detections.scores.numpy(), one.detections.labels.numpy()
-        kinds = np.array([numbers[kind] for kind in one.kinds], dtype=int)
-        # Each confusion of two classes is a group of its own.
-        groups = labels + classes * (1 + np.append(true_labels, -1)[one.targets]) * (kinds == numbers["class"])
-        found = one.targets[(kinds == 0) & (scores > threshold)]
-        lost = ~np.isin(np.arange(len(annotations)), found)
-        areas = (annotations[:, 2:4] - annotations[:, :2]).prod(axis=1)
-        wrong, odd = kinds > 0, one.near <= NEAR_IOU
-        for kind, label, weight in (
-            (kinds[wrong], groups[wrong], scores[wrong]),
-            (np.full(lost.sum(), numbers["missed"]), true_labels[lost], areas[lost]),
-            (np.full(odd.sum(), len(numbers)), true_labels[odd], areas[odd]),
-        ):
-            for column, values in zip(columns, (kind, label, weight, np.full(len(kind), index)), strict=True):
-                column.append(values)
-    kinds, groups, weights, images = map(np.concatenate, columns)
-    # First the worst of each kind and the worst of each group, of frequent groups first, then the second ones, ...
-    of_group, sizes = _ranks(kinds * (classes + 1) ** 2 + groups, weights)
-    order = np.lexsort((-sizes, np.minimum(_ranks(kinds, weights)[0], of_group)))
-    _, first = np.unique(images[order], return_index=True)
-    chosen = images[order][np.sort(first)[:MAX_IMAGES]].astype(int).tolist()
+        annotations, hit = dataset.load_annotations(index), set()
+        true_labels, areas = annotations[:, 4].tolist(), (annotations[:, 2:4] - annotations[:, :2]).prod(axis=1)
+        found = one.kinds.tolist(), one.targets.tolist(), one.detections.scores.tolist(), one.detections.labels.tolist()
+        for kind, target, weight, label in zip(*found, strict=True):
+            if kind != "right":
+                groups[kind].append((weight, index))
+                groups[kind, label, kind == "class" and true_labels[target]].append((weight, index))
+            elif weight > score:
+                hit.add(target)
+        for box, (label, area, near) in enumerate(zip(true_labels, areas.tolist(), one.near.tolist(), strict=True)):
+            for kind in ["missing"] * (box not in hit) + ["odd"] * (near <= NEAR_IOU):
+                groups[kind].append((area, index))
+                groups[kind, label].append((area, index))
+    queues = [heapq.nlargest(MAX_IMAGES, group) for group in sorted(groups.values(), key=len, reverse=True)]
+    rounds = itertools.chain.from_iterable(itertools.zip_longest(*queues))
+    chosen = list(dict.fromkeys(entry[1] for entry in rounds if entry))[:MAX_IMAGES]
     boxes = np.cumsum([len(analysis.images[i].kinds) + len(analysis.images[i].near) for i in chosen])
     return chosen[: max(1, int((boxes <= MAX_BOXES).sum()))]
-
-
-def _ranks(groups: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[N] the place of each weight, from the largest, within its group, and [N] the group's size."""
-    order = np.lexsort((-weights, groups))
-    _, starts, inverse, sizes = np.unique(groups[order], return_index=True, return_inverse=True, return_counts=True)
-    ranks, group_sizes = np.empty((2, len(groups)), dtype=int)
-    ranks[order], group_sizes[order] = np.arange(len(groups)) - starts[inverse], sizes[inverse]
-    return ranks, group_sizes
 
 
 def _save_image(dataset: DetectionDataset, index: int, path: Path, budget: int) -> tuple[int, int] | None:
@@ -281,31 +254,13 @@ def _finite(values: np.ndarray, digits: int) -> list:
     return np.nan_to_num(np.asarray(values, dtype=np.float64)).clip(-1e9, 1e9).round(digits).tolist()
 
 
-def _line_styles(boxes: Sequence[int]) -> dict[int, dict[str, str]]:
-    """How the curves of the most frequent classes are drawn, and in black that of all, the last one."""
-    frequent = np.argsort(-np.array(boxes[:-1]), kind="stable")[:CURVE_LIMIT].tolist()
-    looks = itertools.product(DASHES, COLOURS)
-    styles = {label: {"colour": colour, "dash": dash} for label, (dash, colour) in zip(frequent, looks, strict=False)}
-    return styles | {len(boxes) - 1: {"colour": "var(--ink)", "dash": "none"}}
-
-
-def _training_charts(entries: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Losses and AP over the epochs of a log, as the page draws them; nothing without an epoch."""
-    epochs = [entry for entry in entries if "step" not in entry]
-    charts = []
-    for name, keys in (("loss", ("class_loss", "box_loss")), ("ap", ("AP", "AP50"))):
-        lines = [
-            {
-                "name": key.replace("_", " "),
-                "colour": colour,
-                "points": [(e["epoch"] + 1, e[key]) for e in epochs if np.isfinite(e.get(key, np.nan))],
-            }
-            for key, colour in zip(keys, COLOURS, strict=False)
-        ]
-        lines = [line for line in lines if line["points"]]
-        top = 1 if name == "ap" else 1.05 * max((y for line in lines for _, y in line["points"]), default=1)
-        if lines:
-            charts.append({"id": name, "high": epochs[-1]["epoch"] + 1, "top": max(top, 0.1), "lines": lines})
+def _training_curves(entries: Sequence[Mapping[str, float]]) -> dict[str, list]:
+    """Losses and AP over the epochs of a log: of each chart, (name, points) of its lines."""
+    epochs, charts = [entry for entry in entries if "step" not in entry], {}
+    for chart, keys in (("loss", ("class_loss", "box_loss")), ("ap", ("AP", "AP50"))):
+        points = [[(one["epoch"] + 1, one[key]) for one in epochs if 0 <= one.get(key, -1) < np.inf] for key in keys]
+        if any(points):
+            charts[chart] = [(key.replace("_", " "), line) for key, line in zip(keys, points, strict=True) if line]
     return charts
 
 
@@ -314,7 +269,7 @@ def _class_rows(evaluation: Evaluation, points: Sequence[Point | None]) -> list[
     rows = [
         {
             "label": label,
-            "name": escaped(row.name),
+            "name": row.name,
             **{name: getattr(row, name) if row.boxes else None for name in ("AP", "AP50", "AR")},
             "F1": point and point.f1,
             "score": point and point.score,
@@ -345,19 +300,17 @@ def _statistics(dataset: DetectionDataset) -> dict[str, Any]:
     shown = np.argsort(-counts, kind="stable")[:BAR_LIMIT]
     sides = np.sqrt((annotations[:, 2:4] - annotations[:, :2]).clip(0).prod(axis=1))
     groups = [f"{low} to {high}" for low, high in itertools.pairwise(SIDES)] + [f"over {SIDES[-1]} px"]
-    by_size = np.bincount(np.digitize(sides, SIDES) - 1, minlength=len(groups))
     try:
         sizes = np.asarray(dataset.image_sizes)[images]
     except (UserError, OSError):  # results files are scored without images
         positions = None
     else:
-        centres = (annotations[:, :2] + annotations[:, 2:4]) / 2 / sizes[:, ::-1]
-        cells = (centres * GRID).clip(0, GRID - 1).astype(int)
-        positions = np.bincount(cells[:, 1] * GRID + cells[:, 0], minlength=GRID**2).reshape(GRID, GRID).tolist()
+        centres = (annotations[:, 1::-1] + annotations[:, 3:1:-1]) / 2 / sizes  # y, x
+        positions = np.histogram2d(*centres.clip(0, 1).T, bins=GRID, range=((0, 1), (0, 1)))[0].astype(int).tolist()
     return {
         "boxes": len(annotations),
         "empty": len(dataset) - len(np.unique(images)),
-        "classes": [(escaped(dataset.labels[label]), int(counts[label])) for label in shown.tolist()],
-        "sizes": list(zip(groups, by_size.tolist(), strict=True)),
+        "classes": [(dataset.labels[label], int(counts[label])) for label in shown.tolist()],
+        "sizes": list(zip(groups, np.histogram(sides, [*SIDES, np.inf])[0].tolist(), strict=True)),
         "positions": positions,
     }

@@ -8,7 +8,7 @@ from PIL import Image
 
 from retinanet.data.dataset import DetectionDataset
 from retinanet.evaluation import report, web_report
-from retinanet.evaluation.errors import KINDS, analyse
+from retinanet.evaluation.errors import analyse
 from retinanet.evaluation.thresholds import best_f1, rates_above
 from retinanet.evaluation.voc import all_rankings
 
@@ -113,7 +113,7 @@ def test_nothing_found_or_nothing_to_find(tmp_path, classes):
         data, text = write(tmp_path, make(tmp_path, rows, [0] * len(rows), names), {0: found})
         assert data["best"] == [None] * (classes + 1) and len(data["images"]) == bool(rows or len(found.scores))
         assert text.count('data-label="') >= classes
-    assert len(data["styles"]) == min(classes, web_report.CURVE_LIMIT) + 1
+    assert len(data["curves"]) == min(classes, web_report.CURVE_LIMIT)
 
 
 def test_images_that_cannot_be_read_are_shown_without_pixels(tmp_path):
@@ -165,9 +165,14 @@ def test_only_images_that_count_are_described(tmp_path):
     assert "1 boxes in 1 images" in text and len(data["images"]) == 1 and len(dataset) == 2
 
 
-def test_kinds_and_training():
-    assert list(web_report.KINDS) == list(KINDS)
-    log = [{"epoch": 0, "step": 9, "class_loss": 9.0}, {"epoch": 0, "class_loss": 0.5, "AP": 0.1}, {"epoch": 1}]
-    charts = web_report._training_charts(log)
-    assert [chart["id"] for chart in charts] == ["loss", "ap"] and charts[0]["lines"][0]["points"] == [(1, 0.5)]
-    assert web_report._training_charts([]) == web_report._training_charts(log[:1]) == []
+def test_crowded_scores_can_be_told_apart(tmp_path):
+    scores = 1 - np.geomspace(1e-6, 1e-3, 40)
+    found = detections(*([score, 0, *BOX] for score in scores))
+    data, _ = write(tmp_path, make(tmp_path, [[*BOX, 0]], [0]), {0: found})
+    assert len(set(np.cumsum(data["counts"][-1]))) >= 15
+
+
+def test_the_curves_of_a_training():
+    log = [{"epoch": 0, "step": 9, "class_loss": 9.0}, {"epoch": 0, "class_loss": 0.5, "AP": -1.0}, {"epoch": 1}]
+    assert web_report._training_curves(log) == {"loss": [("class loss", [(1, 0.5)])]}
+    assert web_report._training_curves([]) == web_report._training_curves(log[:1]) == {}

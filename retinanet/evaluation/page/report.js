@@ -7,10 +7,11 @@ const state = { step: data.start, label: null, kind: "label", cell: null, limit:
 const running = (changes) => { let total = 0; return changes.map((change) => (total += change)); };
 const counts = data.counts.map(running), rights = data.right.map(running);
 const WIDTH = 440, HEIGHT = 300, LEFT = 42, TOP = 10, BOTTOM = HEIGHT - 40;
+const shortened = (name) => (name.length > 24 ? `${name.slice(0, 23)}…` : name);
 
 function element(tag, attributes = {}, ...children) {
-  const isSvg = ["svg", "rect", "image", "text", "line", "polyline", "circle", "g"].includes(tag);
-  const node = isSvg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  const isHtml = ["li", "button", "span", "tr", "th", "td", "bdi"].includes(tag);
+  const node = document.createElementNS(`http://www.w3.org/${isHtml ? "1999/xhtml" : "2000/svg"}`, tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   node.append(...children);
   return node;
@@ -26,10 +27,6 @@ function rates(row, step) {
 function cells(row) {
   const { right, wrong, missed, ...shares } = rates(row, state.step);
   return [...Object.values(shares).map((share) => share?.toFixed(3) ?? "–"), right, wrong, missed];
-}
-function fillRow(row) {
-  const texts = cells(+row.dataset.row);
-  row.querySelectorAll(".now").forEach((cell, place) => (cell.textContent = texts[place]));
 }
 
 function ticks(high) {
@@ -51,33 +48,34 @@ function chart(svg, { low = 0, high, top = 1, xName, lines }) {
   }
   for (const value of low < 0 ? [low, high] : ticks(high)) write(x(value), BOTTOM + 17, "middle", value);
   write((LEFT + RIGHT) / 2, HEIGHT - 5, "middle", xName);
-  for (const { points, colour, dash = "none", row = "", name } of lines) {
+  for (const { points, colour, row = "", name } of lines) {
     const path = points.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(" ");
-    svg.append(element("polyline", { points: path, stroke: colour, "stroke-dasharray": dash, "data-row": row }));
-    const [a, b] = points.at(-1) ?? [];
-    if (name) svg.append(element("circle", { cx: x(a), cy: y(b), r: 3, fill: colour }));
-    if (name) write(x(a) + 8, y(b) + 4, "start", name);
+    svg.append(element("polyline", { points: path, stroke: colour, "data-row": row }));
+    if (!name) continue;
+    const [a, b] = points.at(-1);
+    svg.append(element("circle", { cx: x(a), cy: y(b), r: 3, fill: colour }));
+    write(x(a) + 8, y(b) + 4, "start", name);
   }
   return { x, y };
 }
-const scales = {}, styleOf = (row) => ({ row, ...(data.styles[row] ?? data.styles[0]) });
+const scales = {};
+function colourOf(row) {
+  const place = data.curves.indexOf(row);
+  return `var(--${row === ALL ? "line-all" : place < 0 ? "accent" : `line-${place}`})`;
+}
 function drawCurves() {
-  const rows = new Set([...Object.keys(data.styles).map(Number), state.label ?? ALL]), steps = [...data.steps.keys()];
-  const lines = (points) => [...rows].map((row) => {
-    return { ...styleOf(row), points: points(steps.map((step) => rates(row, step))) };
-  });
+  const rows = [...new Set([...data.curves, ALL, state.label ?? ALL])], steps = [...data.steps.keys()];
+  const lines = (points) =>
+    rows.map((row) => ({ row, colour: colourOf(row), points: points(steps.map((step) => rates(row, step))) }));
   const pr = (all) => all.filter((one) => one.precision !== null).map((one) => [one.recall, one.precision]);
   const f1 = (all) => all.map((one, step) => [data.steps[step], one.f1]);
   scales.pr = chart($("pr"), { high: 1, xName: "recall", lines: lines(pr) });
   scales.f1 = chart($("f1"), { low: data.steps[0], high: data.steps.at(-1), xName: "score", lines: lines(f1) });
   $("pr").append(element("g", { id: "dots", stroke: "var(--ground)", "stroke-width": 2 }));
   $("f1").append(element("line", { id: "cut", stroke: "var(--accent)", y1: TOP, y2: BOTTOM }));
-  highlight(state.label);
-}
-function highlight(row) {
-  for (const line of all("polyline[data-row]:not([data-row=''])")) {
-    line.classList.toggle("strong", +line.dataset.row === (row ?? ALL));
-    line.classList.toggle("faint", row !== null && +line.dataset.row !== row);
+  for (const line of all("#pr polyline, #f1 polyline")) {
+    const isChosen = +line.dataset.row === (state.label ?? ALL);
+    line.setAttribute("class", isChosen ? "strong" : state.label === null ? "" : "faint");
   }
 }
 function moveMarks() {
@@ -85,7 +83,7 @@ function moveMarks() {
   const rows = [...new Set([ALL, state.label ?? ALL])].filter((row) => counts[row][state.step]);
   $("dots").replaceChildren(...rows.map((row) => {
     const { recall, precision } = rates(row, state.step);
-    return element("circle", { cx: scales.pr.x(recall), cy: scales.pr.y(precision), r: 6, fill: styleOf(row).colour });
+    return element("circle", { cx: scales.pr.x(recall), cy: scales.pr.y(precision), r: 6, fill: colourOf(row) });
   }));
 }
 
@@ -143,11 +141,12 @@ function draw(svg, { image, box, isTruth }, view, withText) {
     const isFocus = !isTruth && place === box, isRight = one[6] === "right";
     if (!isFocus && one[9] <= state.step) return;
     if (isRight) hit.add(one[7]);
-    boxes.push([one, isRight ? "found-right" : "found-false", isFocus, `${data.names[one[4]]} ${one[5].toFixed(2)}`]);
+    const name = `${shortened(data.names[one[4]])} ${one[5].toFixed(2)}`;
+    boxes.push([one, isRight ? "found-right" : "found-false", isFocus, name]);
   });
   image.truth.forEach((one, place) => {
     const isFocus = isTruth && place === box;
-    boxes.unshift(hit.has(place) ? [one, "truth", isFocus, ""] : [one, "lost", isFocus, data.names[one[4]]]);
+    boxes.unshift(hit.has(place) ? [one, "truth", isFocus, ""] : [one, "lost", isFocus, shortened(data.names[one[4]])]);
   });
   boxes.sort((a, b) => a[2] - b[2]); // the box in question on top
   for (const [[x1, y1, x2, y2], style, isFocus, text] of boxes) {
@@ -178,11 +177,15 @@ function drawCards() {
   }));
   $("more").hidden = more <= 0;
   $("more").textContent = `Show ${Math.min(PAGE, more)} of ${more} more`;
-  $("shown").textContent = `${list.length} ${list.length === 1 ? "case" : "cases"}`;
-  $("to-gallery").textContent = `${$("shown").textContent} below`;
+  for (const text of all(".count")) text.textContent = `${list.length} ${list.length === 1 ? "case" : "cases"}`;
+  clearTimeout(announcing); // a screen reader hears where the slider stops, not its way there
+  announcing = setTimeout(() => {
+    const [precision, recall, f1] = cells(state.label ?? ALL), above = `Scores above ${data.steps[state.step]}`;
+    $("status").textContent = `${above}: precision ${precision}, recall ${recall}, F1 ${f1}; ${$("shown").textContent}`;
+  }, 600);
 }
 function showWhole(place) {
-  if (!state.list[place]) return; // before the first, after the last
+  if (!state.list[place]) return; // before the first, after the last; another key
   const one = (state.shown = state.list[place]), { what, verdict, long } = describe(one);
   state.open = place;
   $("whole-title").textContent = `${what}: ${verdict.toLowerCase()}`;
@@ -200,29 +203,30 @@ function drawWhole() {
 }
 
 // What the user changes.
-let drawing;
+let drawing, announcing;
 function moveTo(step) {
   const score = data.steps[(state.step = step)];
   for (const slider of all("input[type=range]")) Object.assign(slider, { value: step, ariaValueText: score });
-  for (const output of all("output")) output.textContent = score;
+  for (const text of all("#score, #score-2")) text.textContent = score;
   $("flag").textContent = `--score_threshold ${score}`;
-  all("tr[data-row]").forEach(fillRow);
+  for (const row of all("tr[data-row]")) {
+    const texts = cells(+row.dataset.row);
+    row.querySelectorAll(".now").forEach((cell, place) => (cell.textContent = texts[place]));
+  }
   moveMarks();
   cancelAnimationFrame(drawing);
   drawing = requestAnimationFrame(() => ($("whole").open ? drawWhole() : drawCards()));
-  const [precision, recall, f1] = cells(state.label ?? ALL);
-  $("status").textContent = `Scores above ${score}: precision ${precision}, recall ${recall}, F1 ${f1}`;
 }
 function choose(label) {
   const best = data.best[label] ?? null;
   Object.assign(state, { label, limit: PAGE });
   for (const button of all("[data-label]")) button.ariaPressed = +button.dataset.label === (label ?? ALL);
-  for (const name of all("#filter bdi, #now-class bdi")) name.textContent = data.names[label] ?? "";
   $("class").value = label ?? "";
-  $("filter").hidden = $("now-class").hidden = label === null;
+  $("now-class").querySelector("bdi").textContent = data.names[label] ?? "";
   $("now-class").dataset.row = label ?? ALL;
+  $("now-class").hidden = label === null;
   $("best-class").hidden = best === null;
-  $("best-class").textContent = `Best F1 of the class: ${data.steps[best]}`;
+  $("best-class").textContent = `of the class: ${data.steps[best]}`;
   drawCurves();
   moveTo(state.step);
 }
@@ -239,31 +243,32 @@ function sortBy(header, isDown) {
   const body = $("class-table").tBodies[0], column = header.cellIndex;
   const key = (row) => row.cells[column].textContent.trim();
   const compare = (a, b) => (column ? a - b : a.localeCompare(b)) * (isDown ? -1 : 1);
-  const lacks = (row) => key(row) === "–"; // what does not exist comes last
+  const lacks = (row) => column && key(row) === "–"; // what does not exist comes last
   for (const other of all("#class-table [aria-sort]")) other.removeAttribute("aria-sort");
   header.setAttribute("aria-sort", isDown ? "descending" : "ascending");
   body.append(...[...body.rows].sort((a, b) => lacks(a) - lacks(b) || (lacks(a) ? 0 : compare(key(a), key(b)))));
 }
-function copyFlag() {
-  getSelection().selectAllChildren($("flag"));
-  $("status").textContent = $("copied").textContent = document.execCommand("copy") ? "copied" : "select and copy it";
-}
 document.addEventListener("click", ({ target }) => {
-  const button = target.closest("button"), { label, cell, kind, case: place } = button?.dataset ?? {};
-  if (label) choose(+label === ALL || +label === state.label ? null : +label);
+  const button = target.closest("button"), { label, go, by, cell, kind, case: place } = button?.dataset ?? {};
+  if (label) choose(+label === ALL || (!go && +label === state.label) ? null : +label);
+  if (go) $(go).scrollIntoView();
+  if (by) showWhole(state.open + +by);
   if (place) $("whole").showModal(), showWhole(+place);
   if (button?.matches("#class-table thead *")) sortBy(button.parentNode, button.parentNode.ariaSort === "ascending");
   if (!cell && !kind) return;
   chooseKind(kind ?? "cell", cell?.split(" ").map(Number));
   choose(null);
-  if (kind) moveTo(0); // all scores count there
+  if (kind in data.kinds) moveTo(0); // all scores count there
   $("gallery").scrollIntoView();
   $("gallery-title").focus({ preventScroll: true });
 });
 for (const slider of all("input[type=range]")) slider.addEventListener("input", () => moveTo(+slider.value));
 on("best-all", "click", () => moveTo(data.best[ALL]));
 on("best-class", "click", () => moveTo(data.best[state.label]));
-on("copy", "click", copyFlag);
+on("copy", "click", () => {
+  getSelection().selectAllChildren($("flag"));
+  $("status").textContent = $("copied").textContent = document.execCommand("copy") ? "copied" : "select and copy it";
+});
 on("clear", "click", () => (choose(null), $("slider").focus()));
 on("class", "change", ({ target }) => choose(target.value === "" ? null : +target.value));
 on("kind", "change", ({ target }) => chooseKind(target.value, target.value === "cell" ? state.cell : null));
@@ -272,16 +277,13 @@ on("more", "click", () => {
   drawCards();
   $("cards").children[state.limit - PAGE].firstChild.focus();
 });
-for (const [id, by] of [["previous", -1], ["next", 1]]) on(id, "click", () => showWhole(state.open + by));
 on("whole", "close", () => (drawCards(), $("cards").children[state.open]?.firstChild.focus()));
-on("whole", "keydown", ({ key, target }) => {
-  const by = { ArrowLeft: -1, ArrowRight: 1 }[key];
-  if (by && target.type !== "range") showWhole(state.open + by);
-});
-for (const button of all("#legend button")) {
-  for (const event of ["mouseenter", "focus"]) button.addEventListener(event, () => highlight(+button.dataset.label));
-  for (const event of ["mouseleave", "blur"]) button.addEventListener(event, () => highlight(state.label));
-}
+on("whole", "keydown", ({ key, target }) =>
+  target.type === "range" || showWhole(state.open + { ArrowLeft: -1, ArrowRight: 1 }[key]));
 choose(null);
 chooseKind("label");
-for (const { id, ...lines } of data.training) chart($(id), { xName: "epochs", ...lines });
+for (const [id, curves] of Object.entries(data.training)) {
+  const lines = curves.map(([name, points], place) => ({ name, points, colour: `var(--line-${place})` }));
+  const most = (axis) => Math.max(0.1, ...lines.flatMap(({ points }) => points.map((point) => point[axis])));
+  chart($(id), { xName: "epochs", high: most(0), top: id === "ap" ? 1 : 1.05 * most(1), lines });
+}
