@@ -33,6 +33,7 @@ def small():
             (charts, "draw_training_curves"),
             (views, "save_detections"),
             (data_views, "save_data_images"),
+            (retinanet.running, "write_page"),
         ):
             patch.setattr(module, name, lambda *_: None)
         yield
@@ -56,12 +57,15 @@ def test_the_range_of_training_is_that_of_the_model(data, tmp_path, flags, expec
     folder, val_flags, train_flags = data
     assert train.main([*val_flags, *train_flags, *QUICK, "--out_dir", str(tmp_path), *flags.split()]) == 0
     net, info = checkpoint.load_model(tmp_path / "last.pt")
-    low, high = info["pixel_range"]
+    ranges = info["pixel_range"]
+    low, high = ranges["uint16"] if expected is None else ranges
     assert (low, high) == expected if expected else (100 <= low < 110 and 3000 < high < 3500)
     path = folder / "0.tif"  # 2000 at most: its own range would be another
     pixels = as_array(tifffile.imread(path), (low, high))
     np.testing.assert_array_equal(pixels, read_image(path, (low, high)))
     assert (pixels != read_image(path)).any()
+    grey = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)  # of a type that the model has not seen
+    assert expected or as_array(grey, ranges).max() == 255
     limits = {"score_threshold": 0, "max_detections": 10}
     found = [retinanet.predict((net, info), image, **limits)[0] for image in (str(path), tifffile.imread(path), pixels)]
     assert len(found[0].scores) and all(torch.equal(one.scores, found[0].scores) for one in found)
@@ -72,9 +76,10 @@ def test_the_range_of_training_is_that_of_the_model(data, tmp_path, flags, expec
         model = ["--model", str(tmp_path / "last.pt"), "--device", "cpu", "--workers", "0"]
         assert validate.main([*val_flags, *model]) == 0
         assert visualize.main([*val_flags, *model, "--out_dir", str(tmp_path / "seen"), "--limit", "1"]) == 0
-        assert set(seen) == {(low, high)}
-        assert validate.main([*val_flags, *model, "--pixel_range", "-5", "9000"]) == 0
-    assert seen[-1] == (-5, 9000)
+        assert len(seen) > 4 and all(one == ranges for one in seen)
+        if expected:
+            assert validate.main([*val_flags, *model, "--pixel_range", "-5", "9000"]) == 0
+            assert seen[-1] == (-5, 9000)
 
 
 @pytest.mark.slow
@@ -83,13 +88,13 @@ def test_a_resumed_run_keeps_its_range(data, tmp_path, monkeypatch):
     flags = [*val_flags, *train_flags, *QUICK, "--out_dir", str(tmp_path)]
     assert train.main(flags) == 0
     content = checkpoint.load(tmp_path / "last.pt")
-    content["pixel_range"] = (0.0, 5000.0)  # as if the files had been others
+    content["pixel_range"] = {"uint16": (0.0, 5000.0)}  # as if the files had been others
     content["training"]["progress"] |= {"epoch": 0, "step": 1}
     monkeypatch.setattr(retinanet.running, "check_resume", lambda *_: None)
     monkeypatch.setattr(retinanet.training.run, "check_state", lambda *_: None)
     checkpoint.save(tmp_path / "last.pt", content)
     assert train.main([*flags, "--resume", "auto"]) == 0
-    assert checkpoint.load(tmp_path / "last.pt")["pixel_range"] == (0, 5000)
+    assert checkpoint.load(tmp_path / "last.pt")["pixel_range"] == {"uint16": (0, 5000)}
 
 
 def test_check_shows_the_range_and_what_is_above_the_limit(data, capfd):
