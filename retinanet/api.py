@@ -14,14 +14,13 @@ from retinanet.commands.page import write_page
 from retinanet.commands.save_csv import check_csv, write_csv
 from retinanet.data.checks import write_skipped
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.loader import make_loader
+from retinanet.data.loader import make_loader, transformed
 from retinanet.errors import UserError, shown
 from retinanet.evaluation import coco, report
-from retinanet.evaluation.errors import CONFUSION_SCORE
 from retinanet.model import RetinaNet
 from retinanet.postprocess import Detections
 from retinanet.process import log
-from retinanet.running import run_training, transformed
+from retinanet.running import run_training
 from retinanet.training import checkpoint
 from retinanet.training.checkpoint import LIMITS
 from retinanet.training.log import read_log
@@ -163,11 +162,11 @@ def validate(
         UserError: the checkpoint cannot be read, or has other classes than the data set.
     """
     _check_dataset("dataset", dataset)
-    numbers = {"iou_threshold": iou_threshold, "min_precision": min_precision, "limit": limit, "batch_size": batch_size}
-    values = dict(zip(LIMITS, (score_threshold, nms_threshold, top_k, max_detections), strict=True))
-    as_flags(
-        {**numbers, **values, "workers": workers, "device": device, "precision": precision}, get_type_hints(validate)
-    )
+    given = dict(zip(LIMITS, (score_threshold, nms_threshold, top_k, max_detections), strict=True))
+    how = {"iou_threshold": iou_threshold, "voc07": voc07, "analyse": analyse, "min_precision": min_precision}
+    machine = {"limit": limit, "batch_size": batch_size, "workers": workers, "device": device, "precision": precision}
+    as_flags({**given, **how, **machine, "out": out, "save_csv": save_csv}, get_type_hints(validate))
+    given = {name: value for name, value in given.items() if value is not None}
     chosen = process.choose_device(str(device))
     process.init_distributed(chosen)
     process.show_log()
@@ -177,14 +176,13 @@ def validate(
         check_csv(save_csv)
     if isinstance(model, str | Path):
         model = checkpoint.load_model(model)
-    net, info = model if isinstance(model, tuple) else (getattr(model, "module", model), {})
-    if not isinstance(net, RetinaNet):
+    net, info = model if isinstance(model, tuple) and len(model) == 2 else (getattr(model, "module", model), {})
+    if not (isinstance(net, RetinaNet) and isinstance(info, Mapping)):
         raise UserError(f"model must be a path, a RetinaNet or the result of load_model, not {type(net).__name__}")
     info = {"class_names": list(dataset.labels.values()), **info}
     net, info = match_classes(info.get("path", "the model"), net, info, dataset)
     if net.num_classes != dataset.num_classes():
         raise UserError(f"the model has {net.num_classes} classes, and {dataset.source} {dataset.num_classes()}")
-    given = {name: value for name, value in values.items() if value is not None}
     limits = inference.detection_limits(info, given)
     tiles = {"tile": tile, "tile_overlap": tile_overlap}
     tiling = inference.choose_tiling(info, {name: value for name, value in tiles.items() if value is not None})
@@ -196,10 +194,8 @@ def validate(
     metrics = None
     if process.is_main_process():
         log.info("detections with scores above %g:", limits["score_threshold"])
-        how = iou_threshold, voc07, analyse, min_precision
-        source = info.get("path", "model")
-        how += (limits["max_detections"], source)
-        metrics = report_scores(dataset, found, out, *how, model=(net, info), save_csv=save_csv)
+        how |= {"max_detections": limits["max_detections"], "source": info.get("path", "model")}
+        metrics = report_scores(dataset, found, out, **how, model=(net, info), save_csv=save_csv)
     return process.from_main_process(metrics)
 
 
@@ -235,10 +231,6 @@ def report_scores(
         evaluation.write(folder)
         curves = {f"IoU {iou}": evaluation.coco.curves(row) for iou, row in (("0.50", 0), ("0.75", 5))}
         images = {"pr_curves.png": partial(charts.draw_curves, curves), "thresholds.png": evaluation.draw_thresholds}
-        if lost := evaluation.errors:
-            images["errors.png"] = partial(charts.draw_bars, lost.lost, "AP50 lost to each kind of error")
-            title, names = f"detections with scores above {CONFUSION_SCORE}", [*dataset.classes, "background"]
-            images["confusion.png"] = partial(charts.draw_matrix, lost.confusion, names, title)
         images["report.html"] = partial(write_page, evaluation=evaluation, source=source, model=model)
         for name, draw in images.items():
             try:

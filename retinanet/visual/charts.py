@@ -15,7 +15,7 @@ from retinanet.visual.text import find_font, readable_names
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LEGEND_LIMIT = 20  # names in a column of half a figure's height; numbers in a row of a matrix
+LEGEND_LIMIT = 20  # names in a column of half a figure's height
 CLASS_LIMIT = 40  # bars of a label chart
 
 
@@ -127,37 +127,6 @@ def draw_training_curves(entries: Sequence[Mapping[str, float]], steps_per_epoch
         axes.set(xlabel="epochs", xlim=(0, None))
         axes.grid(alpha=0.3)
     losses.legend()
-    save_figure(figure, path)
-
-
-def draw_bars(values: Mapping[str, float], title: str, path: str | Path) -> None:
-    """One horizontal bar for each name, with its value beside it."""
-    figure = new_figure(7, 0.5 * len(values) + 1.2)
-    axes = figure.subplots()
-    bars = axes.barh(list(values), list(values.values()), color="#4878cf")
-    axes.bar_label(bars, fmt="%.3f", padding=3)
-    axes.set(title=title, xlim=(0, 1.15 * max(*values.values(), 1e-3)))
-    axes.invert_yaxis()
-    save_figure(figure, path)
-
-
-def draw_matrix(matrix: np.ndarray, names: Sequence[str], title: str, path: str | Path) -> None:
-    """A confusion matrix of counts [N, N], each row (a true class) coloured by its shares, with counts if few."""
-    side = min(24, 3.5 + 0.45 * len(names))
-    figure = new_figure(side + 1, side)
-    axes = figure.subplots()
-    names = chart_names(names)
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(picture, label="share of the row", shrink=0.8)
-    size = min(9, 260 / len(names))
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
-    axes.set_yticks(range(len(names)), names, fontsize=size)
-    axes.set(title=title, xlabel="found", ylabel="ground truth")
-    if len(names) <= LEGEND_LIMIT + 1:
-        for row, column in np.ndindex(matrix.shape):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=colour, fontsize=size)
     save_figure(figure, path)
 
 

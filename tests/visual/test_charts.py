@@ -69,14 +69,6 @@ def test_training_curves_show_losses_rate_and_scores(tmp_path, scored):
     assert all((pixels == colour).all(axis=2).any() for colour in ((31, 119, 180), (255, 127, 14), (44, 160, 44)))
 
 
-def test_bars_are_as_long_as_their_values(tmp_path):
-    charts.draw_bars({"class": 0.1, "missed": 0.2}, "AP50 lost", tmp_path / "bars.png")
-    bars = (read(tmp_path / "bars.png") == (0x48, 0x78, 0xCF)).all(axis=2).sum(axis=1)
-    lengths = np.unique(bars[bars > 20])
-    assert lengths.max() == pytest.approx(2 * lengths.min(), rel=0.05)
-    charts.draw_bars({"class": 0.0}, "nothing lost", tmp_path / "none.png")
-
-
 def test_thresholds_are_curves_with_their_best_points(tmp_path):
     names, scores = [*(f"class {label}" for label in range(49)), "all", "all"], np.linspace(0, 1, 11)
     rates = [np.stack([np.where(scores < 0.9, scores, np.nan), 1 - scores, np.full(11, 0.5)])] * len(names)

@@ -65,6 +65,5 @@ def test_any_name_can_be_drawn_and_charted_without_a_warning(name, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         draw_boxes(np.zeros((330, 330, 3), np.uint8), [[50, 50, 350, 350]], [0], text.readable_names([name]))
-        charts.draw_matrix(np.eye(2, dtype=int), [name, "background"], "matrix", tmp_path / "matrix.png")
         charts.draw_curves({"IoU 0.5": {name: np.array([[0, 1], [1, 0.5]])}}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").exists()
