@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from retinanet.commands import flags
 from retinanet.commands.page import write_page
 from retinanet.data.checks import check_before_training, write_skipped
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.loader import WorkerDiedError, explained, make_loader
+from retinanet.data.loader import WorkerDiedError, explained, make_loader, transformed
 from retinanet.data.report import counted
 from retinanet.data.sampler import AspectRatioBasedSampler
 from retinanet.data.transforms import Resizer
@@ -40,21 +41,6 @@ from retinanet.training.weights import make_model
 from retinanet.visual import anchor_report, charts, data_views, views
 
 
-@contextlib.contextmanager
-def transformed(
-    dataset: DetectionDataset | None, transform: Callable[[dict], dict], by_parts: bool = False
-) -> Iterator[None]:
-    """Within the context, a data set without a transform has this one, which may take images of `open_image`."""
-    if dataset is None or dataset.transform is not None:
-        yield
-        return
-    dataset.transform, dataset.by_parts = transform, by_parts
-    try:
-        yield
-    finally:
-        dataset.transform, dataset.by_parts = None, False
-
-
 def run_training(
     settings: Settings,
     device: torch.device,
@@ -67,6 +53,9 @@ def run_training(
     process.seed_everything(settings.seed)
     if val_set is train_set:
         val_set = copy.copy(val_set)  # it needs another transform
+    if train_set.transform is not None:
+        settings = replace(settings, jitter=None)  # which a recipe may say
+        log.info("%s: trained with its own transform; the settings' sizes are those of validation", train_set.source)
     resizer, by_parts = Resizer(*settings.sides, enlarge=not settings.tile), bool(settings.tile)
     with contextlib.ExitStack() as stack:
         stack.enter_context(transformed(train_set, flags.training_transform(settings), by_parts))
@@ -89,11 +78,11 @@ def run_training(
         run.on_log, run.on_validation = on_log, on_validation
         try:
             with StopSignals() as stop:
-                _begin(run, device, train_set, val_set, sampler)
+                _begin(run, train_set, val_set, sampler)
                 with _saving(run, train_set, stop), explained(train_loader, settings.dtype):  # a worker may die
-                    found = _train(run, train_loader, sampler, val_loader, val_set, device, stop)
+                    found = _train(run, train_loader, sampler, val_loader, val_set, stop)
                 if val_loader is not None:  # a rank may have no batches of it
-                    _report(run, val_loader, val_set, device, stop, found)
+                    _report(run, val_loader, val_set, stop, found)
             return run
         finally:
             if run.log:
@@ -119,7 +108,7 @@ def _make_run(settings: Settings, device: torch.device, train_set: DetectionData
     return run
 
 
-def _log_header(run: Run, device: torch.device, train_set: DetectionDataset) -> None:
+def _log_header(run: Run, train_set: DetectionDataset) -> None:
     """Log in one line what is trained, on what, and how."""
     settings, recipe = run.settings, RECIPES[run.settings.recipe]
     log.info(
@@ -129,12 +118,13 @@ def _log_header(run: Run, device: torch.device, train_set: DetectionDataset) -> 
         settings.other.get("dataset", train_set.source), counted(run.num_images, "image"),
         counted(len(train_set.annotations), "box"), counted(len(run.class_names), "class"),
         settings.depth, sum(weight.numel() for weight in run.net.parameters()) / 1e6, settings.weights,
-        device, str(settings.dtype).removeprefix("torch."), settings.recipe, settings.lr, recipe.lr,
+        run.device, str(settings.dtype).removeprefix("torch."), settings.recipe, settings.lr, recipe.lr,
         counted(recipe.reference_batch, "image"),
         "" if settings.backbone_lr == 1 else f", backbone x {settings.backbone_lr:g}",
         "" if settings.freeze_stages == recipe.freeze_stages else f", frozen stages: {settings.freeze_stages}",
-        f"tiles of {settings.tile} x {settings.tile}" if settings.tile else
-        f"{' to '.join(map(str, settings.jitter or [settings.min_side]))} / {settings.max_side}",
+        (f"tiles of {settings.tile} x {settings.tile}" if settings.tile else
+         f"{' to '.join(map(str, settings.jitter or [settings.min_side]))} / {settings.max_side}")
+        + (" x {:g} to {:g}".format(*settings.scale_jitter) if settings.scale_jitter else ""),
         settings.global_batch, counted(settings.batch_size, "image"),
         "1 batch" if settings.accumulate == 1 else f"{settings.accumulate} batches",
         counted(process.get_world_size(), "process"), counted(settings.epochs, "epoch"),
@@ -149,15 +139,11 @@ def _log_header(run: Run, device: torch.device, train_set: DetectionDataset) -> 
 
 
 def _begin(
-    run: Run,
-    device: torch.device,
-    train_set: DetectionDataset,
-    val_set: DetectionDataset | None,
-    sampler: AspectRatioBasedSampler,
+    run: Run, train_set: DetectionDataset, val_set: DetectionDataset | None, sampler: AspectRatioBasedSampler
 ) -> None:
     """Log and write, on rank 0, what is known before the first step."""
     settings, out_dir = run.settings, Path(run.settings.out_dir)
-    _log_header(run, device, train_set)
+    _log_header(run, train_set)
     if not process.is_main_process():
         return
     write_skipped(out_dir, [train_set, val_set])
@@ -174,14 +160,14 @@ def _begin(
 
 
 def _validate(
-    run: Run, loader: DataLoader, dataset: DetectionDataset, device: torch.device, stop: StopSignals
+    run: Run, loader: DataLoader, dataset: DetectionDataset, stop: StopSignals
 ) -> tuple[dict[str, float], dict[int, Detections]]:
     """COCO's numbers of the detector, computed by all ranks together, and what it finds, on rank 0."""
     settings = run.settings
     process.broadcast_buffers(run.detector)  # each rank has BatchNorm statistics of its own
     with process.seeded(settings.seed):  # what a loader draws here must not change the training
         stopped, limits = (lambda: bool(stop.signum)), settings.limits
-        found = detection.detect(run.detector, loader, device, settings.dtype, stopped, **limits)
+        found = detection.detect(run.detector, loader, run.device, settings.dtype, stopped, **limits)
     signum = max(process.gather_objects(stop.signum))
     if signum:
         run.stop(signum)
@@ -191,8 +177,6 @@ def _validate(
         results = voc.evaluate_detections(dataset, found)
         run.score_thresholds = voc.best_scores(results, dataset)
         log.info("%s", coco_eval.metrics_table(metrics))
-        if run.on_validation:
-            run.on_validation({"epoch": run.progress.epoch, **metrics})
         with _drawing(run, "detections.png"):
             sheet = Path(settings.out_dir) / "detections.png"
             views.save_detections(dataset, judge(dataset, found, 0.5), sheet)
@@ -217,7 +201,6 @@ def _train(
     sampler: AspectRatioBasedSampler,
     val_loader: DataLoader | None,
     val_set: DetectionDataset | None,
-    device: torch.device,
     stop: StopSignals,
 ) -> dict[int, Detections] | None:
     """Train and validate, epoch by epoch, until the run is over or a signal comes.
@@ -227,13 +210,13 @@ def _train(
     settings, of_best = run.settings, None
     model = run.net
     if process.get_world_size() > 1:
-        devices = [device] if device.type == "cuda" else None
+        devices = [run.device] if run.device.type == "cuda" else None
         model = DistributedDataParallel(run.net, device_ids=devices, gradient_as_bucket_view=True)
     while not run.is_over:
         epoch = run.progress.epoch
         sampler.set_epoch(*run.position)
         statistics = train_one_epoch(
-            model, train_loader, run.optimizer, run.scaler, run.schedule, device, settings.dtype, run.progress,
+            model, train_loader, run.optimizer, run.scaler, run.schedule, run.device, settings.dtype, run.progress,
             settings.clip_norm, settings.accumulate, stop_signal=lambda: stop.signum, after_step=run.after_step,
             log_step=run.write, log_every=settings.log_every, outlook=run.outlook,
         )  # fmt: skip
@@ -244,8 +227,10 @@ def _train(
         is_last = epoch + 1 == settings.epochs
         run.metrics, run.score_thresholds = {}, {}
         if val_loader is not None and ((epoch + 1) % settings.val_every == 0 or is_last):
-            run.metrics, found = _validate(run, val_loader, val_set, device, stop)
+            run.metrics, found = _validate(run, val_loader, val_set, stop)
         run.end_epoch(statistics)
+        if run.log and run.metrics and run.on_validation:  # after the epoch is saved: a tracker may fail
+            run.on_validation({"epoch": epoch, **run.metrics})
         if run.metrics and not run.stale:  # best.pt is of this epoch
             of_best = found
         if run.log and (run.metrics or is_last):
@@ -260,7 +245,6 @@ def _report(
     run: Run,
     loader: DataLoader,
     dataset: DetectionDataset,
-    device: torch.device,
     stop: StopSignals,
     found: dict[int, Detections] | None,
 ) -> None:
@@ -276,8 +260,10 @@ def _report(
     try:
         net, info = checkpoint.load_model(best)
         if found is None:
-            net.to(device, memory_format=torch.channels_last)
-            found = detection.detect(net, loader, device, settings.dtype, lambda: bool(stop.signum), **settings.limits)
+            net.to(run.device, memory_format=torch.channels_last)
+            found = detection.detect(
+                net, loader, run.device, settings.dtype, lambda: bool(stop.signum), **settings.limits
+            )
         if run.log and not stop.signum:
             evaluation = report.evaluate(dataset, found, limit=settings.limits["max_detections"])
             write_page(page, evaluation, str(best), (net, info))

@@ -138,6 +138,16 @@ def test_a_wrong_setting_is_one_message(settings, message, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_an_epoch_is_saved_before_its_validation_is_handed_on(tmp_path):
+    def fail(_):
+        raise ConnectionError("the tracker is down")
+
+    sets, settings = (ShapesDataset(2, seed=1), ShapesDataset(1, seed=0)), {**SETTINGS, "out_dir": tmp_path}
+    with pytest.raises(ConnectionError):
+        retinanet.train(*sets, on_validation=fail, **settings)
+    assert checkpoint.load(tmp_path / "last.pt")["training"]["progress"]["epoch"] == 1
+
+
 def test_what_is_no_data_set_is_one_message():
     with pytest.raises(UserError, match="train_set must be a DetectionDataset, such as CSVDataset, not str"):
         retinanet.train("train.csv")
@@ -147,6 +157,8 @@ def test_what_is_no_data_set_is_one_message():
     ("arguments", "message"),
     [
         ({"limit": 0, "precision": "fp99"}, "limit must be from 1 .*; precision must be one of auto, fp32"),
+        ({"voc07": "no", "out": ""}, "voc07 must be True or False, not 'no'; out must be a text, not ''"),
+        ({"model": (resnet18(3),)}, "model must be a path"),
         ({"score_threshold": 2}, "score_threshold must be from 0 to 1, not 2"),
         ({"model": 3}, "model must be a path, a RetinaNet or the result of load_model, not int"),
         ({"model": resnet18(5)}, "the model has 5 classes, and ShapesDataset 3"),

@@ -21,10 +21,10 @@ from retinanet.data.pixels import checked_range
 from retinanet.data.report import Report
 from retinanet.data.tables import read_table
 from retinanet.data.tiles import BACKGROUND, OVERLAP, RandomTile
-from retinanet.data.transforms import FLIPS, Augmenter, ColourJitter, LargeScaleJitter, RandomCrop, Resizer, ScaleJitter
+from retinanet.data.transforms import FLIPS, Augmenter, ColourJitter, LargeScaleJitter, RandomCrop, Resizer
 from retinanet.data.voc import VOCDataset
 from retinanet.data.yolo import YoloDataset
-from retinanet.errors import UserError
+from retinanet.errors import UserError, shown
 from retinanet.process import PRECISIONS
 from retinanet.training import settings
 from retinanet.training.checkpoint import LIMITS
@@ -65,8 +65,6 @@ BOUNDS = settings.BOUNDS | {
     "pixel_limit": (0.000_1, 100_000),
     "every": (1, 10**6),
 }
-
-
 OUTPUTS = ("out_dir", "out", "output", "save_csv")
 SAVE_CSV = "write a line for each detection, file,class,score,x1,y1,x2,y2, and to FILE_counts.csv one for each image"
 
@@ -117,15 +115,15 @@ def add_data_arguments(parser: argparse.ArgumentParser, training: bool, required
     text = "folder with images/SET and labels/SET, or text files beside the images, and classes.txt or data.yaml"
     group.add_argument("--yolo_path", help=text)
     none = "; none: train without" if training else ""
-    for kind, train_set, val_set in (
-        ("coco", "train2017", "val2017"),
-        ("voc", "train", "val"),
-        ("yolo", "train", "val"),
-    ):
+    for kind, year in (("coco", "2017"), ("voc", ""), ("yolo", "")):
         name = f"name of the {{}} set of {kind} data"
         if training:
-            group.add_argument(f"--{kind}_train_set", default=train_set, help=f"{name.format('training')} {DEFAULT}")
-        group.add_argument(f"--{kind}_val_set", default=val_set, help=f"{name.format('validation')}{none} {DEFAULT}")
+            group.add_argument(
+                f"--{kind}_train_set", default=f"train{year}", help=f"{name.format('training')} {DEFAULT}"
+            )
+        group.add_argument(
+            f"--{kind}_val_set", default=f"val{year}", help=f"{name.format('validation')}{none} {DEFAULT}"
+        )
     text = "path,x1,y1,x2,y2,class_name, or columns that a header names"
     if training:
         group.add_argument("--csv_train", help=f"CSV file of the training set: {text}")
@@ -163,11 +161,7 @@ def add_anchor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def anchors_from_arguments(args: argparse.Namespace) -> Anchors:
-    """The anchors that the flags describe; by default the paper's.
-
-    Raises:
-        UserError: the flags contradict each other.
-    """
+    """The anchors that the flags describe, a UserError if they contradict each other; by default the paper's."""
     try:
         return Anchors(sizes=args.anchor_sizes, ratios=args.anchor_ratios, scales=args.anchor_scales)
     except ValueError as error:
@@ -215,7 +209,7 @@ def training_transform(args: argparse.Namespace) -> Callable[[dict], dict]:
     steps += [ColourJitter(args.colour_jitter)] if args.colour_jitter is not None else []
     steps = [RandomTile(args.tile, args.tile_background), *steps] if args.tile else steps
     sides = (args.tile, args.tile) if args.tile else (args.min_side, args.max_side)
-    resizer = ScaleJitter(*args.jitter, args.max_side) if args.jitter else Resizer(*sides, enlarge=not args.tile)
+    resizer = Resizer(args.jitter, args.max_side) if args.jitter else Resizer(*sides, enlarge=not args.tile)
     if args.scale_jitter:
         resizer = LargeScaleJitter(*args.scale_jitter, *sides)
     return Compose([*steps, Augmenter(args.flip, args.rotate90), resizer])
@@ -239,11 +233,7 @@ score_threshold.__name__ = "score"  # in argparse's message
 
 
 def add_detection_arguments(parser: argparse.ArgumentParser, of_model: bool = True, best: bool = False) -> None:
-    """Add the flags that limit detections.
-
-    Those that are not given are None, which stands for the limits `of_model`, or else have their default. With `best`,
-    the score threshold may be that word.
-    """
+    """Add the flags that limit detections, None for those `of_model`; the score threshold may be the word `best`."""
     group, source = parser.add_argument_group("detection"), "the model's, or " if of_model else ""
     for name, kind, text in (
         ("score_threshold", score_threshold if best else fraction, "scores must be above it"),
@@ -285,14 +275,9 @@ def make_dataset(
     class_names: Sequence[str] | None = None,
     report: Report | None = None,
 ) -> DetectionDataset | None:
-    """The data set that the flags name, if they name one.
+    """The data set of a split, train or val, that the flags name, if they name one; `report` gets what is wrong.
 
-    Args:
-        args: the parsed flags.
-        split: train or val.
-        transform: of its samples.
-        class_names: of a model; CSV data without a class list has these.
-        report: gets what is wrong.
+    CSV data without a class list has the `class_names` of a model, if they are given.
     """
     report, kind = Report(skip_bad=args.skip_bad) if report is None else report, args.dataset
     if kind in FOLDERS:
@@ -320,14 +305,10 @@ def make_dataset(
 
 
 def make_out_dir(path: str) -> Path:
-    """Create the folder for a command's files.
-
-    Raises:
-        UserError: it cannot be created.
-    """
+    """Create the folder for a command's files; a UserError if it cannot be created."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out_dir {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # a name with a zero byte
+        raise UserError(f"--out_dir {shown(path)[1:-1]}: {getattr(error, 'strerror', error)}") from error
     return folder

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.sampler import AspectRatioBasedSampler
-from retinanet.data.tiles import Tiling
 from retinanet.data.samples import transform_name
+from retinanet.data.tiles import Tiling
 from retinanet.data.transforms import Resizer, pad_images
 from retinanet.errors import UserError
 from retinanet.process import get_rank, get_world_size, seeded
@@ -249,3 +249,18 @@ def explained(loader: Iterable, precision: torch.dtype) -> Iterator[dict[str, An
         if message:
             raise WorkerDiedError(message) from error
         raise
+
+
+@contextlib.contextmanager
+def transformed(
+    dataset: DetectionDataset | None, transform: Callable[[dict], dict], by_parts: bool = False
+) -> Iterator[None]:
+    """Within the context, a data set without a transform has this one, which may take images of `open_image`."""
+    if dataset is None or dataset.transform is not None:
+        yield
+        return
+    dataset.transform, dataset.by_parts = transform, by_parts
+    try:
+        yield
+    finally:
+        dataset.transform, dataset.by_parts = None, False

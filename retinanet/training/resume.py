@@ -22,7 +22,7 @@ FREE_FLAGS = {
     *("coco_path", "voc_path", "yolo_path", "csv_train", "csv_val", "csv_classes"),
 }
 # Flags of later versions: a run that does not name them has their defaults.
-LATER = ("balance", "flip", "rotate90", "scale_jitter")
+LATER = ("balance", "flip", "rotate90", "scale_jitter", "tile", "tile_overlap", "tile_background", "pixel_range")
 EVERY_RUN = {"recipe", "lr", "epochs", "seed", "global_batch"}  # flags that no run is without
 # What a scheduler changes while it runs; the rest of its state follows from the settings.
 CHANGING = ("last_epoch", "_step_count", "_last_lr", "best", "num_bad_epochs", "cooldown_counter")
@@ -53,7 +53,7 @@ def check_resume(path: Path, settings: Settings, content: dict[str, Any], train_
         before, now = content["training"]["args"], settings.as_dict()
         if missing := sorted(EVERY_RUN - before.keys()):
             raise ValueError(f"without the flags {', '.join(missing)}")
-        before = {name: Settings.defaults()[name] for name in LATER} | before
+        before = {name: Settings.defaults().get(name) for name in LATER} | before
         before = {**before, "clip_norm": before.get("clip_norm") or recipe.clip_norm}  # earlier versions saved the flag
         errors = [
             f"--{names.get(flag, flag)} is {now[flag]}, was {shown(before[flag])}"

@@ -30,7 +30,7 @@ class Run:
 
     def __init__(self, settings: Settings, net: RetinaNet, device: torch.device, train_set: DetectionDataset):
         recipe = RECIPES[settings.recipe]
-        self.settings = settings
+        self.settings, self.device = settings, device
         self.class_names = list(train_set.labels.values())
         self.num_images = len(train_set)
         self.pixel_range = train_set.pixel_range

@@ -244,3 +244,5 @@ def test_an_out_dir_that_is_a_file_is_an_error(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=f"--out_dir {path}: "):
             flags.make_out_dir(str(path))
+    with pytest.raises(UserError, match="null"):
+        flags.make_out_dir("a\0b")

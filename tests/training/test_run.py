@@ -185,6 +185,16 @@ def test_flags_that_contradict_the_run_are_listed(net, settings, tmp_path):
         assert part in str(error.value)
 
 
+def test_a_run_from_before_tiles_is_not_resumed_with_them(net, settings, tmp_path):
+    Run(settings("--lr", 0.1), net, CPU, ShapesDataset(5)).save_last()
+    _, content = checkpoint.load_model(tmp_path / "last.pt")
+    for name in ("tile", "tile_overlap", "tile_background"):
+        del content["training"]["args"][name]
+    check_resume("last.pt", settings("--lr", 0.1), content, ShapesDataset(5))
+    with pytest.raises(UserError, match="--tile is 64, was None; --tile_overlap is 0.5"):
+        check_resume("last.pt", settings("--lr", 0.1, "--tile", 64, "--tile_overlap", 0.5), content, ShapesDataset(5))
+
+
 def test_a_checkpoint_without_a_training_is_not_resumed(net, settings, tmp_path):
     Run(settings(), net, CPU, ShapesDataset(5)).save("best.pt")
     _, content = checkpoint.load_model(tmp_path / "best.pt")
