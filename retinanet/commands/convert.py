@@ -24,8 +24,8 @@ from retinanet.commands.flags import FOLDERS, make_parser
 from retinanet.data.checks import leave_out_bad_images, write_skipped
 from retinanet.data.csv import CSVDataset
 from retinanet.data.dataset import DetectionDataset
-from retinanet.data.ground_truth import coco_content
 from retinanet.data.files import IMAGE_SUFFIXES, list_images
+from retinanet.data.ground_truth import coco_content
 from retinanet.data.placing import place_boxes, read_headers
 from retinanet.data.report import Report, counted
 from retinanet.errors import UserError, output_file, shown

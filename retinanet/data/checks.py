@@ -30,11 +30,7 @@ MARGIN = 1  # pixels by which a box may exceed its image without being reported;
 
 
 def check_before_training(train_set: DetectionDataset, val_set: DetectionDataset | None, strict: bool) -> None:
-    """Check the data of a training run, cheaply; warnings are logged.
-
-    Raises:
-        DataError: the message lists all that is fatal; with `strict`, all that is wrong.
-    """
+    """Check the data of a training run, cheaply: log warnings, and raise what is fatal; with `strict`, all is."""
     report = check_dataset(train_set)
     if val_set is not None:
         report.merge(check_dataset(val_set, training=False))
@@ -45,10 +41,9 @@ def check_before_training(train_set: DetectionDataset, val_set: DetectionDataset
 
 
 def check_dataset(dataset: DetectionDataset, depth: str = "quick", training: bool = True, workers: int = 1) -> Report:
-    """Check a data set at one of DEPTHS; `workers` are threads that decode images.
+    """What is wrong with a data set at one of DEPTHS, its annotation files included; `workers` threads decode images.
 
-    Returns:
-        What was found here and when the annotation files were read; for `training`, also classes without boxes.
+    For `training`, classes without boxes are reported, too.
     """
     report = Report(skip_bad=dataset.report.skip_bad)
     if dataset.in_files:
@@ -111,11 +106,7 @@ def _keys(dataset: DetectionDataset, same_content: bool) -> Iterator[tuple[int, 
 
 
 def leave_out_bad_images(dataset: DetectionDataset, workers: int) -> None:
-    """Decode all images, and leave out those that are missing, unreadable or not the ones that were annotated.
-
-    Raises:
-        UserError: none is left.
-    """
+    """Decode all images, and leave out those that are missing, unreadable or not the annotated ones, unless all are."""
     if dataset.in_files:
         bad = _check_images(dataset, "decode", workers, dataset.report)
         if (bad := bad | dataset.misfit).all():

@@ -25,7 +25,7 @@ from retinanet.data.report import Report
 from retinanet.errors import UserError, shown
 from retinanet.process import log
 
-# Where a set's annotation file may be, and its images: in the first of the folders that has one of them.
+# Where a set's annotation file may be, and its images: in the first folder that holds some of them.
 ROBOFLOW = "_annotations.coco.json"
 FILES = ("annotations/instances_{}.json", "annotations/{}.json", f"{{}}/{ROBOFLOW}", "{}.json")
 IMAGE_FOLDERS = ("images/{}", "{}", "images", ".")
@@ -95,8 +95,8 @@ class CocoDataset(DetectionDataset):
         index, is_crowd = self._truth.image_index, self._truth.is_crowd
         if (crowds := int(is_crowd.sum())) > MANY_CROWDS * len(is_crowd):
             message = (
-                f"{crowds:,} of {len(is_crowd):,} annotations are crowds (iscrowd 1), on which nothing is trained; "
-                "CVAT and others mark masks so: --crowds_are_objects takes them as objects"
+                f"{crowds:,} of {len(is_crowd):,} annotations are crowds (iscrowd 1), which are not trained on; "
+                "CVAT and other tools mark masks as crowds: --crowds_are_objects reads them as objects"
             )
             self.report.add("crowds", self.source, message)
         crowd_only = np.setdiff1d(index[is_crowd], index[~is_crowd])

@@ -61,7 +61,7 @@ class CSVDataset(DetectionDataset):
             "negative with boxes",
             np.intersect1d(image_index[table.has_box], image_index[~table.has_box]),
             lambda index: table.where(first[index]),
-            lambda index: f"{shown(image_files[index])} has a line without a box, and others with boxes, which count",
+            lambda index: f"{shown(image_files[index])} has lines with and without boxes; the boxes are used",
         )
         if not table.has_header:
             _check_corners(path, table.boxes[table.has_box], report)

@@ -57,17 +57,10 @@ def coco_content(dataset: "DetectionDataset", file_names: Sequence[str] | None =
             image |= {"height": height, "width": width}
     categories = [{"id": dataset.coco_labels[label] + first_id, "name": name} for label, name in dataset.labels.items()]
     columns = from_arrays(dataset, rounded=True) if for_file else dataset.ground_truth()
-    annotations = [
-        {
-            "id": annotation_id,
-            "image_id": images[index]["id"],
-            "category_id": categories[label]["id"],
-            "bbox": box,
-            "area": area,
-            "iscrowd": int(is_crowd),
-        }
-        for annotation_id, index, label, box, area, is_crowd in zip(*(c.tolist() for c in columns), strict=True)
-    ]
+    ids, index, labels, *others, is_crowd = (column.tolist() for column in columns)
+    image_ids, category_ids = [images[i]["id"] for i in index], [categories[label]["id"] for label in labels]
+    keys, values = (*ID_KEYS, "bbox", "area", "iscrowd"), (ids, image_ids, category_ids, *others, map(int, is_crowd))
+    annotations = [dict(zip(keys, row, strict=True)) for row in zip(*values, strict=True)]
     return {"images": images, "categories": categories, "annotations": annotations}
 
 
@@ -113,7 +106,9 @@ def check_areas(path: Path, truth: GroundTruth, report: Report) -> GroundTruth:
         "declared area",
         ~good & ~np.isnan(truth.areas),
         lambda row: f"{path}: annotation {truth.ids[row]}",
-        lambda row: f"{truth.areas[row]:g} is no area of a box of {widths[row]:g} x {heights[row]:g}, which counts",
+        lambda row: (
+            f"area {truth.areas[row]:g} does not fit a box of {widths[row]:g} x {heights[row]:g}; its own is used"
+        ),
     )
     return truth._replace(areas=areas)
 

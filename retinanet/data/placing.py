@@ -6,7 +6,7 @@ EXIF orientation, which some tools ignore, or resized since; its boxes fit the d
 
 import contextlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,15 +29,14 @@ UPRIGHT = np.array([
 ])  # fmt: skip
 
 
-class Placement(NamedTuple):
-    """From the images as annotated to the images as read; masks are [I] bool."""
-
-    affine: np.ndarray  # [I, 2, 3] float64: (x, y, 1) as annotated -> (x, y) as read
-    turned: np.ndarray  # EXIF turns the image, unlike its boxes
-    scaled: np.ndarray  # the image was resized after the annotation
-    misfit: np.ndarray  # the image has another shape, and boxes that fit only the declared size
-    wrong: np.ndarray  # the image has another size than the declared one, and boxes that stay
-    unsure: np.ndarray  # EXIF turns the image, and no declared size tells whether its boxes are turned
+# What may be wrong with an image, and what it means for its boxes.
+KINDS = {
+    "turned boxes": "its boxes are turned by EXIF as the image is",
+    "scaled boxes": "its boxes are scaled to it",
+    "boxes of another size": "its boxes fit the declared size only: are they another image's?",
+    "declared size": "its boxes stay as they are",
+    "EXIF rotation": "EXIF turns it, and its boxes must fit the upright image",
+}
 
 
 def overhang(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -58,12 +57,15 @@ def move(boxes: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
 def find_placement(
     declared: np.ndarray, sizes: np.ndarray, orientations: np.ndarray, boxes: np.ndarray, image_index: np.ndarray
-) -> Placement:
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Find the images that were turned or resized after their annotation.
 
     All images of a data set that were turned (or resized) are treated alike: where the boxes of one fit both sizes,
     those of the others decide, and without any, the declared size does. Sizes [I, 2] are height and width,
     `declared` as annotated, `sizes` as read, upright, 0: unknown; `boxes` [N, 4] are as annotated.
+
+    Returns:
+        [I, 2, 3] float64: (x, y, 1) as annotated -> (x, y) as read; and [I] bool, the images of each of KINDS.
     """
 
     def fits(limits: np.ndarray) -> np.ndarray:
@@ -92,9 +94,9 @@ def find_placement(
     before, after = (np.where(moved[:, None], size[:, ::-1], 1.0) for size in (declared, sizes))  # width and height
     affine = UPRIGHT[np.where(turned, orientations, 1)] * after[:, :, None]
     affine[:, :, :2] /= before[:, None]
-    wrong = known & (declared != sizes).any(axis=1) & ~moved & ~misfit
+    other = known & (declared != sizes).any(axis=1) & ~moved & ~misfit
     unsure = sizes.all(axis=1) & (orientations > 1) & ~turned & ~(known & sideways & ~alike(stored))
-    return Placement(affine, turned, scaled & ~turned, misfit, wrong, unsure)
+    return affine, dict(zip(KINDS, (turned, scaled & ~turned, misfit, other, unsure), strict=True))
 
 
 def read_headers(dataset: "DetectionDataset", indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -122,25 +124,19 @@ def place_boxes(dataset: "DetectionDataset", sizes: np.ndarray, orientations: np
     sizes, declared = np.where(new[:, None], sizes, 0), dataset.declared_sizes
     boxes = np.concatenate([dataset.annotations, dataset.difficult_annotations])[:, :4].astype(np.float64)
     index = np.concatenate([dataset.image_index, dataset.difficult_image_index])
-    found = find_placement(declared, sizes, orientations, boxes, index)
+    affine, found = find_placement(declared, sizes, orientations, boxes, index)
     dataset.known_sizes[new], dataset.headers_read[new] = sizes[new], True
-    dataset.misfit |= found.misfit
-    if (moved := found.turned | found.scaled).any():
-        boxes = move(boxes, found.affine[index])
+    dataset.misfit |= found["boxes of another size"]
+    if (moved := found["turned boxes"] | found["scaled boxes"]).any():
+        boxes = move(boxes, affine[index])
         dataset.annotations[:, :4], dataset.difficult_annotations[:, :4] = np.split(boxes, [len(dataset.annotations)])
-        before = found.affine if dataset.affine is None else dataset.affine
-        dataset.affine = np.where(moved[:, None, None], found.affine, before)
-    for kind, mask, text in (
-        ("turned boxes", found.turned, "its boxes are turned by EXIF as the image is"),
-        ("scaled boxes", found.scaled, "its boxes are scaled to it"),
-        ("boxes of another size", found.misfit, "its boxes fit the declared size only: are they another image's?"),
-        ("declared size", found.wrong, "its boxes stay as they are"),
-        ("EXIF rotation", found.unsure, "EXIF turns it, and its boxes must fit the upright image"),
-    ):
+        before = affine if dataset.affine is None else dataset.affine
+        dataset.affine = np.where(moved[:, None, None], affine, before)
+    for kind, text in KINDS.items():
 
         def explain(image: int, text: str = text) -> str:
             (height, width), (file_height, file_width) = declared[image], sizes[image]
             start = f"is declared as {width} x {height}, and " if declared[image].all() else ""
             return f"{start}has {file_width} x {file_height} pixels in its file; {text}"
 
-        dataset.report.add_rows(kind, mask, dataset.image_name, explain, "")
+        dataset.report.add_rows(kind, found[kind], dataset.image_name, explain, "")

@@ -37,11 +37,7 @@ def parse_number(text: str) -> float:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a regular file of at most MAX_BYTES; everything else, such as a pipe, might never end.
-
-    Raises:
-        FileError: it cannot be read.
-    """
+    """The content of a regular file of at most MAX_BYTES; a FileError for others: a pipe, for one, may never end."""
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise OSError("it is not a file")
@@ -55,11 +51,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark.
-
-    Raises:
-        FileError: it is missing, or not such a text.
-    """
+    """The text of a file in UTF-8, with or without a byte order mark; a FileError if it is anything else."""
     data = read_bytes(path)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise FileError(str(path), "is in UTF-16; save it as UTF-8")
@@ -122,11 +114,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 @no_garbage_collection()
 def load_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: it is missing, too large, too deep, or not JSON.
-    """
+    """The content of a JSON file; a UserError if it is missing, too large, too deep, or not JSON."""
     try:
         return json.loads(read_bytes(path))  # which frees the bytes before it parses their text
     except FileError:

@@ -68,11 +68,7 @@ class Table(NamedTuple):
 
 
 def read_table(path: Path, report: Report) -> Table:
-    """Read a file of boxes.
-
-    Raises:
-        UserError: it is missing, empty, or not a CSV file in UTF-8, or its header lacks columns.
-    """
+    """Read a file of boxes; a UserError if it is missing, empty, or not a CSV file in UTF-8, or lacks columns."""
     layout, paths, classes, parts = None, {}, {}, []
     for numbers, rows in read_rows(path, 6, report):
         layout = layout or _read_header(path, numbers, rows, report)
@@ -151,11 +147,7 @@ def _read_header(path: Path, numbers: Sequence[int], rows: Sequence[list[str]], 
 def _to_columns(
     rows: Sequence[list[str]], layout: Layout, path_codes: dict[str, int], class_codes: dict[str, int]
 ) -> tuple[np.ndarray, ...]:
-    """The codes of paths [n], boxes [n, 4], the codes of classes [n] and sizes [n, 2] of rows.
-
-    Raises:
-        ValueError: one of the rows is malformed.
-    """
+    """The codes of paths [n], boxes [n, 4], the codes of classes [n] and sizes [n, 2]; a ValueError if a row is bad."""
     columns = list(zip(*rows, strict=True)) if rows else [()] * layout.number
     if len(columns) != layout.number:
         raise ValueError

@@ -144,7 +144,7 @@ def _pair_files(
         )
         report.add("bad entry", str(folder), message, "no XML", len(without))
     else:
-        message = "has no XML file, and counts as an image without objects"
+        message = "has no XML file, and is read as an image without objects"
         report.add_rows("no annotations", without, str, message, "no XML")
     return pairs
 

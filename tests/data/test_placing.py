@@ -93,23 +93,25 @@ def placed(declared, sizes, boxes, orientations=None):
     """The placement of images with one box each."""
     orientations = np.ones(len(sizes), int) if orientations is None else np.array(orientations)
     index = np.arange(len(boxes))
-    found = find_placement(np.array(declared), np.array(sizes), orientations, np.array(boxes, float), index)
-    return found, move(np.array(boxes, float), found.affine).tolist()
+    affine, found = find_placement(np.array(declared), np.array(sizes), orientations, np.array(boxes, float), index)
+    return found, move(np.array(boxes, float), affine).tolist()
 
 
 def test_boxes_that_fit_the_file_alone_speak_against_the_declared_size():
     # The tool declared the size of the file, and drew on the upright image: one box shows it, for both.
     found, boxes = placed([[80, 120]] * 2, [[120, 80]] * 2, [[5, 90, 30, 118], [5, 5, 30, 30]], [6, 6])
-    assert not found.turned.any() and found.wrong.all() and boxes == [[5, 90, 30, 118], [5, 5, 30, 30]]
+    assert (
+        not found["turned boxes"].any() and found["declared size"].all() and boxes == [[5, 90, 30, 118], [5, 5, 30, 30]]
+    )
     found, boxes = placed([[80, 120]] * 2, [[120, 80]] * 2, [[90, 5, 118, 30], [5, 5, 30, 30]], [6, 6])
-    assert found.turned.all() and boxes == [[50, 90, 75, 118], [50, 5, 75, 30]]
+    assert found["turned boxes"].all() and boxes == [[50, 90, 75, 118], [50, 5, 75, 30]]
     found, boxes = placed([[10, 10]], [[100, 100]], [[5, 5, 90, 90]])  # a size that was made up
-    assert not found.scaled.any() and found.wrong.all() and boxes == [[5, 5, 90, 90]]
+    assert not found["scaled boxes"].any() and found["declared size"].all() and boxes == [[5, 5, 90, 90]]
 
 
 def test_a_pixel_of_rounding_is_no_resize_and_still_the_same_aspect():
     found, boxes = placed([[100, 201], [333, 500]], [[100, 200], [166, 250]], [[0, 0, 200, 100], [100, 100, 500, 300]])
-    assert found.scaled.tolist() == [False, True] and found.wrong.tolist() == [True, False]
+    assert found["scaled boxes"].tolist() == [False, True] and found["declared size"].tolist() == [True, False]
     np.testing.assert_allclose(boxes[1], [50, 100 * 166 / 333, 250, 300 * 166 / 333])
 
 
