@@ -16,6 +16,7 @@ from retinanet.data.dataset import DetectionDataset
 from retinanet.data.loader import collater, explained, make_loader
 from retinanet.data.tiles import Tiling, merge_cut_boxes
 from retinanet.data.transforms import Resizer, normalize
+from retinanet.errors import UserError
 from retinanet.model import RetinaNet
 from retinanet.postprocess import MAX_DETECTIONS, NMS_THRESHOLD, Detections
 from retinanet.process import autocast, gather_objects, progress
@@ -60,6 +61,8 @@ def detect(
             if stop is not None and stop():
                 break
             seen["shape"] = tuple(batch["img"].shape)
+            if not batch.keys() >= {"scale", "size"}:
+                raise UserError("samples of a transform that resizes need scale and size: end it with Resizer")
             detections = detect_batch(model, batch, device, precision, **limits)
             if "tile" in batch:
                 tiled.setdefault(batch["index"][0], _TileDetections()).add(batch["tile"], detections)

@@ -22,7 +22,7 @@ from retinanet.data.pixels import PixelRanges, checked_range
 from retinanet.data.placing import place_boxes, place_by_some_headers, read_headers
 from retinanet.data.reading import check_boxes
 from retinanet.data.report import DROPPED, Report
-from retinanet.data.transforms import SampleError, check_sample, clip_to_image
+from retinanet.data.samples import SampleError, check_sample, clip_to_image, transform_name
 from retinanet.errors import UserError
 from retinanet.process import from_main_process, is_main_process, log, progress
 
@@ -99,6 +99,8 @@ class DetectionDataset(Dataset):
         self.source = str(source or type(self).__name__)
         self.annotation_files = annotation_files
         self.transform = transform
+        if transform is not None:
+            transform_name(transform)  # raises
         self.image_files = np.array(image_files)
         self.image_ids = list(range(number) if image_ids is None else image_ids)
         self.classes = {name: label for label, name in enumerate(class_names)}
@@ -139,15 +141,17 @@ class DetectionDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = self.open_image(index) if self.by_parts else self.load_image(index)
-        self._place(index, image.shape[:2])
-        annotations = clip_to_image(self.load_annotations(index), *image.shape[:2])
-        sample = {"img": image, "annot": annotations, "index": index}
+        size = image.shape[:2]
+        self._place(index, size)
+        sample = {"img": image, "annot": clip_to_image(self.load_annotations(index), *size), "index": index}
         if self.transform is None:
             return sample
         try:
-            return check_sample(self.transform(sample), self.num_classes()) | {"index": index}
+            sample = check_sample(self.transform(sample), self.num_classes())
         except SampleError as error:
-            raise UserError(f"{self.image_path(index)}: transform {_name(self.transform)}: {error}") from error
+            raise UserError(f"{self.image_path(index)}: transform {transform_name(self.transform)}: {error}") from error
+        unscaled = {"scale": 1.0, "size": size} if sample["img"].shape[:2] == size else {}
+        return {**unscaled, **sample, "index": index}
 
     def _place(self, index: int, size: tuple[int, int]) -> None:
         """Move the boxes of an image of this height and width, if its file declares others."""
@@ -277,10 +281,3 @@ class DetectionDataset(Dataset):
     def name_to_label(self, name: str) -> int:
         """The 0-based label of a name."""
         return self.classes[name]
-
-
-def _name(transform: Callable[[dict], dict]) -> str:
-    """A transform's name, for messages; of a Compose, with those of its steps."""
-    name = getattr(transform, "__qualname__", type(transform).__qualname__)
-    steps = ", ".join(map(_name, getattr(transform, "transforms", ())))
-    return f"{name}({steps})" if steps else name

@@ -15,21 +15,15 @@ def repeat_factors(dataset: DetectionDataset, threshold: float | None, tile: int
     """How often an epoch should show each image [I], at least 1, so that rare classes are seen more often.
 
     A class that a share f of the images holds asks for sqrt(threshold / f), an image for what its rarest class does
-    (repeat-factor sampling: Gupta et al., "LVIS", 2019, appendix B.2). No threshold, no repeats.
+    (repeat-factor sampling: Gupta et al., "LVIS", 2019, appendix B.2).
     With a `tile`, the side of those that are drawn from images, each image is shown as often as tiles cover it.
     """
     factors = np.ones(len(dataset))
-    if tile is not None:
-        factors *= (-(-np.asarray(dataset.image_sizes) // tile)).prod(axis=1)
-    if threshold is None:
-        return factors
-    num_classes = dataset.num_classes()
-    pairs = np.unique(dataset.image_index * num_classes + dataset.annotations[:, 4].astype(np.int64))
-    images, labels = np.divmod(pairs, num_classes)
-    shares = np.bincount(labels, minlength=num_classes) / len(dataset)
-    balanced = np.ones(len(dataset))
-    np.maximum.at(balanced, images, np.sqrt(threshold / shares[labels]))
-    return factors * balanced
+    if threshold is not None:
+        pairs = np.unique(np.stack([dataset.image_index, dataset.annotations[:, 4].astype(np.int64)]), axis=1)
+        shares = np.bincount(pairs[1]) / len(dataset)
+        np.maximum.at(factors, pairs[0], np.sqrt(threshold / shares[pairs[1]]))
+    return factors if tile is None else factors * (-(-np.asarray(dataset.image_sizes) // tile)).prod(axis=1)
 
 
 def epoch_size(factors: np.ndarray) -> int:
@@ -51,9 +45,8 @@ class AspectRatioBasedSampler(Sampler[list[int]]):
         rank: which share of the batches is this process's.
         world_size: number of shares; all have the same length, so a few images of the last step may be repeated.
         accumulate: batches of one process in an optimizer step.
-        balance: threshold of `repeat_factors`. Every epoch then shows each image once, and as many repeats as make up
+        balance, tile: of `repeat_factors`. Every epoch shows each image once, and as many repeats as make up
             `epoch_size`: chance decides, anew for each epoch, whether a factor is rounded up or down.
-        tile: of `repeat_factors`, likewise.
     """
 
     def __init__(
@@ -86,8 +79,7 @@ class AspectRatioBasedSampler(Sampler[list[int]]):
         self.epoch = epoch
         self.first_step = first_step
 
-    def _num_batches(self, num_images: int) -> int:
-        """Batches of each process that hold the images of a step."""
+    def _num_batches(self, num_images: int) -> int:  # of each process, that hold the images of a step
         return -(-num_images // (self.batch_size * self.world_size))
 
     def __len__(self) -> int:
@@ -100,17 +92,15 @@ class AspectRatioBasedSampler(Sampler[list[int]]):
             yield [number % self.num_images for number in batch]
 
     def _draw(self, rng: np.random.Generator) -> np.ndarray:
-        """The images of an epoch, not in order, numbered as in `numbered_batches`."""
+        """The images of an epoch, in random order, numbered as in `numbered_batches`."""
         images = np.arange(self.num_images)
         if extra := self.epoch_size - self.num_images:
-            # The images lie on a line, in random order, each as long as its repeats. Points at equal distances, of 1
-            # or a little less, hit each as often as that, rounded up or down.
-            order = rng.permutation(images)
-            line = (self.factors[order] - 1).cumsum()
-            points = (np.arange(extra) + rng.random()) * line[-1] / extra
-            hit = np.searchsorted(line[:-1], points, side="right")
+            # The images lie on a line, each as long as its repeats. Points at equal distances, of 1 or a little less,
+            # hit each as often as that, rounded up or down.
+            line = (self.factors - 1).cumsum()
+            hit = np.searchsorted(line[:-1], (np.arange(extra) + rng.random()) * line[-1] / extra, side="right")
             repeat = np.arange(extra) - np.searchsorted(hit, hit) + 1  # 1, 2, ... of each image
-            images = np.concatenate([images, order[hit] + repeat * self.num_images])
+            images = np.concatenate([images, hit + repeat * self.num_images])
         return rng.permutation(images)
 
     def _sorted(self, numbers: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from retinanet.anchors import Anchors
 from retinanet.boxes import box_iou
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.report import MIN_SIDE
-from retinanet.data.transforms import resized_sizes
+from retinanet.data.transforms import resized_size
 from retinanet.matcher import FOREGROUND_IOU
 
 # Boxes are grouped by their side (the root of the area), pixels after resizing, one group an octave.
@@ -49,7 +49,9 @@ class Boxes(NamedTuple):
 def resized_boxes(dataset: DetectionDataset, min_side: int, max_side: int) -> Boxes:
     """All boxes of a data set, resized as Resizer does it; images are not read, except for their sizes."""
     sizes = np.asarray(dataset.image_sizes).reshape(-1, 2)
-    scales, _, padded = resized_sizes(sizes, min_side, max_side)
+    resized = [resized_size(*size, min_side, max_side) for size in sizes.tolist()]
+    scales = np.array([scale for scale, _, _ in resized])
+    padded = np.array([size for _, _, size in resized], dtype=np.int64).reshape(-1, 2)
     image_index = dataset.image_index
     # As training sees them: clipped to their images, without those of which nothing is left.
     boxes = dataset.annotations[:, :4].astype(np.float64).clip(0, np.tile(sizes[image_index, ::-1], 2))

@@ -7,7 +7,7 @@ import torch
 from helpers import exif, gradient, save, write_coco_data, write_csv_data
 from PIL import Image
 from torchvision import tv_tensors
-from torchvision.transforms import Compose
+from torchvision.transforms import Compose, v2
 
 from retinanet.data.classes import check_classes, placeholder_names
 from retinanet.data.coco import CocoDataset
@@ -15,7 +15,7 @@ from retinanet.data.csv import CSVDataset
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.ground_truth import coco_content
 from retinanet.data.loader import collater
-from retinanet.data.transforms import Augmenter, ColourJitter, RandomCrop, Resizer
+from retinanet.data.transforms import V2, Augmenter, ColourJitter, RandomCrop, Resizer
 from retinanet.errors import UserError
 
 BOX = [0.5, 0, 10, 10]
@@ -70,13 +70,14 @@ def returned(tmp_path, result):
 
 GOOD = [4, 8, 24, 40, 1]
 ANNOT, IMAGE = "annot must be numbers", "img must be [H, W, 3], uint8 or normalised floats"
+WANTED = "there must be x1 < x2 and y1 < y2 within the image, 48 x 64, and a label from 0 to 2"
 
 
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (None, "a sample is a dict with the keys img and annot, not None"),
-        (("img", "annot"), "a sample is a dict"),
+        (None, "a NoneType is no sample, a dict with the arrays img and annot (TypeError: "),
+        (("img", "annot"), "a tuple is no sample, a dict with the arrays"),
         ({"annot": np.zeros(0)}, f"{ANNOT} [G, 5] (x1, y1, x2, y2, label), without boxes [0, 5], not float64 [0]"),
         ({"annot": []}, ANNOT),
         ({"annot": None}, ANNOT),
@@ -85,16 +86,17 @@ ANNOT, IMAGE = "annot must be numbers", "img must be [H, W, 3], uint8 or normali
         ({"annot": np.array(GOOD)}, ANNOT),
         ({"annot": np.array([GOOD], dtype=object)}, ANNOT),
         ({"annot": np.array([["4", "8", "24", "40", "1"]])}, ANNOT),
-        ({"annot": [GOOD, [1, 2]]}, "img and annot must be arrays"),
-        ({"annot": np.array([GOOD, [4, 8, np.nan, 40, 1]])}, "a number that is not finite: [4.0, 8.0, nan, 40.0, 1.0]"),
-        ({"annot": np.array([[4, 8, np.inf, 40, 1]])}, "not finite"),
-        ({"annot": np.array([[24, 8, 4, 40, 1]])}, "a box without x1 < x2 and y1 < y2: [24, 8, 4, 40, 1]"),
-        ({"annot": np.array([[4, 8, 4, 40, 1]])}, "a box without x1 < x2"),
-        ({"annot": np.array([[4, 8, 66, 40, 1]])}, "a box beyond the image, 48 x 64: [4, 8, 66, 40, 1]"),
-        ({"annot": np.array([[-2, 8, 24, 40, 1]])}, "a box beyond the image"),
-        ({"annot": np.array([[4, 8, 24, 40, 3]])}, "a label that is not one of 0 to 2"),
-        ({"annot": np.array([[4, 8, 24, 40, -1]])}, "a label"),
-        ({"annot": np.array([[4, 8, 24, 40, 0.5]])}, "a label"),
+        ({"annot": [GOOD, [1, 2]]}, "a dict is no sample, a dict with the arrays img and annot (ValueError: "),
+        ({"annot": np.array([GOOD, [4, 8, np.nan, 40, 1]])}, f"annot holds [4.0, 8.0, nan, 40.0, 1.0]: {WANTED}"),
+        ({"annot": np.array([[4, 8, np.inf, 40, 1]])}, WANTED),
+        ({"annot": np.array([[24, 8, 4, 40, 1]])}, f"annot holds [24, 8, 4, 40, 1]: {WANTED}"),
+        ({"annot": np.array([[4, 8, 4, 40, 1]])}, WANTED),
+        ({"annot": np.array([[4, 8, 66, 40, 1]])}, WANTED),
+        ({"annot": np.array([[-2, 8, 24, 40, 1]])}, WANTED),
+        ({"annot": np.array([GOOD, [4, 8, 24, 40, 3]])}, f"annot holds [4, 8, 24, 40, 3]: {WANTED}"),
+        ({"annot": np.array([[4, 8, 24, 40, -1]])}, WANTED),
+        ({"annot": np.array([[4, 8, 24, 40, 0.5]])}, WANTED),
+        ({"annot": np.array([[4, 8, 24, 40, np.nan]])}, WANTED),
         ({"img": np.zeros((48, 64), dtype=np.uint8)}, f"{IMAGE}, not uint8 [48, 64]"),
         ({"img": torch.zeros(3, 48, 64)}, f"{IMAGE}, not float32 [3, 48, 64]"),
         ({"img": np.zeros((0, 64, 3), dtype=np.uint8)}, IMAGE),
@@ -115,7 +117,7 @@ def test_what_is_no_sample_is_a_clear_error(tmp_path, result, message):
 
 def test_a_sample_without_its_image_is_a_clear_error(tmp_path):
     data = CSVDataset(*write_csv_data(tmp_path), transform=lambda sample: {"image": sample["img"], "annot": []})
-    with pytest.raises(UserError, match=r"a\.png: .*<lambda>: .* not one with the keys \['image', 'annot'\]"):
+    with pytest.raises(UserError, match=r"a\.png: .*<lambda>: a dict is no .*KeyError: 'img'"):
         data[0]
 
 
@@ -140,14 +142,25 @@ def test_a_step_after_the_wrong_one_says_the_same(tmp_path, ours, wrong):
         {"img": gradient(48, 64)[:, ::-1]},
         {"img": Image.fromarray(gradient(48, 64))},
         {"img": np.zeros((48, 64, 3))},
+        {"img": np.zeros((48, 64, 3), dtype=">f4"), "annot": np.array([GOOD], dtype=">f8")},
         {"img": tv_tensors.Image(torch.zeros(48, 64, 3, dtype=torch.uint8))},
     ],
 )
 def test_unusual_samples_make_a_batch(tmp_path, result):
     sample = returned(tmp_path, result)
-    batch = collater([sample, returned(tmp_path, {})])
+    batch = collater([sample, sample])
     assert tuple(batch["img"].shape) == (2, 3, 48, 64) and batch["annot"].dtype == torch.float32
-    np.testing.assert_allclose(batch["annot"][0, : len(sample["annot"])], np.asarray(sample["annot"]))
+    assert batch["size"][0] == (48, 64) and batch["scale"][0] == 1
+    np.testing.assert_allclose(
+        batch["annot"][0, : len(sample["annot"])], np.asarray(result.get("annot", sample["annot"]))
+    )
+
+
+@pytest.mark.parametrize("transform", [v2.RandomHorizontalFlip(), v2.Compose([Resizer(), v2.RandomVerticalFlip()])])
+def test_torchvisions_transforms_would_ignore_samples_or_take_them_for_others(transform):
+    with pytest.raises(UserError, match=r"transform Random(Horizontal|Vertical)Flip takes no samples: wrap it in V2"):
+        DetectionDataset(["0.png"], [], [], ["a"], transform)
+    DetectionDataset(["0.png"], [], [], ["a"], v2.RandomApply([V2(transform), Augmenter()]))
 
 
 def test_a_transform_that_forgets_the_index_does_no_harm(tmp_path):

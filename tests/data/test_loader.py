@@ -17,8 +17,11 @@ from retinanet.data.csv import CSVDataset
 from retinanet.data.loader import collater, explained, make_loader, read_sample
 from retinanet.data.sampler import AspectRatioBasedSampler
 from retinanet.data.shapes import ShapesDataset
-from retinanet.data.transforms import Augmenter, RandomCrop, Resizer, pad_value
+from retinanet.data.tiles import Tiling
+from retinanet.data.transforms import Augmenter, Normalizer, RandomCrop, Resizer, pad_value
+from retinanet.detection import detect
 from retinanet.errors import UserError
+from retinanet.model import resnet18
 
 
 def sample_of(height, width, num_boxes, **others):
@@ -47,6 +50,30 @@ def test_float_images_are_padded_with_zeros():
 
 def test_a_batch_without_boxes_has_one_row_of_padding():
     assert collater([sample_of(4, 4, 0), sample_of(4, 4, 0)])["annot"].tolist() == [[[-1] * 5]] * 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_of_one_batch_are_all_normalised_or_none(tmp_path, workers):
+    half = CSVDataset(*write_csv_data(tmp_path), lambda sample: Normalizer()(sample) if sample["index"] else sample)
+    with pytest.raises(UserError, match=r"images of one batch are torch\.float32 and torch\.uint8: normalise all"):
+        list(make_loader(half, 2, workers))
+
+
+def test_entries_that_only_some_samples_have_are_left_out():
+    assert collater([sample_of(4, 4, 0, index=1), sample_of(4, 4, 0, index=2, flipped=True)])["index"] == [1, 2]
+
+
+def test_a_data_set_without_a_resizer_can_be_detected_in_unless_its_images_change_their_size(tmp_path):
+    device = torch.device("cpu")
+    plain = CSVDataset(*write_csv_data(tmp_path), transform=lambda sample: sample)
+    with torch.random.fork_rng():
+        net = resnet18(num_classes=3)
+    assert sorted(detect(net, make_loader(plain, 1), device)) == [0, 1]
+    plain.transform = lambda sample: {**sample, "img": sample["img"][::2, ::2], "annot": sample["annot"][:0]}
+    with pytest.raises(UserError, match="need scale and size: end it with Resizer"):
+        detect(net, make_loader(plain, 1), device)
+    with pytest.raises(UserError, match=r"tiles do not pass the data set's transform, .*<lambda>"):
+        make_loader(plain, 1, tiling=Tiling(32))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import Compose, v2
 from torchvision.transforms import functional as tv
 
+from retinanet.data.samples import SampleError
 from retinanet.data.transforms import (
     PIXEL_MEAN,
     PIXEL_STD,
@@ -20,11 +21,10 @@ from retinanet.data.transforms import (
     Normalizer,
     RandomCrop,
     Resizer,
-    ScaleJitter,
     UnNormalizer,
     normalize,
     pad_value,
-    resized_sizes,
+    resized_size,
 )
 
 BOXES = [[4, 8, 24, 40, 1], [30, 10, 60, 40, 0]]
@@ -62,14 +62,14 @@ def test_normalizer_by_hand_and_on_both_scales():
     grey = np.full((2, 3, 3), 51, dtype=np.uint8)  # 0.2
     expected = [(0.2 - mean) / std for mean, std in zip(PIXEL_MEAN, PIXEL_STD, strict=True)]
     for image in (grey, grey / 255, (grey / 255).astype(np.float32)):
-        out = Normalizer()({"img": image, "annot": None})["img"]
+        out = Normalizer()({"img": image, "annot": np.zeros((0, 5))})["img"]
         assert out.dtype == np.float32 and out.shape == (2, 3, 3)
         assert out[1, 2].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_normalizer_on_the_host_equals_normalize_on_the_device():
     image = gradient(6, 8)
-    host = torch.from_numpy(Normalizer()({"img": image})["img"]).permute(2, 0, 1)
+    host = torch.from_numpy(Normalizer()({"img": image, "annot": np.zeros((0, 5))})["img"]).permute(2, 0, 1)
     torch.testing.assert_close(host, normalize(torch.from_numpy(image).permute(2, 0, 1)[None])[0], atol=1e-5, rtol=1e-5)
 
 
@@ -191,9 +191,9 @@ def test_turns_are_numpys_and_exact_for_fractions_and_large_images(quarters):
 
 def test_flips_and_turns_are_drawn_equally_often_and_independently():
     sample, seen = {"img": np.arange(12, dtype=np.uint8).reshape(2, 2, 3), "annot": np.zeros((0, 5))}, Counter()
-    for _ in range(1600):
+    for _ in range(640):
         seen[Augmenter("both", rotate90=True)(sample)["img"].tobytes()] += 1
-    assert len(seen) == 8 and all(140 < count < 260 for count in seen.values())  # 4 standard deviations
+    assert len(seen) == 8 and all(42 < count < 118 for count in seen.values())  # 4.5 standard deviations
     four = {Augmenter("both")(sample)["img"].tobytes() for _ in range(100)}
     two = {Augmenter("vertical")(sample)["img"].tobytes() for _ in range(100)}
     assert len(four) == 4 and len(two) == 2
@@ -207,7 +207,8 @@ def test_images_one_pixel_wide(transform, size):
     for _ in range(20):
         out = transform(sample)
         height, width = out.get("size", out["img"].shape[:2])
-        assert (out["annot"][:, :4] >= 0).all() and (out["annot"][:, 2:4] <= [width, height]).all()
+        boxes = np.asarray(out["annot"])[:, :4]
+        assert (boxes >= 0).all() and (boxes <= [width, height, width, height]).all()
 
 
 # Large-scale jitter
@@ -219,7 +220,8 @@ def jittered(factor, sample, top=0, left=0, sides=(60, 64)):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.random, "uniform", lambda low, high: factor)
         patch.setattr(np.random, "randint", lambda low, high: min(next(places), high - 1))
-        return LargeScaleJitter(0.1, 2, *sides)(sample)
+        out = LargeScaleJitter(0.1, 2, *sides)(sample)
+    return out | {key: out[key].numpy() for key in ("img", "annot")}
 
 
 def test_a_larger_image_is_cropped_by_hand():
@@ -284,6 +286,12 @@ def test_factors_are_drawn_from_the_range_and_any_canvas_is_square():
     assert 0.5 <= min(scales) < 0.6 and 1.4 < max(scales) <= 1.5
 
 
+def test_boxes_of_whole_numbers_are_not_rounded():
+    sample = painted(100, 120, [[21, 41, 60, 80]])
+    out = jittered(0.5, sample | {"annot": sample["annot"].astype(int)})
+    np.testing.assert_array_equal(out["annot"], jittered(0.5, sample)["annot"])
+
+
 def test_a_factor_costs_no_memory():
     out = jittered(1e6, sample_of(), top=10, left=10)
     assert out["img"].shape == (64, 64, 3)
@@ -320,6 +328,13 @@ def test_v2_transforms_may_drop_boxes_and_change_dtypes():
     assert out["annot"].tolist() == [[30, 10, 50, 25, 1]] and out["img"].dtype == np.float32 and out["img"].max() <= 1
 
 
+def test_v2_transforms_may_change_the_kind_of_image_and_the_format_of_boxes():
+    sample = painted(40, 70, [[0, 0, 3, 5], [30, 10, 50, 25]])
+    out = V2(v2.Compose([v2.ToPILImage(), v2.ConvertBoundingBoxFormat("CXCYWH")]))(sample)
+    np.testing.assert_array_equal(out["img"], sample["img"])
+    np.testing.assert_array_equal(out["annot"], sample["annot"])
+
+
 # Resizing
 
 
@@ -338,9 +353,7 @@ def test_sizes_by_hand(height, width, size, padded):
     assert out["size"] == size
     assert tuple(out["img"].shape) == (*padded, 3)
     assert out["scale"] == pytest.approx(min(60 / min(height, width), 160 / max(height, width)))
-    scales, resized, padded_sizes = resized_sizes(np.array([[height, width]] * 2), 60, 160)
-    assert scales.tolist() == [out["scale"]] * 2
-    assert resized.tolist() == [list(size)] * 2 and padded_sizes.tolist() == [list(padded)] * 2
+    assert resized_size(height, width, 60, 160) == (out["scale"], size, padded)
 
 
 @pytest.mark.parametrize("side", [32, 64, 96])
@@ -501,10 +514,15 @@ def test_colour_jitter_changes_colours_alone():
     assert np.abs(ColourJitter(0.0)(sample)["img"].astype(int) - sample["img"]).max() <= 2  # by rounding
 
 
+def test_colour_jitter_would_cut_off_normalised_pixels():
+    with pytest.raises(SampleError, match="img must be uint8"):
+        ColourJitter(0.4)(Normalizer()(sample_of()))
+
+
 def test_scale_jitter_draws_short_sides_from_its_range():
-    sides = {min(ScaleJitter(40, 43, 128)(sample_of())["size"]) for _ in range(60)}
+    sides = {min(Resizer((40, 43), 128)(sample_of())["size"]) for _ in range(60)}
     assert sides == {40, 41, 42, 43}
-    assert max(ScaleJitter(100, 100, 80)(sample_of())["size"]) == 80
+    assert max(Resizer([100, 100], 80)(sample_of())["size"]) == 80
 
 
 @pytest.mark.parametrize("transform", [Resizer(32, 64), lambda sample: Augmenter()(sample, flip_x=1)])

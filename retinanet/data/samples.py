@@ -1,0 +1,79 @@
+"""What a sample is: a dict with `img` [H, W, 3] and `annot` [G, 5], and the check that a transform has returned one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.transforms import v2
+
+from retinanet.data.report import MIN_SIDE
+from retinanet.errors import UserError, shown
+
+MAX_NORMALISED = 100.0  # no normalised pixel is that far from 0: such an image holds 0 to 255
+
+
+class SampleError(UserError):
+    """What a transform got, or returned, is not a sample; the data set adds which image and transform."""
+
+
+def sample_parts(sample: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The image [H, W, 3] and the annotations [G, 5] of a sample, as arrays that may share its memory.
+
+    Raises:
+        SampleError: they are missing, or of another shape or dtype.
+    """
+    try:
+        image, annotations = np.asarray(sample["img"]), np.asarray(sample["annot"])
+    except (TypeError, LookupError, ValueError, RuntimeError) as error:  # such as tensors on a GPU
+        text = f"a {type(sample).__name__} is no sample, a dict with the arrays img and annot"
+        raise SampleError(f"{text} ({type(error).__name__}: {error})") from error
+    if not (image.dtype == np.uint8 or image.dtype.kind == "f") or image.shape[2:] != (3,) or not image.size:
+        raise SampleError(f"img must be [H, W, 3], uint8 or normalised floats, not {image.dtype} {list(image.shape)}")
+    if annotations.ndim != 2 or annotations.shape[1] != 5 or annotations.dtype.kind not in "fi":
+        found = f"{annotations.dtype} {list(annotations.shape)}"
+        raise SampleError(f"annot must be numbers [G, 5] (x1, y1, x2, y2, label), without boxes [0, 5], not {found}")
+    return image, annotations
+
+
+def check_sample(sample: Any, num_classes: int) -> dict[str, Any]:
+    """The sample that a transform returned: `img` as a uint8 or float32 tensor, `annot` as a float32 tensor.
+
+    Raises:
+        SampleError: it is not a sample, or its boxes, labels or pixels cannot be right.
+    """
+    image, annotations = sample_parts(sample)
+    height, width, _ = image.shape
+    # Resizer rounds the image's size, not the boxes, which may end beyond it. Comparisons with NaN are False.
+    high = (width + 1, height + 1, width + 1, height + 1, num_classes - 1)
+    good = ((annotations >= (-1, -1, -1, -1, 0)) & (annotations <= high)).all(axis=1)
+    good &= (annotations[:, :2] < annotations[:, 2:4]).all(axis=1) & (np.trunc(annotations[:, 4]) == annotations[:, 4])
+    if not good.all():
+        wanted = f"x1 < x2 and y1 < y2 within the image, {height} x {width}, and a label from 0 to {num_classes - 1}"
+        raise SampleError(f"annot holds {shown(annotations[good.argmin()].tolist())}: there must be {wanted}")
+    is_float = image.dtype != np.uint8
+    if is_float and not -MAX_NORMALISED < image.min() <= image.max() < MAX_NORMALISED:
+        raise SampleError("img holds floats far from 0: keep pixels of 0 to 255 as uint8, or use Normalizer")
+    image = np.require(image, np.float32 if is_float else np.uint8, "CW")
+    return {**sample, "img": torch.from_numpy(image), "annot": torch.from_numpy(np.require(annotations, "f4", "CW"))}
+
+
+def clip_to_image(annotations: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Clip boxes [G, 5] to the image, in place; those of which less than a pixel is left are dropped."""
+    boxes = annotations[:, :4]
+    np.clip(boxes, 0, np.array((width, height, width, height), boxes.dtype), out=boxes)
+    return annotations[(boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)]
+
+
+def transform_name(transform: Callable[[dict], dict]) -> str:
+    """The name of a transform, for messages; of a Compose, those of its steps.
+
+    Raises:
+        UserError: a step is torchvision's, which would ignore a sample's arrays, or take [H, W, 3] for [C, H, W].
+    """
+    name = getattr(transform, "__qualname__", type(transform).__qualname__)
+    if isinstance(steps := getattr(transform, "transforms", None), list | tuple | torch.nn.ModuleList):
+        return f"{name}({', '.join(map(transform_name, steps))})"
+    if isinstance(transform, v2.Transform):
+        raise UserError(f"transform {name} takes no samples: wrap it in V2 of retinanet.data.transforms")
+    return name
