@@ -1,6 +1,7 @@
 """Images of more than 8 bits with all their bits, by Pillow: PNG, PNM, and those TIFF files that tifffile leaves."""
 
 import math
+import re
 import sys
 from typing import BinaryIO
 
@@ -9,12 +10,9 @@ from PIL import Image
 
 from retinanet.data.pixels import Deferred, PixelRange
 
-# How Pillow names 16-bit colours, of which it reads the upper byte alone -> what reads both bytes, one after the other.
-HALVES = {
-    f"{kind};16{order}": (f"{kind};16{order}", f"{kind};16{other}")
-    for kind in ("RGB", "RGBX", "RGBA")
-    for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))
-} | {"LA;16B": ("RGBA",)}
+# How Pillow names 16-bit colours, of which it reads the upper byte alone: in the other byte order, the lower one.
+COLOURS = re.compile(r"RGB[XA]?;16[BLN]")
+OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 
 
 def deep_pixels(image: Image.Image, file: BinaryIO) -> tuple[Deferred, PixelRange | None] | None:
@@ -30,8 +28,13 @@ def deep_pixels(image: Image.Image, file: BinaryIO) -> tuple[Deferred, PixelRang
         wide = {"F": np.dtype(np.float32), "I": np.dtype(np.int32)}
         kind = kind if mode == "I;16B" else wide.get(image.mode, kind)  # PGM's 16 bits are of the mode I
         pixels = Deferred((*size, 1), kind, lambda: np.asarray(image).astype(kind)[:, :, None])
-    elif mode in HALVES:
-        pixels = Deferred((*size, 1 if mode == "LA;16B" else 3), kind, lambda: _join_halves(image, file, mode))
+    elif mode == "LA;16B":
+        pixels = Deferred(
+            (*size, 1), kind, lambda: _two_bytes(*np.split(_read_as(image, file, "RGBA")[:, :, :2], 2, 2))
+        )
+    elif COLOURS.fullmatch(mode):
+        low = mode[:-1] + OTHER_ORDER[mode[-1]]
+        pixels = Deferred((*size, 3), kind, lambda: _two_bytes(*(_read_as(image, file, one) for one in (mode, low))))
     else:
         return None
     return pixels, _significant_bits(file) if image.format == "PNG" else None
@@ -46,27 +49,23 @@ def _read_ppm(image: Image.Image, file: BinaryIO, start: int, largest: int) -> n
     return np.frombuffer(file.read(2 * math.prod(shape)), ">u2").reshape(shape).astype(np.uint16)
 
 
-def _join_halves(image: Image.Image, file: BinaryIO, mode: str) -> np.ndarray:
-    """[H, W, C] uint16 where Pillow reads upper bytes alone: in the other byte order, those are the lower ones."""
-    halves = []
-    for half_mode in HALVES[mode]:
-        file.seek(0)
-        half = type(image)(file, image.filename)
-        half.tile = [
-            tile._replace(args=(half_mode, *tile.args[1:]) if isinstance(tile.args, tuple) else half_mode)
-            for tile in half.tile
-        ]
-        halves.append(np.asarray(half).astype(np.uint16))
-    if len(halves) == 1:  # grey and alpha, of two bytes each
-        return halves[0][:, :, :1] << 8 | halves[0][:, :, 1:2]
-    return (halves[0] << 8 | halves[1])[:, :, :3]
+def _read_as(image: Image.Image, file: BinaryIO, mode: str) -> np.ndarray:
+    """[H, W, C] uint8: what Pillow reads if the file's bytes are those of another mode."""
+    file.seek(0)
+    again = type(image)(file, image.filename)
+    again.tile = [
+        tile._replace(args=(mode, *tile.args[1:]) if isinstance(tile.args, tuple) else mode) for tile in again.tile
+    ]
+    return np.asarray(again)
+
+
+def _two_bytes(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    return (high.astype(np.uint16) << 8 | low)[:, :, :3]
 
 
 def _significant_bits(file: BinaryIO) -> PixelRange | None:
     """The range that a PNG declares by sBIT."""
     file.seek(0)
-    start = file.read(4096)
-    if (place := start.find(b"sBIT")) < 4:
-        return None
-    bits = max(start[place + 4 : place + 4 + start[place - 1]], default=16)
+    found = re.search(rb"\0\0\0[\1-\4]sBIT(.)", file.read(4096), re.DOTALL)
+    bits = found[1][0] if found else 16
     return (0, 2**bits - 1) if 8 < bits < 16 else None

@@ -215,11 +215,7 @@ class ImageHeader(NamedTuple):
 
 
 def read_header(path: str | Path, pixel_limit: float | None = None) -> ImageHeader:
-    """Read an image's header.
-
-    Raises:
-        FileError: the file is missing, has more than `pixel_limit` million pixels, or is not an image.
-    """
+    """Read an image's header; errors are those of `read_image`."""
     with _open(path, pixel_limit) as image:
         if isinstance(image, RawImage):
             size, orientation, is_upright = image.shape[:2], image.orientation, False
@@ -282,7 +278,5 @@ def _may_be_deep(path: str) -> bool:
 
 def _bands(image: Image.Image) -> int:
     """The number of bands in the file of an image, with CMYK as three."""
-    if image.mode == "CMYK":
-        return 3
-    bands = len(image.getbands())
-    return image.tag_v2.get(BANDS, bands) if image.format == "TIFF" else bands
+    bands = 3 if image.mode == "CMYK" else len(image.getbands())
+    return image.tag_v2.get(BANDS, bands) if image.format == "TIFF" and image.mode != "CMYK" else bands

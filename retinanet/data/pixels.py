@@ -8,6 +8,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +48,6 @@ class Sample(NamedTuple):
 
     values: np.ndarray  # [N] float64, finite
     declared: PixelRange | None  # by the file, unless that says no more than its data type does
-    dtype: np.dtype
 
 
 def percentile_range(values: np.ndarray) -> PixelRange:
@@ -97,52 +97,44 @@ def to_bytes(values: np.ndarray, pixel_range: PixelRange, nodata: float | None =
 
 def to_three_bands(image: np.ndarray) -> np.ndarray:
     """[H, W] or [H, W, C] -> [H, W, 3]: one or two bands become grey, from more the first three are taken."""
-    image = image[:, :, None] if image.ndim == 2 else image
-    image = image[:, :, :3] if image.shape[2] >= 3 else image[:, :, [0, 0, 0]]
-    return np.ascontiguousarray(image)
+    image = np.atleast_3d(image)
+    return np.ascontiguousarray(image[:, :, :3] if image.shape[2] >= 3 else image[:, :, [0, 0, 0]])
 
 
+@dataclass
 class Deferred:
     """An array [H, W, C] that is decoded when it is first sliced."""
 
-    def __init__(self, shape: tuple[int, int, int], dtype: np.dtype, decode: Callable[[], np.ndarray]):
-        self.shape, self.dtype, self._decode = shape, dtype, decode
+    shape: tuple[int, int, int]
+    dtype: np.dtype
+    decode: Callable[[], np.ndarray]
 
     @functools.cached_property
     def _values(self) -> np.ndarray:
-        return self._decode()
+        return self.decode()
 
     def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
         return self._values[window]
 
 
+@dataclass
 class RawImage:
-    """An image as its file has it, of more than 8 bits or of many bands; sliced, it gives [h, w, 3] uint8 RGB.
+    """An image as its file has it, of more than 8 bits or of many bands; sliced, it gives [h, w, 3] uint8 RGB."""
 
-    Args:
-        values: [H, W] or [H, W, C] of any real type; sliced by rows and columns, gives such an array.
-        declared: the range that the file declares.
-        nodata: the value of pixels that were not measured.
-        inverted: whether the largest value is black.
-        orientation: of EXIF; sliced, the image is not turned.
-        by_parts: whether a slice costs no more than its share of the image.
-    """
-
-    dtype = np.dtype(np.uint8)
+    values: Any  # [H, W] or [H, W, C] of any real type; sliced by rows and columns, gives such an array
+    declared: PixelRange | None = None  # by the file
+    nodata: float | None = None  # the value of pixels that were not measured
+    inverted: bool = False  # whether the largest value is black
+    orientation: int = 1  # of EXIF; sliced, the image is not turned
+    by_parts: bool = False  # whether a slice costs no more than its share of the image
     ranges: PixelRanges = None  # None: its own
 
-    def __init__(
-        self,
-        values: Any,
-        declared: PixelRange | None = None,
-        nodata: float | None = None,
-        inverted: bool = False,
-        orientation: int = 1,
-        by_parts: bool = False,
-    ):
-        self.values, self.declared, self.nodata, self.inverted = values, declared, nodata, inverted
-        self.orientation, self.by_parts = orientation, by_parts
-        self.shape = (*values.shape[:2], 3)
+    dtype = np.dtype(np.uint8)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the RGB image."""
+        return (*self.values.shape[:2], 3)
 
     @property
     def is_deep(self) -> bool:
@@ -151,20 +143,17 @@ class RawImage:
 
     @functools.cached_property
     def _range(self) -> PixelRange:
-        if not self.is_deep:
-            return 0, 255
         return range_of(self.ranges, self.values.dtype) or pooled_range([self.sample()])
 
     def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
-        grey = to_bytes(to_three_bands(self.values[window]), self._range, self.nodata)
+        grey = to_bytes(to_three_bands(self.values[window]), self._range if self.is_deep else (0, 255), self.nodata)
         return 255 - grey if self.inverted else grey
 
     def decode(self, ranges: PixelRanges = None) -> np.ndarray:
         """All of it, [H, W, 3]."""
         self.ranges = ranges
-        height, width, _ = self.shape
-        image, step = np.empty(self.shape, dtype=np.uint8), max(1, STRIP // width)
-        for top in range(0, height, step):
+        image, step = np.empty(self.shape, dtype=np.uint8), max(1, STRIP // self.shape[1])
+        for top in range(0, len(image), step):
             image[top : top + step] = self[top : top + step, :]
         return image
 
@@ -182,4 +171,4 @@ class RawImage:
         with np.errstate(over="ignore"):
             missing = NODATA if self.nodata is None else (self.nodata, np.float32(self.nodata))  # as rounded in files
         values = values[~np.isin(values, missing)]
-        return Sample(values[np.abs(values) < HUGE], self.declared, self.values.dtype)
+        return Sample(values[np.abs(values) < HUGE], self.declared)

@@ -108,14 +108,9 @@ def has_more_pages(path: str | Path) -> bool:
 
 
 def open_tiff(path: str | Path, by_pillow: Deferred | None) -> RawImage | None:
-    """Open a TIFF file's first image.
+    """A TIFF file's first image; None for colours other than RGB and grey, which are Pillow's part.
 
-    Args:
-        path: the file.
-        by_pillow: what Pillow makes of it, turned upright: taken where tifffile needs imagecodecs, which is not there.
-
-    Returns:
-        The image; None for colours other than RGB and grey, which are Pillow's part.
+    `by_pillow`, turned upright, is taken where tifffile needs imagecodecs, which is not there.
     """
     from tifffile import TIFF
 
