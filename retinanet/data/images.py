@@ -136,14 +136,15 @@ def _orientation(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) and orientation in TURNS else 1
 
 
-def read_image(path: str | Path, ranges: PixelRanges = None, pixel_limit: float = PIXEL_LIMIT) -> np.ndarray:
+def read_image(path: str | Path, pixel_range: PixelRanges = None, pixel_limit: float = PIXEL_LIMIT) -> np.ndarray:
     """Read an image of any common kind as RGB, turned upright as its EXIF orientation says.
 
     Grey, palette and CMYK images are converted; of those with alpha or more bands, the first three are taken.
 
     Args:
         path: the file.
-        ranges: what becomes black and white in images of more than 8 bits; default: see `pixels`, of this image.
+        pixel_range: what becomes black and white in images of more than 8 bits, for all types or a dict by type;
+            default: this image's own range, see `pixels`.
         pixel_limit: millions of pixels that the image may have.
 
     Returns:
@@ -154,7 +155,7 @@ def read_image(path: str | Path, ranges: PixelRanges = None, pixel_limit: float 
     """
     with _open(path, pixel_limit) as image:
         if isinstance(image, RawImage):
-            return _turn(image.decode(ranges), image.orientation)
+            return _turn(image.decode(pixel_range), image.orientation)
         orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns TIFF files by itself
         if image.format in ("JPEG", "MPO") and orientation == 1 and JPEG_DECODERS:
             image.fp.seek(0)
@@ -175,7 +176,9 @@ def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
 
 
-def open_image(path: str | Path, ranges: PixelRanges = None, pixel_limit: float = PIXEL_LIMIT) -> np.ndarray | RawImage:
+def open_image(
+    path: str | Path, pixel_range: PixelRanges = None, pixel_limit: float = PIXEL_LIMIT
+) -> np.ndarray | RawImage:
     """Open an image of which parts are wanted.
 
     Arguments and errors are those of `read_image`; a part may be found damaged only when it is read.
@@ -187,16 +190,16 @@ def open_image(path: str | Path, ranges: PixelRanges = None, pixel_limit: float 
     with _open(path, pixel_limit) as image:
         is_raw = isinstance(image, RawImage)
         if is_raw and image.by_parts and image.orientation == 1 and image.shape[0] * image.shape[1] > LARGE:
-            image.ranges = ranges
+            image.ranges = pixel_range
             return image
-    return read_image(path, ranges, pixel_limit)
+    return read_image(path, pixel_range, pixel_limit)
 
 
-def to_rgb(image: Image.Image, ranges: PixelRanges = None) -> np.ndarray:
-    """A Pillow image of any mode -> [H, W, 3] uint8; `ranges` as in `read_image`."""
+def to_rgb(image: Image.Image, pixel_range: PixelRanges = None) -> np.ndarray:
+    """A Pillow image of any mode -> [H, W, 3] uint8; `pixel_range` as in `read_image`."""
     if image.mode == "F" or image.mode[:1] == "I":
         values = np.asarray(image)
-        return RawImage(values.astype(values.dtype.newbyteorder("="))).decode(ranges)
+        return RawImage(values.astype(values.dtype.newbyteorder("="))).decode(pixel_range)
     rows = max(1, LARGE // image.width)
     if image.height <= rows:
         return np.array(image.convert("RGB"))
