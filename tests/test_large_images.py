@@ -313,9 +313,12 @@ def write_png(path, side):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "write_file", "limit"), [("a.tif", write_tiff, 2.5), ("a.png", write_png, 4)])
-def test_an_image_of_400_million_pixels_takes_little_memory(tmp_path, name, write_file, limit):
-    """The network runs on the first batch alone, which takes as much memory as all others."""
+@pytest.mark.parametrize(("name", "write_file"), [("a.tif", write_tiff), ("a.png", write_png)])
+def test_an_image_of_400_million_pixels_takes_at_most_4_gib(tmp_path, name, write_file):
+    """The network runs on the first batch alone, which takes as much memory as all others.
+
+    The TIFF file is mapped: what was read of it counts here, but the system takes it back where memory is short.
+    """
     checkpoint.save(tmp_path / "model.pt", checkpoint.model_entries(retinanet.model.resnet50(2), NAMES, 608, 1024))
     write_file(tmp_path / name, 20_000)
     flags = ["--images", tmp_path / name, "--model", tmp_path / "model.pt", "--tile", 512, "--pixel_limit", 400]
@@ -323,5 +326,5 @@ def test_an_image_of_400_million_pixels_takes_little_memory(tmp_path, name, writ
     done = subprocess.run([sys.executable, "-c", HUGE, *map(str, flags)], capture_output=True, text=True)
     peak = float(done.stderr.split()[-1])
     print(f"\n{name}: {peak} GiB")  # noqa: T201, for the README
-    assert peak < limit
+    assert peak < 4
     assert len((tmp_path / "found.csv").read_text().splitlines()) == 1 + 52 * 52 - 4  # tiles
