@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retinanet.boxes import box_intersection, box_iou
+from retinanet.boxes import box_area, box_intersection, box_iou
 from retinanet.data.report import MIN_SIDE
 from retinanet.data.transforms import SIZE_DIVISOR, pad_images
 from retinanet.errors import UserError, shown
@@ -29,6 +29,7 @@ TRIES = 10  # draws of a training tile without a box
 # A box counts as cut if it comes as near to an inner border of its tile: a share of its side, or pixels.
 NEAR_SHARE, NEAR_PIXELS = 0.1, 2
 BAND_ROWS = 64  # of a reduced image, that are read together
+COVERED = 0.5  # share of a cut box within a whole one, from which it is a part of that
 SAME_IOU = 0.5  # boxes of two tiles with this IoU, where both tiles see them, are one object
 
 
@@ -141,7 +142,8 @@ def merge_cut_boxes(
     Two boxes of a class from different tiles are one object if they agree where both tiles see them; of each tile, an
     object has one box at most, because NMS has been there. Of the boxes of an object, those that a border cuts lose to
     those that are whole; if all are cut, as those of an object larger than the overlap, the box around them is its
-    box, with the best of their scores.
+    box, with the best of their scores. A cut box is dropped, too, if a tile that sees all of it has a whole box there
+    with a better score, whatever its class: half an object may look like another one.
 
     Args:
         scores: [N], of the tiles in order.
@@ -189,6 +191,14 @@ def merge_cut_boxes(
             parts, best = boxes[members], members[int(scores[members].argmax())]
             boxes[best] = torch.cat([parts[:, :2].amin(dim=0), parts[:, 2:].amax(dim=0)])
             keep[best] = True
+
+    whole = (keep & ~cut).nonzero()[:, 0]  # [W]
+    low, high = of_box[whole].split(2, dim=1)
+    for chosen in (keep & cut).nonzero()[:, 0].split(256):  # [C]
+        parts = boxes[chosen]
+        seen = ((parts[:, None, :2] >= low) & (parts[:, None, 2:] <= high)).all(dim=2)  # [C, W]
+        covered = box_intersection(parts, boxes[whole]) >= COVERED * box_area(parts)[:, None]
+        keep[chosen] = ~(seen & covered & (scores[whole] >= scores[chosen, None])).any(dim=1)
     return scores[keep], labels[keep], boxes[keep]
 
 

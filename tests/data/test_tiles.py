@@ -122,6 +122,20 @@ def test_a_cut_box_loses_to_the_whole_one_even_with_a_better_score():
     assert found[2].tolist() == [[80, 20, 110, 40]] and found[0].tolist() == pytest.approx([0.4])
 
 
+def test_half_an_object_that_looks_like_another_loses_to_the_whole_one():
+    tiles = torch.tensor([[0, 0, 100, 100], [75, 0, 175, 100]]).float()
+    # The first tile takes the part for an object of another class, and for two; the second sees the whole.
+    boxes = torch.tensor([[80.0, 20, 100, 40], [80, 20, 100, 40], [80, 20, 100, 27], [80, 20, 110, 40]])
+    scores, labels = torch.tensor([0.8, 0.7, 0.6, 0.9]), torch.tensor([1, 0, 0, 0])
+    index = torch.tensor([0, 0, 0, 1])
+    assert merge_cut_boxes(scores, labels, boxes, index, tiles)[2].tolist() == [[80, 20, 110, 40]]
+    scores[0] = 0.95  # better than the whole one: who knows
+    assert merge_cut_boxes(scores, labels, boxes, index, tiles)[1].tolist() == [1, 0]
+    boxes[3] = torch.tensor([80, 20, 90, 40])  # a small object before a larger one, which no tile sees whole
+    boxes[0], scores[0] = torch.tensor([60, 20, 100, 40]), 0.5
+    assert len(merge_cut_boxes(*(values[[0, 3]] for values in (scores, labels, boxes, index)), tiles)[0]) == 2
+
+
 def test_boxes_of_one_tile_are_never_joined():
     tiles = torch.tensor([[0, 0, 100, 100], [75, 0, 175, 100]]).float()
     # Two overlapping objects, both cut in both tiles, with the same extent where both tiles see them.
