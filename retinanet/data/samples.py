@@ -44,13 +44,13 @@ def check_sample(sample: Any, num_classes: int) -> dict[str, Any]:
     """
     image, annotations = sample_parts(sample)
     height, width, _ = image.shape
-    # Resizer rounds the image's size, not the boxes, which may end beyond it. Comparisons with NaN are False.
-    high = (width + 1, height + 1, width + 1, height + 1, num_classes - 1)
-    good = ((annotations >= (-1, -1, -1, -1, 0)) & (annotations <= high)).all(axis=1)
-    good &= (annotations[:, :2] < annotations[:, 2:4]).all(axis=1) & (np.trunc(annotations[:, 4]) == annotations[:, 4])
-    if not good.all():
-        wanted = f"x1 < x2 and y1 < y2 within the image, {height} x {width}, and a label from 0 to {num_classes - 1}"
-        raise SampleError(f"annot holds {shown(annotations[good.argmin()].tolist())}: there must be {wanted}")
+    for row in annotations.tolist():  # of a few boxes, in a third of NumPy's time
+        x1, y1, x2, y2, label = row
+        # Resizer rounds the image's size, not the boxes, which may end beyond it.
+        inside = -1 <= x1 < x2 <= width + 1 and -1 <= y1 < y2 <= height + 1
+        if not (inside and 0 <= label < num_classes and label % 1 == 0):
+            wanted = f"x1 < x2 and y1 < y2 within the image, {height} x {width}, a label from 0 to {num_classes - 1}"
+            raise SampleError(f"annot holds {shown(row)}: there must be {wanted}")
     is_float = image.dtype != np.uint8
     if is_float and not -MAX_NORMALISED < image.min() <= image.max() < MAX_NORMALISED:
         raise SampleError("img holds floats far from 0: keep pixels of 0 to 255 as uint8, or use Normalizer")
@@ -61,7 +61,7 @@ def check_sample(sample: Any, num_classes: int) -> dict[str, Any]:
 def clip_to_image(annotations: np.ndarray, height: int, width: int) -> np.ndarray:
     """Clip boxes [G, 5] to the image, in place; those of which less than a pixel is left are dropped."""
     boxes = annotations[:, :4]
-    np.clip(boxes, 0, np.array((width, height, width, height), boxes.dtype), out=boxes)
+    boxes.clip(0, np.array((width, height, width, height), boxes.dtype), out=boxes)
     return annotations[(boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)]
 
 

@@ -70,7 +70,7 @@ def returned(tmp_path, result):
 
 GOOD = [4, 8, 24, 40, 1]
 ANNOT, IMAGE = "annot must be numbers", "img must be [H, W, 3], uint8 or normalised floats"
-WANTED = "there must be x1 < x2 and y1 < y2 within the image, 48 x 64, and a label from 0 to 2"
+WANTED = "there must be x1 < x2 and y1 < y2 within the image, 48 x 64, a label from 0 to 2"
 
 
 @pytest.mark.parametrize(
