@@ -1,8 +1,7 @@
 """What happens to a sample between its file and the network: sample -> sample.
 
 A transform keeps the dtype that it gets, and never changes its input in place. Random ones draw from NumPy's
-global generator, which `loader.read_sample` seeds. Images are [H, W, 3]; torchvision's functions, which move boxes
-with the pixels, see them as [3, H, W].
+global generator, which `loader.read_sample` seeds. Images are [H, W, 3]; torchvision's functions see them as [3, H, W].
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
-from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image, wrap
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image
 
 from retinanet.data.samples import SampleError, clip_to_image, sample_parts
 
@@ -73,14 +72,6 @@ def _from_tv(sample: dict[str, Any], image: Tensor, boxes: Tensor, labels: Tenso
     return {**sample, "img": image.permute(1, 2, 0).numpy(), "annot": annotations}
 
 
-def _apply(sample: dict[str, Any], *operations: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """The sample after torchvision's functions, each applied to image and boxes."""
-    image, boxes, labels = _to_tv(sample)
-    for operation in operations:
-        image, boxes = operation(image), operation(boxes)
-    return _from_tv(sample, image, boxes, labels)
-
-
 class V2:
     """Makes a transform of samples of one of torchvision.transforms.v2, such as a Compose: boxes move with the pixels.
 
@@ -122,19 +113,7 @@ class UnNormalizer:
         return tensor * std + mean
 
 
-FLIPS = {"none": (), "horizontal": (tv.horizontal_flip,), "vertical": (tv.vertical_flip,)}
-FLIPS["both"] = FLIPS["horizontal"] + FLIPS["vertical"]
-
-
-def _transpose(part: Tensor) -> Tensor:
-    """Exchange x and y of an image [3, H, W] or of boxes."""
-    if isinstance(part, BoundingBoxes):
-        return wrap(part[:, [1, 0, 3, 2]], like=part, canvas_size=part.canvas_size[::-1])
-    return part.transpose(1, 2)
-
-
-# By 0, 90, 180 and 270 degrees, anticlockwise. torchvision's rotate moves boxes by sines, which are not exact.
-TURNS = ((), (_transpose, tv.vertical_flip), (tv.horizontal_flip, tv.vertical_flip), (_transpose, tv.horizontal_flip))
+FLIPS = {"none": "", "horizontal": "x", "vertical": "y", "both": "xy"}  # directions
 
 
 class Augmenter:
@@ -145,15 +124,28 @@ class Augmenter:
     """
 
     def __init__(self, flip: str = "horizontal", rotate90: bool = False):
-        self.flips = FLIPS[flip]
+        self.directions = FLIPS[flip]
         self.rotate90 = rotate90
 
     def __call__(self, sample: dict[str, Any], flip_x: float = 0.5) -> dict[str, Any]:
         """Mirror with probability `flip_x`, in either direction."""
-        operations = [flip for flip in self.flips if np.random.rand() < flip_x]
-        if self.rotate90:
-            operations += TURNS[np.random.randint(4)]
-        return _apply(sample, *operations) if operations else sample
+        x, y = (direction in self.directions and np.random.rand() < flip_x for direction in "xy")
+        quarters = np.random.randint(4) if self.rotate90 else 0
+        if not (x or y or quarters):
+            return sample
+        # By hand: torchvision's functions take several times as long, and turn boxes by sines, which are not exact.
+        image, annotations = sample_parts(sample)
+        image, annotations = torch.from_numpy(np.require(image, requirements="CW")), annotations.copy()
+        if quarters % 2:  # a quarter anticlockwise is a transposition, then a flip in y
+            image, annotations, x, y = image.transpose(0, 1), annotations[:, [1, 0, 3, 2, 4]], y, x
+        x, y = x != (quarters >= 2), y != (quarters in (1, 2))
+        height, width, _ = image.shape
+        if x:
+            annotations[:, [0, 2]] = width - annotations[:, [2, 0]]
+        if y:
+            annotations[:, [1, 3]] = height - annotations[:, [3, 1]]
+        image = image.flip([axis for axis, flipped in enumerate((y, x)) if flipped])
+        return {**sample, "img": image.numpy(), "annot": annotations}
 
 
 class ColourJitter:
@@ -208,7 +200,9 @@ def _crop(sample: dict[str, Any], start: np.ndarray, cut: np.ndarray, min_rest: 
     Boxes are clipped to it, and dropped where less than `min_rest` of their area is left.
     """
     (top, left), (height, width) = start.tolist(), cut.tolist()
-    part = _apply(sample, lambda part: tv.crop(part, top, left, height, width).clone())
+    image, boxes, labels = _to_tv(sample)
+    image, boxes = (tv.crop(part, top, left, height, width).clone() for part in (image, boxes))
+    part = _from_tv(sample, image, boxes, labels)
     before, after = ((one["annot"][:, 2:4] - one["annot"][:, :2]).prod(axis=1) for one in (sample, part))
     return {**part, "annot": part["annot"][after >= min_rest * before]}
 
