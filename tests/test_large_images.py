@@ -165,6 +165,7 @@ def run(script, *flags):
     return status, out.getvalue(), err.getvalue()
 
 
+@pytest.mark.slow
 def test_a_model_keeps_its_tiles_from_training_to_use(tmp_path):
     for name in "ab":
         save(gradient(200, 300), tmp_path / f"{name}.png")
