@@ -191,7 +191,7 @@ def test_a_run_from_before_tiles_is_not_resumed_with_them(net, settings, tmp_pat
     for name in ("tile", "tile_overlap", "tile_background"):
         del content["training"]["args"][name]
     check_resume("last.pt", settings("--lr", 0.1), content, ShapesDataset(5))
-    with pytest.raises(UserError, match="--tile is 64, was None; --tile_overlap is 0.5"):
+    with pytest.raises(UserError, match=r"--tile is 64, was None; --tile_overlap is 0\.5"):
         check_resume("last.pt", settings("--lr", 0.1, "--tile", 64, "--tile_overlap", 0.5), content, ShapesDataset(5))
 
 
