@@ -124,12 +124,12 @@ class Augmenter:
     """
 
     def __init__(self, flip: str = "horizontal", rotate90: bool = False):
-        self.directions = FLIPS[flip]
+        self.flips = FLIPS[flip]
         self.rotate90 = rotate90
 
     def __call__(self, sample: dict[str, Any], flip_x: float = 0.5) -> dict[str, Any]:
         """Mirror with probability `flip_x`, in either direction."""
-        x, y = (direction in self.directions and np.random.rand() < flip_x for direction in "xy")
+        x, y = (direction in self.flips and np.random.rand() < flip_x for direction in "xy")
         quarters = np.random.randint(4) if self.rotate90 else 0
         if not (x or y or quarters):
             return sample
