@@ -168,7 +168,7 @@ def test_captions_of_one_place_do_not_hide_each_other():
         assert coloured(picture, label).sum() - lines > 0.6 * plate > 0
 
 
-@pytest.mark.parametrize("shape", [(480, 640), (3000, 4000)])
+@pytest.mark.parametrize("shape", [(480, 640), (1500, 2000)])
 def test_too_many_captions_become_a_legend_with_counts(shape):
     image = np.full((*shape, 3), 128, dtype=np.uint8)
     corners = np.random.rand(60, 2) * (shape[1] * 0.8, shape[0] * 0.8)

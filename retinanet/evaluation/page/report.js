@@ -7,8 +7,8 @@ const state = { step: data.start, label: null, kind: "label", cell: null, limit:
 const running = (changes) => { let total = 0; return changes.map((change) => (total += change)); };
 const counts = data.counts.map(running), rights = data.right.map(running);
 const WIDTH = 440, HEIGHT = 300, LEFT = 42, TOP = 10, BOTTOM = HEIGHT - 40;
+const fileOf = (path) => path.split(/[\\/]/).at(-1);
 const shortened = (name) => (name.length > 24 ? `${name.slice(0, 23)}…` : name);
-
 function element(tag, attributes = {}, ...children) {
   const isHtml = ["li", "button", "span", "tr", "th", "td", "bdi"].includes(tag);
   const node = document.createElementNS(`http://www.w3.org/${isHtml ? "1999/xhtml" : "2000/svg"}`, tag);
@@ -16,7 +16,6 @@ function element(tag, attributes = {}, ...children) {
   node.append(...children);
   return node;
 }
-
 // Numbers above a threshold; the last row is of all classes. The formulas are those of evaluation/thresholds.py.
 function rates(row, step) {
   const found = counts[row][step], right = rights[row][step], boxes = data.boxes[row];
@@ -28,7 +27,6 @@ function cells(row) {
   const { right, wrong, missed, ...shares } = rates(row, state.step);
   return [...Object.values(shares).map((share) => share?.toFixed(3) ?? "–"), right, wrong, missed];
 }
-
 function ticks(high) {
   const unit = 10 ** Math.floor(Math.log10(high / 5));
   const gap = [1, 2, 5, 10].find((size) => size * unit >= high / 5.001) * unit;
@@ -38,8 +36,7 @@ function chart(svg, { low = 0, high, top = 1, xName, lines }) {
   const RIGHT = WIDTH - (lines[0].name ? 80 : 10); // room for names
   const x = (value) => LEFT + ((value - low) / (high - low)) * (RIGHT - LEFT);
   const y = (value) => BOTTOM - (value / top) * (BOTTOM - TOP);
-  const write = (x, y, anchor, text) =>
-    svg.append(element("text", { x, y, "text-anchor": anchor, fill: "var(--soft)" }, text));
+  const write = (x, y, anchor, text) => svg.append(element("text", { x, y, "text-anchor": anchor }, text));
   svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
   svg.replaceChildren();
   for (const value of ticks(top)) {
@@ -86,7 +83,6 @@ function moveMarks() {
     return element("circle", { cx: scales.pr.x(recall), cy: scales.pr.y(precision), r: 6, fill: colourOf(row) });
   }));
 }
-
 // The gallery: its cases follow from the boxes of its images.
 function cases() {
   const { step, kind, cell, label } = state, found = [], truth = [];
@@ -95,8 +91,7 @@ function cases() {
     const hit = new Set(), near = new Set(), taken = new Set();
     image.found.forEach(([, , , , name, weight, what, target, took, level], box) => {
       if (what === "right" && level > step) hit.add(target);
-      near.add(target);
-      taken.add(took);
+      near.add(target), taken.add(took);
       const under = took < 0 ? BACKGROUND : image.truth[took][4];
       const wanted = cell ? took !== -2 && under === cell[0] && name === cell[1] : level > step && asked.includes(what);
       const names = [name, cell ? under : what === "class" ? image.truth[target][4] : name];
@@ -105,15 +100,13 @@ function cases() {
     image.truth.forEach(([x1, y1, x2, y2, name, iou], box) => {
       const wanted = cell ? cell[1] === BACKGROUND && name === cell[0] && !taken.has(box)
         : { missing: !hit.has(box), missed: !near.has(box), label: iou <= data.near }[kind];
-      const weight = (x2 - x1) * (y2 - y1);
-      if (wanted && (label === null || name === label)) truth.push({ image, box, isTruth: true, weight });
+      if (!wanted || (label !== null && name !== label)) return;
+      truth.push({ image, box, isTruth: true, weight: (x2 - x1) * (y2 - y1) });
     });
   }
   for (const list of [found, truth]) list.sort((a, b) => b.weight - a.weight);
-  const longest = Math.max(found.length, truth.length);
-  return Array.from({ length: longest }, (_, place) => [found[place], truth[place]]).flat().filter(Boolean);
+  return found.flatMap((one, place) => [one, truth[place] ?? []].flat()).concat(truth.slice(found.length)); // in turn
 }
-const fileOf = (path) => path.split(/[\\/]/).at(-1);
 function describe({ image, box, isTruth }) {
   if (isTruth) {
     const [, , , , name, iou, place] = image.truth[box], verdict = iou <= data.near ? "no detection near" : "missed";
@@ -133,8 +126,7 @@ function draw(svg, { image, box, isTruth }, view, withText) {
     texts.push(element("text", { x, y, class: "caption", "font-size": size, "text-anchor": anchor }, text));
   svg.setAttribute("viewBox", view.join(" "));
   svg.replaceChildren();
-  const href = `report/${image.file}`, preserveAspectRatio = "none";
-  if (image.file) svg.append(element("image", { href, width, height, preserveAspectRatio }));
+  if (image.file) svg.append(element("image", { href: `report/${image.file}`, width, height, preserveAspectRatio: "none" }));
   else write(view[0] + size, view[1] + 3 * size, 2 * size, "The image cannot be read.");
   image.ignored.forEach((one) => boxes.push([one, "ignored", false, ""]));
   image.found.forEach((one, place) => {
@@ -162,8 +154,7 @@ function draw(svg, { image, box, isTruth }, view, withText) {
 function crop({ image, box, isTruth }) {
   const [x1, y1, x2, y2] = (isTruth ? image.truth : image.found)[box], [height, width] = image.size;
   const across = Math.max(2.2 * (x2 - x1), 2.9 * (y2 - y1), Math.min(96, width)), down = across * 0.75;
-  const start = (low, high, span, whole) =>
-    Math.max(Math.min((low + high - span) / 2, whole - span), Math.min(0, (whole - span) / 2));
+  const start = (low, high, span, all) => Math.max(Math.min((low + high - span) / 2, all - span), Math.min(0, (all - span) / 2));
   return [start(x1, x2, across, width), start(y1, y2, down, height), across, down];
 }
 function drawCards() {
@@ -201,7 +192,6 @@ function drawWhole() {
   $("boxes").tBodies[0].replaceChildren(...image.truth.map((one) => row(one, "–", `annotated in ${fileOf(one[6])}`)),
     ...image.found.filter((one) => one[9] > state.step).map((one) => row(one, one[5].toFixed(3), data.kinds[one[6]])));
 }
-
 // What the user changes.
 let drawing, announcing;
 function moveTo(step) {
@@ -233,7 +223,7 @@ function choose(label) {
 function chooseKind(kind, cell = null) {
   Object.assign(state, { kind, cell, limit: PAGE });
   $("cell").hidden = !cell;
-  const [from, to] = (cell ?? []).map((label) => data.names[label]);
+  const [from, to] = cell?.map((label) => data.names[label]) ?? [];
   $("cell").textContent = cell?.[1] === BACKGROUND ? `${from} missed` : `${to}, annotated: ${from ?? "nothing"}`;
   $("kind").value = kind;
   $("hint").textContent = $("kind").selectedOptions[0].dataset.hint ?? "The highest scores come first.";
@@ -249,9 +239,8 @@ function sortBy(header, isDown) {
   body.append(...[...body.rows].sort((a, b) => lacks(a) - lacks(b) || (lacks(a) ? 0 : compare(key(a), key(b)))));
 }
 document.addEventListener("click", ({ target }) => {
-  const button = target.closest("button"), { label, go, by, cell, kind, case: place } = button?.dataset ?? {};
-  if (label) choose(+label === ALL || (!go && +label === state.label) ? null : +label);
-  if (go) $(go).scrollIntoView();
+  const button = target.closest("button"), { label, by, cell, kind, case: place } = button?.dataset ?? {};
+  if (label) choose(+label === ALL || +label === state.label ? null : +label);
   if (by) showWhole(state.open + +by);
   if (place) $("whole").showModal(), showWhole(+place);
   if (button?.matches("#class-table thead *")) sortBy(button.parentNode, button.parentNode.ariaSort === "ascending");
