@@ -140,11 +140,8 @@ def load(path: str | Path) -> tuple[Callable[[Tensor], list[Tensor]], dict[str, 
         import onnxruntime  # an extra
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-        def run(images: Tensor) -> list[Tensor]:
-            return [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]
-
-        return run, session.get_modelmeta().custom_metadata_map
+        metadata = session.get_modelmeta().custom_metadata_map
+        return lambda images: [*map(torch.from_numpy, session.run(None, {"images": images.numpy()}))], metadata
     if str(path).endswith(SUFFIXES["aot_inductor"]):
         package = torch._inductor.aoti_load_package(str(path))
         return lambda images: list(package(images)), package.get_metadata()
