@@ -37,7 +37,7 @@ def sample_parts(sample: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_sample(sample: Any, num_classes: int) -> dict[str, Any]:
-    """The sample that a transform returned: `img` as a uint8 or float32 tensor, `annot` as a float32 tensor.
+    """The sample that a transform returned: `img` uint8 or float32, `annot` float32; tensors where `img` was one.
 
     Raises:
         SampleError: it is not a sample, or its boxes, labels or pixels cannot be right.
@@ -55,7 +55,10 @@ def check_sample(sample: Any, num_classes: int) -> dict[str, Any]:
     if is_float and not -MAX_NORMALISED < image.min() <= image.max() < MAX_NORMALISED:
         raise SampleError("img holds floats far from 0: keep pixels of 0 to 255 as uint8, or use Normalizer")
     image = np.require(image, np.float32 if is_float else np.uint8, "CW")
-    return {**sample, "img": torch.from_numpy(image), "annot": torch.from_numpy(np.require(annotations, "f4", "CW"))}
+    annotations = np.require(annotations, np.float32, "CW")
+    if isinstance(sample["img"], torch.Tensor):
+        image, annotations = torch.from_numpy(image), torch.from_numpy(annotations)
+    return {**sample, "img": image, "annot": annotations}
 
 
 def clip_to_image(annotations: np.ndarray, height: int, width: int) -> np.ndarray:
