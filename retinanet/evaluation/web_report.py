@@ -36,10 +36,8 @@ MAX_BYTES = 40_000_000  # of all JPEG files
 # Long side in pixels and JPEG quality, from the best: an image gets the first pair whose file is small enough.
 QUALITIES = ((1280, 82), (1280, 65), (960, 60), (640, 50), (320, 40))
 STEPS, RANKS = 100, 20  # of the slider: at equal distances, and at equal numbers of detections
-BEST_LIMIT = 100  # classes whose best F1 is a step
-CURVE_LIMIT = 7  # classes whose curves are drawn: the most frequent ones
-MATRIX_LIMIT = 20  # classes of the confusion matrix: those that are confused most
-BAR_LIMIT = 40  # classes of the chart of boxes
+BEST_LIMIT, CURVE_LIMIT = 100, 7  # classes whose best F1 is a step, and whose curves are drawn
+MATRIX_LIMIT, BAR_LIMIT = 20, 40  # classes of the confusion matrix, and of the chart of boxes
 NEAR_IOU = 0.1  # a box that no detection overlaps by more may be wrong itself
 SIDES = (0, 16, 32, 64, 96, 128, 256, 512)  # pixels, the root of the area
 GRID = 24  # cells a side of the map of positions
@@ -87,7 +85,6 @@ def write(
         "names": names,
         **steps,
         "iou": evaluation.iou_threshold,
-        "surely": errors.CONFUSION_SCORE,
         "near": NEAR_IOU,
         "kinds": {"right": "Right"} | {kind: title for kind, (title, _) in errors.KINDS.items()},
         "images": [
@@ -118,10 +115,13 @@ def write(
         about=about,
         metrics=evaluation.coco.metrics,
         best=points[-1],
-        classes=_class_rows(evaluation, points),
+        classes=sorted(  # the lowest AP first
+            zip(itertools.count(), evaluation.coco.classes, points, strict=False),
+            key=lambda entry: (not entry[1].boxes, entry[1].AP),
+        ),
         errors=[(kind, *texts, analysis.counts[kind], analysis.lost[kind]) for kind, texts in errors.KINDS.items()],
         ap50=analysis.ap50,
-        matrix=confusion_rows(analysis.confusion, names),
+        matrix=confusion_rows(analysis.confusion, names) | {"score": errors.CONFUSION_SCORE},
         statistics=_statistics(evaluation.scored),
         num_images=len(evaluation.detections),
         anchors=anchors,
@@ -262,22 +262,6 @@ def _training_curves(entries: Sequence[Mapping[str, float]]) -> dict[str, list]:
         if any(points):
             charts[chart] = [(key.replace("_", " "), line) for key, line in zip(keys, points, strict=True) if line]
     return charts
-
-
-def _class_rows(evaluation: Evaluation, points: Sequence[Point | None]) -> list[dict[str, Any]]:
-    """The rows of the table of classes, the lowest AP first; numbers that do not exist are None."""
-    rows = [
-        {
-            "label": label,
-            "name": row.name,
-            **{name: getattr(row, name) if row.boxes else None for name in ("AP", "AP50", "AR")},
-            "F1": point and point.f1,
-            "score": point and point.score,
-            "boxes": row.boxes,
-        }
-        for label, (row, point) in enumerate(zip(evaluation.coco.classes, points[:-1], strict=True))
-    ]
-    return sorted(rows, key=lambda row: (row["AP"] is None, row["AP"]))
 
 
 def confusion_rows(confusion: np.ndarray, names: Sequence[str]) -> dict[str, Any]:

@@ -24,14 +24,10 @@ def test_a_training_ends_with_its_report_and_not_with_an_error_of_it(tmp_path, c
     assert str(tmp_path / "best.pt") in page and 'id="training"' in page and "The anchors' reach" in page
     assert train.main([*flags, "--resume", "auto"]) == 0 and len(calls) == 1  # what the validation found is used
     (tmp_path / "report.html").unlink()
-    assert train.main([*flags, "--resume", "auto"]) == 0 and len(calls) == 2
-    again = (tmp_path / "report.html").read_text()
-    assert again.split('id="data">')[1] == page.split('id="data">')[1]
-    (tmp_path / "report.html").unlink()
     (tmp_path / "report.html").mkdir()
     capsys.readouterr()
     assert train.main([*flags, "--resume", "auto"]) == 0
-    assert "warning: no report.html: " in capsys.readouterr().out
+    assert "warning: no report.html: " in capsys.readouterr().out and len(calls) == 2
 
 
 @pytest.mark.parametrize("log", [None, "", '{"epoch": 0, "class_loss": 1.0}\n{"epoch"'])
