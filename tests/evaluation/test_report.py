@@ -84,12 +84,13 @@ def test_boxes_beyond_the_limit_are_a_warning_with_what_is_possible():
     assert by_class in report.evaluate(dataset, {0: detections(), 1: detections()}, results=[]).text()
 
 
-def test_the_ground_truth_scores_one_at_200_boxes_an_image():
-    dataset = in_memory(grid(200))
-    truth = {0: detections(*([0.9, 0, *row[:4]] for row in grid(200).tolist()))}
-    evaluation = report.evaluate(dataset, truth, limit=200, analyse=True)
-    assert evaluation.coco.metrics["AP"] == evaluation.coco.metrics["AR200"] == evaluation.errors.ap50 == 1
+@pytest.mark.parametrize(("count", "found"), [(200, 51 / 101), pytest.param(500, 21 / 101, marks=pytest.mark.slow)])
+def test_the_ground_truth_scores_one_at_hundreds_of_boxes_an_image(count, found):
+    dataset = in_memory(grid(count))
+    truth = {0: detections(*([0.9, 0, *row[:4]] for row in grid(count).tolist()))}
+    evaluation = report.evaluate(dataset, truth, limit=count, analyse=True)
+    assert evaluation.coco.metrics["AP"] == evaluation.coco.metrics[f"AR{count}"] == evaluation.errors.ap50 == 1
     assert "warning" not in evaluation.text() and not any(evaluation.errors.counts.values())
     evaluation = report.evaluate(dataset, truth, analyse=True)
-    assert evaluation.coco.metrics["AP"] == evaluation.errors.ap50 == pytest.approx(51 / 101)  # recall up to 0.5
-    assert f"at best 100 of 200 boxes can be found, which is AP {51 / 101:.3f}" in evaluation.text()
+    assert evaluation.coco.metrics["AP"] == evaluation.errors.ap50 == pytest.approx(found)  # recall up to 100 of them
+    assert f"at best 100 of {count} boxes can be found, which is AP {found:.3f}" in evaluation.text()
