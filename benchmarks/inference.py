@@ -1,5 +1,6 @@
 """Detection in one image, ResNet-50: ours beside its bare heads, the floor's forward, and torchvision's RetinaNet."""
 
+import numpy as np
 import torch
 from networks import Floor, add_arguments, make_batch, make_networks
 from side_by_side import make_parser, measure, report
@@ -69,7 +70,7 @@ def measure_trained(args) -> None:
     for network in (net, floor):
         network.to(device, memory_format=torch.channels_last)
     resizer = Resizer(info["min_side"], info["max_side"])
-    arrays = [resizer({"img": read_image(path), "annot": []})["img"] for path in args.images or ()]
+    arrays = [resizer({"img": read_image(path), "annot": np.zeros((0, 5))})["img"] for path in args.images or ()]
     arrays = arrays or [torch.full((args.height, args.width, 3), 200, dtype=torch.uint8)]
     batches = [normalize(array.permute(2, 0, 1)[None].to(device)) for array in arrays]
 

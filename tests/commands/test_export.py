@@ -1,7 +1,10 @@
 import copy
 import json
 import os
+import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from helpers import gradient, save
 from retinanet.commands import export
 from retinanet.data.transforms import normalize
 from retinanet.errors import UserError
+from retinanet.inference import predict
 from retinanet.postprocess import Detections
 from retinanet.training import checkpoint
 
@@ -317,3 +321,31 @@ def test_aot_inductor(model_path, tmp_path, capsys, filled_net):
     with torch.no_grad():
         expected, _ = export.Detector(filled_net)(images)
     np.testing.assert_allclose(run(images)[0], expected, atol=1e-4 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+def test_the_readme_shows_how_to_prepare_images_for_the_network(filled_net, tmp_path, monkeypatch):
+    """Its code, with our network in place of the exported one, finds what `predict` finds."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "onnxruntime" in block]
+
+    class Session:
+        def __init__(self, path):
+            assert path == "best.onnx"
+
+        def get_modelmeta(self):
+            return SimpleNamespace(custom_metadata_map={"min_side": "64", "max_side": "96"})
+
+        def run(self, outputs, inputs):
+            images = torch.from_numpy(inputs["images"])
+            return [values.numpy() for values in export.Detector(filled_net, with_nms=True)(images)]
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=Session))
+    monkeypatch.chdir(tmp_path)
+    save(gradient(128, 192), "a.jpg")
+    found = {}
+    exec(code, found)
+    limits = {"score_threshold": 0.05, "min_side": 64, "max_side": 96}
+    expected = predict(filled_net, "a.jpg", **limits)[0]
+    np.testing.assert_allclose(found["scores"], expected.scores, rtol=1e-4)
+    np.testing.assert_allclose(found["boxes"], expected.boxes, atol=0.01)
