@@ -171,7 +171,7 @@ def detect_images(
 
 
 def _batches(images: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
-    """At most `size` images at once; where one cannot be read, those before it come first."""
+    """At most `size` images at once; where one cannot be read or decoded, those before it come first."""
     group = []
     try:
         for image in images:
@@ -179,7 +179,7 @@ def _batches(images: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarra
             if len(group) == size:
                 yield group
                 group = []
-    except Exception:
+    except (ValueError, OSError):  # UserError among them
         if group:
             yield group
         raise
