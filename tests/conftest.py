@@ -8,7 +8,7 @@ import torch
 
 GOLDEN = Path(__file__).parent / "golden"
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # sums in a fixed order, and processes that can be forked
 
 
 def load_golden(name):
@@ -56,6 +56,22 @@ def filled_net():
     from retinanet.model import resnet18
 
     return fill_weights(resnet18(3), seed=1, logit_scale=0.015, delta_scale=0.008).eval()
+
+
+@pytest.fixture(scope="module")
+def small_training():
+    """Trainings of the module take half a ResNet-18, and draw neither pictures nor the report."""
+    from retinanet import running
+    from retinanet.model import ARCHITECTURES
+    from retinanet.resnet import BasicBlock
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, 18, (BasicBlock, (1, 1, 1, 1)))
+        patch.setattr(running.charts, "draw_training_curves", lambda *_: None)
+        patch.setattr(running.views, "save_detections", lambda *_: None)
+        patch.setattr(running.data_views, "save_data_images", lambda *_: None)
+        patch.setattr(running, "write_page", lambda *_: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -16,14 +16,12 @@ from retinanet.anchors import Anchors
 from retinanet.data.shapes import ShapesDataset
 from retinanet.data.transforms import Resizer
 from retinanet.errors import UserError
-from retinanet.model import ARCHITECTURES, resnet18
-from retinanet.resnet import BasicBlock
+from retinanet.model import resnet18
 from retinanet.training import checkpoint
 from retinanet.training.log import read_log
 from retinanet.training.recipes import RECIPES
 from retinanet.training.settings import Settings
 from retinanet.training.weights import make_model
-from retinanet.visual import charts, data_views, views
 
 SETTINGS = {
     **{"depth": 18, "weights": "none", "recipe": "scratch", "epochs": 2, "batch_size": 2, "min_side": 32},
@@ -31,20 +29,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small():
-    """Half the backbone, no images, and one thread, for sums in a fixed order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ARCHITECTURES, 18, (BasicBlock, (1, 1, 1, 1)))
-        for module, name in (
-            *((charts, "draw_training_curves"), (charts, "draw_curves"), (charts, "draw_thresholds")),
-            *((views, "save_detections"), (data_views, "save_data_images")),
-        ):
-            patch.setattr(module, name, lambda *_: None)
-        yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("small_training")
 
 
 @pytest.fixture(scope="module")

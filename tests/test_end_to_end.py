@@ -25,15 +25,6 @@ TRAIN = [*SMALL, "--depth", "18", "--weights", "none", "--recipe", "scratch", "-
 SHAPES = ["--dataset", "shapes", "--shapes_train", "4", "--shapes_val", "2"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums in a fixed order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run_quietly(main, *flags):
     """Exit status, standard output and standard error of a script."""
     out, err = io.StringIO(), io.StringIO()

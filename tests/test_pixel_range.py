@@ -14,10 +14,7 @@ from retinanet.commands import check
 from retinanet.data.images import read_image
 from retinanet.data.pixels import checked_range
 from retinanet.inference import as_array
-from retinanet.model import ARCHITECTURES
-from retinanet.resnet import BasicBlock
 from retinanet.training import checkpoint
-from retinanet.visual import charts, data_views, views
 
 QUICK = [
     *("--depth", "18", "--weights", "none", "--recipe", "scratch", "--epochs", "1", "--batch_size", "2"),
@@ -25,18 +22,7 @@ QUICK = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ARCHITECTURES, 18, (BasicBlock, (1, 1, 1, 1)))
-        for module, name in (
-            (charts, "draw_training_curves"),
-            (views, "save_detections"),
-            (data_views, "save_data_images"),
-            (retinanet.running, "write_page"),
-        ):
-            patch.setattr(module, name, lambda *_: None)
-        yield
+pytestmark = pytest.mark.usefixtures("small_training")
 
 
 @pytest.fixture(scope="module")

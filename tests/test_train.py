@@ -22,9 +22,8 @@ import train
 from retinanet import running
 from retinanet.data.shapes import ShapesDataset
 from retinanet.errors import UserError
-from retinanet.model import ARCHITECTURES, resnet18
+from retinanet.model import resnet18
 from retinanet.process import get_rank
-from retinanet.resnet import BasicBlock
 from retinanet.signals import StopSignals
 from retinanet.training import checkpoint
 from retinanet.training.log import read_log
@@ -40,19 +39,7 @@ LIVELY = ["--ema", "0.9", "--random_crop", "0.5", "--colour_jitter", "0.3", "--f
 LIVELY += ["--scale_jitter", "0.5", "1.5", "--max_side", "96"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_and_quick():
-    """One thread, for sums in a fixed order and because the processes are forked; half the backbone; no images."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ARCHITECTURES, 18, (BasicBlock, (1, 1, 1, 1)))
-        for module, name in ((running.charts, "draw_training_curves"), (running.views, "save_detections")):
-            patch.setattr(module, name, lambda *_: None)
-        patch.setattr(running.data_views, "save_data_images", lambda *_: None)
-        patch.setattr(running, "write_page", lambda *_: None)
-        yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("small_training")
 
 
 def child(flags, environment, output, change):

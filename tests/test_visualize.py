@@ -5,7 +5,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from helpers import gradient, save, truncate, write_clip, write_coco_data
 from PIL import Image
 
@@ -19,14 +18,6 @@ from retinanet.visual import heatmaps
 from retinanet.visual.drawing import class_colour
 
 SHAPES = ["--device", "cpu", "--workers", "0", "--dataset", "shapes", "--shapes_val", "3", "--shapes_train", "6"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
