@@ -5,10 +5,11 @@ import sys
 
 from retinanet import api, process
 from retinanet.commands import flags
-from retinanet.commands.save_csv import check_csv
 from retinanet.evaluation import coco, report
 from retinanet.process import script
+from retinanet.results import check_csv
 from retinanet.training.checkpoint import LIMITS, load_model
+from retinanet.training.files import make_out_dir
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         api.validate((net, info), dataset, out=args.out, save_csv=args.save_csv, **how, **machine, **given)
         return
     if args.out:
-        report.check_folder(flags.make_out_dir(args.out))
+        report.check_folder(make_out_dir(args.out))
     if args.save_csv:
         check_csv(args.save_csv)
     dataset = flags.make_dataset(args, "val", None)

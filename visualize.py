@@ -12,7 +12,6 @@ from retinanet import detection, inference, process
 from retinanet.anchors import Anchors
 from retinanet.commands import flags
 from retinanet.commands.detect_files import detect_files
-from retinanet.commands.save_csv import check_csv, write_csv
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.loader import make_loader, read_sample
 from retinanet.data.report import counted
@@ -21,8 +20,16 @@ from retinanet.errors import UserError, output_file
 from retinanet.evaluation.errors import judge
 from retinanet.model import RetinaNet
 from retinanet.process import log, progress, script
+from retinanet.results import check_csv, write_csv
 from retinanet.training.checkpoint import load_model
-from retinanet.training.settings import AUGMENTATIONS, Settings, augmentation_errors
+from retinanet.training.files import make_out_dir
+from retinanet.training.settings import (
+    AUGMENTATIONS,
+    Settings,
+    anchors_from_settings,
+    augmentation_errors,
+    training_transform,
+)
 from retinanet.training.weights import match_classes
 from retinanet.visual import anchor_fit, anchor_report, anchor_views, data_views, heatmaps, views
 from retinanet.visual.drawing import draw_boxes, save_image, side_by_side
@@ -125,7 +132,7 @@ def show_inputs(
     args: argparse.Namespace, dataset: DetectionDataset, net: RetinaNet | None, anchors: Anchors, device: torch.device
 ) -> int:
     """Draw annotations, anchors, matches, pyramid or loss of each chosen image; returns their number."""
-    folder, names = flags.make_out_dir(args.out_dir), list(dataset.labels.values())
+    folder, names = make_out_dir(args.out_dir), list(dataset.labels.values())
     indices, losses = choose_indices(args, dataset), []
     for index in progress(indices, args.show):
         sample = read_sample(dataset, args.seed, 0, index)
@@ -156,7 +163,7 @@ def show_detections(
     args: argparse.Namespace, dataset: DetectionDataset, net: RetinaNet, info: dict[str, Any], device: torch.device
 ) -> int:
     """Draw detections beside the ground truth: a file an image, and all on one sheet; returns the number of images."""
-    folder, names = flags.make_out_dir(args.out_dir), list(dataset.labels.values())
+    folder, names = make_out_dir(args.out_dir), list(dataset.labels.values())
     if args.save_csv:
         check_csv(args.save_csv)
     indices = choose_indices(args, dataset)
@@ -178,7 +185,7 @@ def show_detections(
 
 def show_anchor_fit(args: argparse.Namespace, dataset: DetectionDataset, anchors: Anchors) -> None:
     """Measure how well the anchors fit the boxes of the data set, and search better ones."""
-    folder = flags.make_out_dir(args.out_dir)
+    folder = make_out_dir(args.out_dir)
     sides = (None, None) if args.tile else (args.min_side, args.max_side)
     fit = anchor_fit.measure(dataset, anchors, *sides, args.best_match_iou)
     if not len(fit.iou):
@@ -211,9 +218,9 @@ def main(argv: list[str] | None = None) -> None:
         detect_files(args, net, info, device)
         return
     anchors = net.anchors.cpu() if net and args.show in ("anchors", "matches", "tiles", "anchor_fit") else None
-    anchors = anchors or flags.anchors_from_arguments(args)
+    anchors = anchors or anchors_from_settings(args)
     resizer = inference.make_resizer(info, args.min_side, args.max_side)
-    transform = flags.training_transform(args) if args.augment else resizer
+    transform = training_transform(args) if args.augment else resizer
     dataset = flags.make_dataset(args, args.split, transform, info.get("class_names"))
     if net:
         net, info = match_classes(args.model, net, info, dataset)

@@ -39,6 +39,7 @@ from retinanet.training.checkpoint import LIMITS
 from retinanet.training.engine import train_one_epoch
 from retinanet.training.log import read_log
 from retinanet.training.recipes import RECIPES, Schedule
+from retinanet.training.settings import training_transform
 
 COMMON = "--dataset csv --depth 18 --weights none --recipe scratch --epochs 10 --batch_size 4 --min_side 320"
 METRICS = ("AP", "AP50", "AP75")
@@ -80,7 +81,7 @@ def train_torchvision(args: argparse.Namespace, lr: float) -> dict[str, float]:
     device = process.choose_device(args.device)
     precision = process.choose_precision(args.precision, device)
     process.seed_everything(args.seed)
-    train_set = flags.make_dataset(args, "train", flags.training_transform(args))
+    train_set = flags.make_dataset(args, "train", training_transform(args))
     val_set = flags.make_dataset(args, "val", Resizer(args.min_side, args.max_side))
     sampler = AspectRatioBasedSampler(train_set, args.batch_size, False, args.seed)
     loader = make_loader(train_set, args.batch_size, args.workers, sampler, device=device)

@@ -9,9 +9,6 @@ from typing import Any, get_type_hints
 import torch
 
 from retinanet import detection, inference, process
-from retinanet.commands import flags
-from retinanet.commands.page import write_page
-from retinanet.commands.save_csv import check_csv, write_csv
 from retinanet.data.checks import write_skipped
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.loader import make_loader, transformed
@@ -20,9 +17,11 @@ from retinanet.evaluation import coco, report
 from retinanet.model import RetinaNet
 from retinanet.postprocess import Detections
 from retinanet.process import log
+from retinanet.results import check_csv, write_csv, write_page
 from retinanet.running import run_training
 from retinanet.training import checkpoint
 from retinanet.training.checkpoint import LIMITS
+from retinanet.training.files import make_out_dir
 from retinanet.training.log import read_log
 from retinanet.training.run import Run
 from retinanet.training.settings import AUGMENTATIONS, Settings, as_flags, check_settings
@@ -171,7 +170,7 @@ def validate(
     process.init_distributed(chosen)
     process.show_log()
     if out is not None:
-        report.check_folder(flags.make_out_dir(str(out)))
+        report.check_folder(make_out_dir(str(out)))
     if save_csv is not None:
         check_csv(save_csv)
     if isinstance(model, str | Path):

@@ -13,8 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from retinanet import __version__, detection, process
-from retinanet.commands import flags
-from retinanet.commands.page import write_page
 from retinanet.data.checks import check_before_training, write_skipped
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.loader import WorkerDiedError, explained, make_loader, transformed
@@ -27,16 +25,17 @@ from retinanet.evaluation import report, voc
 from retinanet.evaluation.errors import judge
 from retinanet.postprocess import Detections
 from retinanet.process import log
+from retinanet.results import write_page
 from retinanet.signals import StopSignals
 from retinanet.training import checkpoint
 from retinanet.training.engine import train_one_epoch
-from retinanet.training.files import replaced
+from retinanet.training.files import make_out_dir, replaced
 from retinanet.training.finite import NotFiniteError
 from retinanet.training.log import RunLog, read_log
 from retinanet.training.recipes import RECIPES
 from retinanet.training.resume import check_resume, find_checkpoint
 from retinanet.training.run import Run
-from retinanet.training.settings import Settings
+from retinanet.training.settings import Settings, anchors_from_settings, training_transform
 from retinanet.training.weights import make_model
 from retinanet.visual import anchor_report, charts, data_views, views
 
@@ -58,7 +57,7 @@ def run_training(
         log.info("%s: trained with its own transform; the settings' sizes are those of validation", train_set.source)
     resizer, by_parts = Resizer(*settings.sides, enlarge=not settings.tile), bool(settings.tile)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(transformed(train_set, flags.training_transform(settings), by_parts))
+        stack.enter_context(transformed(train_set, training_transform(settings), by_parts))
         stack.enter_context(transformed(val_set, resizer))
         check_before_training(train_set, val_set, settings.strict)
         ranks = process.get_rank(), process.get_world_size()
@@ -70,7 +69,7 @@ def run_training(
         machine = {"device": device, "tiling": settings.tiling}
         val_loader = make_loader(val_set, batch, settings.workers, **machine) if val_set else None
 
-        flags.make_out_dir(settings.out_dir)
+        make_out_dir(settings.out_dir)
         stack.enter_context(train_set.scaled())
         run = _make_run(settings, device, train_set)
         if val_set is not None:
@@ -93,7 +92,7 @@ def _make_run(settings: Settings, device: torch.device, train_set: DetectionData
     """A new run, or the one that `resume` means."""
     path = find_checkpoint(settings)
     if path is None:
-        classes, anchors = list(train_set.labels.values()), flags.anchors_from_arguments(settings)
+        classes, anchors = list(train_set.labels.values()), anchors_from_settings(settings)
         net = make_model(settings.depth, settings.weights, classes, anchors)
         run, log_size = Run(settings, net, device, train_set), 0
     else:

@@ -14,6 +14,7 @@ from retinanet.data.files import find_images
 from retinanet.data.video import Video
 from retinanet.errors import UserError
 from retinanet.training import checkpoint
+from retinanet.training.settings import anchors_from_settings
 from retinanet.visual import heatmaps
 from retinanet.visual.drawing import class_colour
 
@@ -134,7 +135,7 @@ def test_anchor_fit_reports_and_advises(tmp_path):
     assert len(content["unreachable"]) == content["coverage"]["all"]["all"]["boxes"] > 0
     assert "boxes can never be learned" in out and f"use {content['advised']['flags']}" in out
     args = visualize.parse_arguments([*SHAPES, "--show", "anchor_fit", *content["advised"]["flags"].split()])
-    anchors = visualize.flags.anchors_from_arguments(args)
+    anchors = anchors_from_settings(args)
     fit = visualize.anchor_fit.measure(visualize.flags.make_dataset(args, "train", None), anchors, 32, 1024)
     assert fit.coverage(0.5) == pytest.approx(content["coverage"]["all"]["all"]["iou_0.5_advised"])
     assert fit.coverage(0.5) > 0.2

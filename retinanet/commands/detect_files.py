@@ -15,7 +15,6 @@ import torch
 
 from retinanet import detection, inference, process
 from retinanet.commands import flags
-from retinanet.commands.save_csv import check_csv, write_csv
 from retinanet.data.files import find_images
 from retinanet.data.images import open_image, read_image
 from retinanet.data.report import counted
@@ -25,6 +24,8 @@ from retinanet.errors import UserError, output_file
 from retinanet.model import RetinaNet
 from retinanet.postprocess import Detections
 from retinanet.process import log, progress
+from retinanet.results import check_csv, write_csv
+from retinanet.training.files import make_out_dir
 from retinanet.visual.drawing import draw_boxes, legible_zoom, save_image
 from retinanet.visual.text import readable_names
 
@@ -95,7 +96,7 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
     Raises:
         UserError: at the end, if some could not be read; the message lists them.
     """
-    files, folder = find_images(args.images), flags.make_out_dir(args.out_dir)
+    files, folder = find_images(args.images), make_out_dir(args.out_dir)
     tiling, table = inference.choose_tiling(info, flags.given_tiles(args)), []
     if args.save_csv:
         check_csv(args.save_csv)

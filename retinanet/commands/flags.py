@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torchvision.transforms import Compose
 
-from retinanet.anchors import Anchors
 from retinanet.data.checks import leave_out_bad_images
 from retinanet.data.classes import placeholder_names
 from retinanet.data.coco import CocoDataset
@@ -20,11 +18,10 @@ from retinanet.data.images import PIXEL_LIMIT
 from retinanet.data.pixels import checked_range
 from retinanet.data.report import Report
 from retinanet.data.tables import read_table
-from retinanet.data.tiles import BACKGROUND, OVERLAP, RandomTile
-from retinanet.data.transforms import FLIPS, Augmenter, ColourJitter, LargeScaleJitter, RandomCrop, Resizer
+from retinanet.data.tiles import BACKGROUND, OVERLAP
+from retinanet.data.transforms import FLIPS
 from retinanet.data.voc import VOCDataset
 from retinanet.data.yolo import YoloDataset
-from retinanet.errors import UserError, shown
 from retinanet.process import PRECISIONS
 from retinanet.training import settings
 from retinanet.training.checkpoint import LIMITS
@@ -160,14 +157,6 @@ def add_anchor_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, type=positive_float, nargs="+", help=text)
 
 
-def anchors_from_arguments(args: argparse.Namespace) -> Anchors:
-    """The anchors that the flags describe, a UserError if they contradict each other; by default the paper's."""
-    try:
-        return Anchors(sizes=args.anchor_sizes, ratios=args.anchor_ratios, scales=args.anchor_scales)
-    except ValueError as error:
-        raise UserError(f"--anchor_sizes, --anchor_scales, --anchor_ratios: {error}") from error
-
-
 def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that augment the training images."""
     group = parser.add_argument_group("augmentation")
@@ -201,18 +190,6 @@ def add_tile_arguments(parser: argparse.ArgumentParser, training: bool, of_model
 def given_tiles(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of tiles to detect in that are given."""
     return {name: getattr(args, name) for name in ("tile", "tile_overlap") if getattr(args, name) is not None}
-
-
-def training_transform(args: argparse.Namespace) -> Callable[[dict], dict]:
-    """The transforms of a training sample."""
-    steps = [RandomCrop(args.random_crop)] if args.random_crop is not None else []
-    steps += [ColourJitter(args.colour_jitter)] if args.colour_jitter is not None else []
-    steps = [RandomTile(args.tile, args.tile_background), *steps] if args.tile else steps
-    sides = (args.tile, args.tile) if args.tile else (args.min_side, args.max_side)
-    resizer = Resizer(args.jitter, args.max_side) if args.jitter else Resizer(*sides, enlarge=not args.tile)
-    if args.scale_jitter:
-        resizer = LargeScaleJitter(*args.scale_jitter, *sides)
-    return Compose([*steps, Augmenter(args.flip, args.rotate90), resizer])
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -302,13 +279,3 @@ def make_dataset(
     if dataset is not None and args.skip_bad:
         leave_out_bad_images(dataset, args.workers)
     return dataset
-
-
-def make_out_dir(path: str) -> Path:
-    """Create the folder for a command's files; a UserError if it cannot be created."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # a name with a zero byte
-        raise UserError(f"--out_dir {shown(path)[1:-1]}: {getattr(error, 'strerror', error)}") from error
-    return folder

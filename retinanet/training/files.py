@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from retinanet.errors import UserError, output_file
+from retinanet.errors import UserError, output_file, shown
 
 try:
     import fcntl
@@ -70,3 +70,13 @@ def lock_folder(folder: Path) -> IO[str]:
     for left in folder.glob("*.*-*.tmp"):  # by a program that was killed
         left.unlink(missing_ok=True)
     return file
+
+
+def make_out_dir(path: str) -> Path:
+    """Create the folder for a command's files; a UserError if it cannot be created."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # a name with a zero byte
+        raise UserError(f"--out_dir {shown(path)[1:-1]}: {getattr(error, 'strerror', error)}") from error
+    return folder

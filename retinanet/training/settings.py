@@ -1,7 +1,7 @@
 """The settings of a training run, for train.py and `retinanet.train`, and what they come to."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
 from pathlib import Path
@@ -9,9 +9,11 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import torch
+from torchvision.transforms import Compose
 
-from retinanet.data.tiles import BACKGROUND, MAX_OVERLAP, OVERLAP, SIDES, Tiling
-from retinanet.data.transforms import FLIPS
+from retinanet.anchors import Anchors
+from retinanet.data.tiles import BACKGROUND, MAX_OVERLAP, OVERLAP, SIDES, RandomTile, Tiling
+from retinanet.data.transforms import FLIPS, Augmenter, ColourJitter, LargeScaleJitter, RandomCrop, Resizer
 from retinanet.errors import UserError, shown, suggestion
 from retinanet.model import ARCHITECTURES
 from retinanet.process import PRECISIONS, choose_precision, get_world_size
@@ -271,3 +273,25 @@ def _as_flag(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
         near = suggestion(str(value), map(str, choices))
         raise ValueError(f"must be one of {', '.join(map(str, choices))}, not {shown(value)}{near}")
     return kind(value)
+
+
+def anchors_from_settings(settings: Any) -> Anchors:
+    """The anchors that settings or flags describe, by default the paper's; a UserError if these contradict."""
+    try:
+        return Anchors(sizes=settings.anchor_sizes, ratios=settings.anchor_ratios, scales=settings.anchor_scales)
+    except ValueError as error:
+        raise UserError(f"--anchor_sizes, --anchor_scales, --anchor_ratios: {error}") from error
+
+
+def training_transform(settings: Any) -> Callable[[dict], dict]:
+    """The transforms of a training sample, from settings or flags."""
+    steps = [RandomCrop(settings.random_crop)] if settings.random_crop is not None else []
+    steps += [ColourJitter(settings.colour_jitter)] if settings.colour_jitter is not None else []
+    steps = [RandomTile(settings.tile, settings.tile_background), *steps] if settings.tile else steps
+    sides = (settings.tile, settings.tile) if settings.tile else (settings.min_side, settings.max_side)
+    resizer = (
+        Resizer(settings.jitter, settings.max_side) if settings.jitter else Resizer(*sides, enlarge=not settings.tile)
+    )
+    if settings.scale_jitter:
+        resizer = LargeScaleJitter(*settings.scale_jitter, *sides)
+    return Compose([*steps, Augmenter(settings.flip, settings.rotate90), resizer])

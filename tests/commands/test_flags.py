@@ -12,6 +12,8 @@ from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset
 from retinanet.errors import UserError
 from retinanet.training.checkpoint import LIMITS
+from retinanet.training.files import make_out_dir
+from retinanet.training.settings import anchors_from_settings, training_transform
 
 ARABIC = "\N{ARABIC-INDIC DIGIT FIVE}"
 
@@ -192,10 +194,10 @@ def test_none_means_no_validation_set(tmp_path):
 def test_anchor_flags_give_anchors():
     parser = flags.make_parser("test")
     flags.add_anchor_arguments(parser)
-    assert flags.anchors_from_arguments(parser.parse_args([])).num_anchors == 9
-    assert flags.anchors_from_arguments(parser.parse_args(["--anchor_ratios", "0.5", "2"])).num_anchors == 6
+    assert anchors_from_settings(parser.parse_args([])).num_anchors == 9
+    assert anchors_from_settings(parser.parse_args(["--anchor_ratios", "0.5", "2"])).num_anchors == 6
     with pytest.raises(UserError, match="--anchor_sizes"):
-        flags.anchors_from_arguments(parser.parse_args(["--anchor_sizes", "32"]))
+        anchors_from_settings(parser.parse_args(["--anchor_sizes", "32"]))
 
 
 def test_training_transform_is_made_of_the_flags():
@@ -204,13 +206,13 @@ def test_training_transform_is_made_of_the_flags():
     flags.add_tile_arguments(parser, training=True)
     parser.set_defaults(min_side=64, max_side=96)
     sample = {"img": gradient(100, 120), "annot": np.array([[10, 10, 60, 60, 0]], dtype=np.float32), "index": 0}
-    plain = flags.training_transform(parser.parse_args([]))(sample)
+    plain = training_transform(parser.parse_args([]))(sample)
     assert plain["size"] == (64, 77)
     every = ["--jitter", "32", "48", "--random_crop", "0.9", "--colour_jitter", "0.4"]
-    assert 32 <= min(flags.training_transform(parser.parse_args(every))(sample)["size"]) <= 48
+    assert 32 <= min(training_transform(parser.parse_args(every))(sample)["size"]) <= 48
     args = parser.parse_args(["--flip", "both", "--rotate90", "--scale_jitter", "0.5", "1.5"])
-    assert {flags.training_transform(args)(sample)["img"].shape for _ in range(5)} == {(96, 96, 3)}
-    *_, augmenter, jitter = flags.training_transform(args).transforms
+    assert {training_transform(args)(sample)["img"].shape for _ in range(5)} == {(96, 96, 3)}
+    *_, augmenter, jitter = training_transform(args).transforms
     assert len(augmenter.flips) == 2 and augmenter.rotate90 and (jitter.low, jitter.high) == (0.5, 1.5)
 
 
@@ -235,7 +237,7 @@ def test_the_seed_changes_only_the_training_shapes():
 
 def test_out_dir_is_created_with_its_parents_and_may_exist(tmp_path):
     for _ in range(2):
-        folder = flags.make_out_dir(str(tmp_path / "runs" / "one"))
+        folder = make_out_dir(str(tmp_path / "runs" / "one"))
     assert folder == tmp_path / "runs" / "one" and folder.is_dir()
 
 
@@ -243,6 +245,6 @@ def test_an_out_dir_that_is_a_file_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=f"--out_dir {path}: "):
-            flags.make_out_dir(str(path))
+            make_out_dir(str(path))
     with pytest.raises(UserError, match="null"):
-        flags.make_out_dir("a\0b")
+        make_out_dir("a\0b")
