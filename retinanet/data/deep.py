@@ -32,7 +32,7 @@ def deep_pixels(image: Image.Image, file: BinaryIO) -> tuple[Deferred, PixelRang
         pixels = Deferred(
             (*size, 1), kind, lambda: _two_bytes(*np.split(_read_as(image, file, "RGBA")[:, :, :2], 2, 2))
         )
-    elif COLOURS.fullmatch(mode):
+    elif COLOURS.fullmatch(str(mode)):  # an integer in GIF
         low = mode[:-1] + OTHER_ORDER[mode[-1]]
         pixels = Deferred((*size, 3), kind, lambda: _two_bytes(*(_read_as(image, file, one) for one in (mode, low))))
     else:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from retinanet.data.deep import deep_pixels
 from retinanet.data.files import evenly, reading
-from retinanet.data.pixels import PixelRanges, RawImage, Sample, is_hidden, pooled_range, range_of
+from retinanet.data.pixels import PixelRanges, RawImage, is_hidden, pooled_range, range_of
 from retinanet.data.report import FileError
 from retinanet.data.tiff import TIFF_STARTS, has_more_pages, open_tiff
 from retinanet.errors import shown
@@ -77,18 +77,21 @@ def _open(path: str | Path, pixel_limit: float | None) -> Iterator[Image.Image |
             raise OSError("it is not a file" if os.path.exists(path) else "the file does not exist")  # noqa: PTH110
         with open(path, "rb") as file:
             image = _identify(file, path)
-            raw = _open_raw(image, file, path)
-            height, width = raw.shape[:2] if raw else image.size[::-1]
+            image = _open_raw(image, file, path) or image
+            height, width = image.shape[:2] if isinstance(image, RawImage) else image.size[::-1]
             pixels = width * height
             if pixel_limit and pixels > pixel_limit * 1e6:
                 message = f"has {width} x {height} pixels, more than the limit of {pixel_limit:g} million"
                 raise FileError(str(path), f"{message}; --pixel_limit {-(-pixels // 10**6)} allows it")
-            with _allowed_by_pillow(pixels) if pixel_limit else contextlib.nullcontext():
-                yield raw or image
+            with _allowed_by_pillow(pixels) if pixel_limit and pixels > PILLOW_LIMIT else contextlib.nullcontext():
+                yield image
 
 
 def _identify(file: BinaryIO, path: str | Path) -> Image.Image | None:
-    """The image as Pillow recognises it; other than Image.open, of any size, because this decodes nothing."""
+    """The image as Pillow recognises it, None for a TIFF file that it cannot read.
+
+    Image.open would also refuse what is above its own limit of pixels, though nothing is decoded yet.
+    """
     Image.init()  # only once
     start = file.read(16)
     for name in FORMATS:
@@ -104,10 +107,7 @@ def _identify(file: BinaryIO, path: str | Path) -> Image.Image | None:
 
 @contextlib.contextmanager
 def _allowed_by_pillow(pixels: int) -> Iterator[None]:
-    """Lift Pillow's own limit for an image that ours allows."""
-    if pixels <= PILLOW_LIMIT:
-        yield
-        return
+    """Lift Pillow's own limit, which it also applies when it decodes TIFF files."""
     with PILLOW_LOCK:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels
         try:
@@ -122,7 +122,7 @@ def _open_raw(image: Image.Image | None, file: BinaryIO, path: str | Path) -> Ra
         return (found := deep_pixels(image, file)) and RawImage(*found, orientation=_orientation(image))
     if image is not None and max(image.tag_v2.get(BITS, (1,))) <= 8 and max(image.tag_v2.get(NUMBER_KIND, (1,))) == 1:
         raw = open_tiff(path, None) if image.width * image.height > LARGE else None
-        return raw if raw and raw.by_parts and raw.orientation == 1 else None
+        return raw if raw and raw.by_parts else None
     raw = open_tiff(path, image and (deep_pixels(image, file) or (None,))[0])
     if raw is None and image is None:
         raise ValueError("its colours are neither RGB nor grey")
@@ -137,7 +137,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def read_image(path: str | Path, pixel_range: PixelRanges = None, pixel_limit: float = PIXEL_LIMIT) -> np.ndarray:
-    """Read an image of any common kind as RGB, turned upright as its EXIF orientation says.
+    """Read an image of any common kind as RGB, [H, W, 3] uint8, turned upright as its EXIF orientation says.
 
     Grey, palette and CMYK images are converted; of those with alpha or more bands, the first three are taken.
 
@@ -147,49 +147,46 @@ def read_image(path: str | Path, pixel_range: PixelRanges = None, pixel_limit: f
             default: this image's own range, see `pixels`.
         pixel_limit: millions of pixels that the image may have.
 
-    Returns:
-        [H, W, 3] uint8.
-
     Raises:
         FileError: the file is missing, truncated, larger than the limit, or not an image.
     """
     with _open(path, pixel_limit) as image:
         if isinstance(image, RawImage):
-            return _turn(image.decode(pixel_range), image.orientation)
-        orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns TIFF files by itself
-        if image.format in ("JPEG", "MPO") and orientation == 1 and JPEG_DECODERS:
-            image.fp.seek(0)
-            data = bytearray(image.fp.read())
-            if data.endswith(b"\xff\xd9"):  # whole; decoders make up what is missing
-                if "exif" in image.info:  # hidden: TorchCodec turns images by it, even where it is invalid
-                    start = data.index(b"Exif\0\0")
-                    data[start : start + 8] = bytes(8)
-                pixels = next(iter(JPEG_DECODERS.values()))(torch.frombuffer(data, dtype=torch.uint8))
-                return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
-        image.load()
-        return _turn(to_rgb(image), orientation)
+            pixels, orientation = image.decode(pixel_range), image.orientation
+        else:
+            orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns TIFF files by itself
+            pixels = _decode_jpeg(image) if image.format in ("JPEG", "MPO") and orientation == 1 else None
+            if pixels is None:
+                image.load()
+                pixels = to_rgb(image)
+        turn = TURNS.get(orientation)
+        return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
 
 
-def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """[H, W, 3] as a file stores it -> upright."""
-    turn = TURNS.get(orientation)
-    return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
+def _decode_jpeg(image: Image.Image) -> np.ndarray | None:
+    """[H, W, 3] by the best of JPEG_DECODERS; None without one, or if the file is cut off, which they do not notice."""
+    image.fp.seek(0)
+    data = bytearray(image.fp.read())
+    if not JPEG_DECODERS or not data.endswith(b"\xff\xd9"):
+        return None
+    if "exif" in image.info:  # hidden: TorchCodec turns images by it, even where it is invalid
+        start = data.index(b"Exif\0\0")
+        data[start : start + 8] = bytes(8)
+    pixels = next(iter(JPEG_DECODERS.values()))(torch.frombuffer(data, dtype=torch.uint8))
+    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
 
 
 def open_image(
     path: str | Path, pixel_range: PixelRanges = None, pixel_limit: float = PIXEL_LIMIT
 ) -> np.ndarray | RawImage:
-    """Open an image of which parts are wanted.
+    """Open an image of which parts are wanted; arguments and errors are those of `read_image`.
 
-    Arguments and errors are those of `read_image`; a part may be found damaged only when it is read.
-
-    Returns:
-        What `read_image` gives; or, of TIFF files of more than LARGE pixels whose compression allows it, an object
-        with `shape` [H, W, 3] that gives the same when sliced by rows and columns, and decodes no more than that.
+    Returns what that gives; or, of TIFF files of more than LARGE pixels whose compression allows it, an object with
+    `shape` [H, W, 3] that gives the same when sliced by rows and columns, and decodes no more than that. Only then is
+    a part found damaged.
     """
     with _open(path, pixel_limit) as image:
-        is_raw = isinstance(image, RawImage)
-        if is_raw and image.by_parts and image.orientation == 1 and image.shape[0] * image.shape[1] > LARGE:
+        if isinstance(image, RawImage) and image.by_parts and image.shape[0] * image.shape[1] > LARGE:
             image.ranges = pixel_range
             return image
     return read_image(path, pixel_range, pixel_limit)
@@ -200,12 +197,10 @@ def to_rgb(image: Image.Image, pixel_range: PixelRanges = None) -> np.ndarray:
     if image.mode == "F" or image.mode[:1] == "I":
         values = np.asarray(image)
         return RawImage(values.astype(values.dtype.newbyteorder("="))).decode(pixel_range)
-    rows = max(1, LARGE // image.width)
-    if image.height <= rows:
-        return np.array(image.convert("RGB"))
-    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    pixels, rows = np.empty((image.height, image.width, 3), dtype=np.uint8), max(1, LARGE // image.width)
     for top in range(0, image.height, rows):  # in parts, because Pillow copies what it converts
-        pixels[top : top + rows] = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGB")
+        part = image.crop((0, top, image.width, min(top + rows, image.height))) if rows < image.height else image
+        pixels[top : top + rows] = part.convert("RGB")
     return pixels
 
 
@@ -253,7 +248,7 @@ def choose_pixel_range(
             log.info("some images have %s (%s%s)", text, shown(str(found[0])), ", ..." * (len(found) > 1))
     chosen = {}
     for name, paths in sorted(deep.items()):
-        samples: dict[str, Sample] = {}
+        samples = {}
         for path in evenly(paths, SAMPLED):
             with contextlib.suppress(FileError), _open(path, pixel_limit) as image:
                 samples[path] = image.sample()
@@ -264,10 +259,8 @@ def choose_pixel_range(
         if known is None:
             log.info("pixels of %s: %g becomes black, %g white (--pixel_range)", name, low, high)
         if hidden := [path for path, sample in samples.items() if is_hidden(sample, (low, high))]:
-            text = "warning: %d of %d images of %s are nearly black or white in this range, the first is %s: "
-            text += (
-                "are they of another kind than the others? Another --pixel_range, or one scale for all files, may help"
-            )
+            text = "warning: %d of %d images of %s are nearly black or white in this range, the first is %s: are they "
+            text += "of another kind than the others? Another --pixel_range, or one scale for all files, may help"
             log.warning(text, len(hidden), len(samples), name, shown(str(hidden[0])))
     return given if isinstance(given, tuple) else {**chosen, **(given or {})} or None
 

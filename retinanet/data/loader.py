@@ -51,11 +51,11 @@ def read_sample(dataset: Dataset, seed: int, epoch: int, number: int) -> dict[st
         return dataset[number % len(dataset)]
 
 
-class _KeySampler(Sampler[list[tuple[int, int]]]):
+@dataclass
+class _KeySampler:
     """The batches of an AspectRatioBasedSampler, each number with its epoch, for `_Reader`."""
 
-    def __init__(self, sampler: AspectRatioBasedSampler):
-        self.sampler = sampler
+    sampler: AspectRatioBasedSampler
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -75,14 +75,11 @@ class _Reader(Dataset):
         # What each worker reads: its process id, and an index or -1. The main process sees it after a worker's death.
         self.reading = torch.full((max(1, workers), 2), -1).share_memory_()
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any] | UserError:
         epoch, number = key if isinstance(key, tuple) else (None, key)
         worker = get_worker_info()
         state = self.reading[worker.id if worker else 0]
-        state[:] = torch.tensor([os.getpid(), number % len(self)])
+        state[:] = torch.tensor([os.getpid(), number % len(self.dataset)])
         try:
             return self.dataset[number] if epoch is None else read_sample(self.dataset, self.seed, epoch, number)
         except UserError as error:
@@ -175,14 +172,15 @@ def make_loader(
 ) -> "_Loader | _TiledLoader":
     """A loader of batches: for training those of `batch_sampler`, else all samples, or `indices` in order.
 
-    All samples are sorted by shape, so that the images of a batch need little padding. Without a `batch_sampler`,
-    each process of a torchrun job gets its share of the batches; `detection.detect` gathers the detections.
+    With an AspectRatioBasedSampler, augmentations follow from its seed, the epoch and the image alone. Without a
+    sampler, all samples are sorted by shape, so that the images of a batch need little padding, and each process of a
+    torchrun job gets its share of the batches; `detection.detect` gathers the detections.
 
     Args:
         dataset: gives samples.
-        batch_size: images a batch; like `indices` for loaders without a `batch_sampler`.
+        batch_size: images a batch; like `indices` and `tiling` for loaders without a `batch_sampler`.
         workers: processes that read images; 0 reads them in this one.
-        batch_sampler: of an AspectRatioBasedSampler, augmentations follow from its seed, the epoch and the image alone.
+        batch_sampler: gives the indices of each batch.
         indices: which samples; default: all.
         device: where the batches will go; CUDA takes them from pinned memory.
         tiling: images that are larger than its tiles come after all others, as batches of their tiles.
@@ -197,16 +195,14 @@ def make_loader(
         chosen = range(len(dataset)) if indices is None else indices
         if indices is None and batch_size > 1:
             chosen = sorted(chosen, key=dataset.image_aspect_ratio)
-        if tiling:
-            sizes = dataset.image_sizes
-            large = [index for index in chosen if not tiling.fits(*sizes[index])]
-            if large:
-                if not isinstance(dataset.transform, Resizer | None):
-                    name = transform_name(dataset.transform)
-                    raise UserError(f"tiles do not pass the data set's transform, {name}: leave out one of them")
-                small = [index for index in chosen if tiling.fits(*sizes[index])]
-                whole = make_loader(dataset, batch_size, workers if small else 0, indices=small, device=device)
-                return _TiledLoader(whole, dataset, large[get_rank() :: get_world_size()], tiling, batch_size)
+        sizes = dataset.image_sizes if tiling else ()
+        if large := [index for index in chosen if tiling and not tiling.fits(*sizes[index])]:
+            if not isinstance(dataset.transform, Resizer | None):
+                name = transform_name(dataset.transform)
+                raise UserError(f"tiles do not pass the data set's transform, {name}: leave out one of them")
+            small = [index for index in chosen if tiling.fits(*sizes[index])]
+            whole = make_loader(dataset, batch_size, workers if small else 0, indices=small, device=device)
+            return _TiledLoader(whole, dataset, large[get_rank() :: get_world_size()], tiling, batch_size)
         batch_sampler = [list(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
         batch_sampler = batch_sampler[get_rank() :: get_world_size()]
     return _Loader(

@@ -26,7 +26,7 @@ REDUCED, MASK = 1, 4  # kinds of pages
 
 
 class Segments:
-    """[H, W, C] of a TIFF file, at most three of its bands: a slice decodes the strips or tiles that it touches."""
+    """[H, W, C] of a TIFF file: a slice decodes the strips or tiles that it touches, and has three bands at most."""
 
     def __init__(self, path: str | Path, page: "TiffPage"):
         self.path, self.page, self.dtype = path, page, page.dtype
@@ -41,9 +41,8 @@ class Segments:
         self._segment = functools.lru_cache(max(1, kept))(self._decode)
 
     def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
-        (top, bottom, _), (left, right, _) = (
-            part.indices(length) for part, length in zip(window, self.shape, strict=False)
-        )
+        top, bottom, _ = window[0].indices(self.shape[0])
+        left, right, _ = window[1].indices(self.shape[1])
         height, width = self.side
 
         def row(plane: int, y: int) -> np.ndarray:
@@ -66,8 +65,7 @@ class Segments:
             data = file.read(page.databytecounts[index])
             if len(data) < page.databytecounts[index]:
                 raise ValueError("image file is truncated")
-            values, _, shape = page.decode(data or None, index, jpegtables=page.jpegtables)
-        # Strips and tiles without data hold nothing.
+            values, _, shape = page.decode(data or None, index, jpegtables=page.jpegtables)  # None: a hole
         return np.full(shape[1:], page.nodata, self.dtype) if values is None else values[0]
 
 
@@ -91,9 +89,8 @@ def _first_page(path: str | Path) -> "Iterator[TiffPage]":
             raise ValueError("it holds no image")
         page = file.pages.first
         if page.dtype is None or page.dtype.kind not in "buif" or not math.prod(page.shaped) or page.shaped[1] != 1:
-            raise ValueError(
-                f"it has the shape {page.shape} and {page.bitspersample} bits a number of kind {page.dtype}"
-            )
+            kind = f"{page.bitspersample} bits a number of kind {page.dtype}"
+            raise ValueError(f"it has the shape {page.shape} and {kind}")
         yield page
 
 
@@ -118,22 +115,21 @@ def open_tiff(path: str | Path, by_pillow: Deferred | None) -> RawImage | None:
         if page.photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB):
             return None
         orientation, whole_bytes = page.tags.valueof(ORIENTATION, 1), page.bitspersample == 8 * page.dtype.itemsize
+        orientation = orientation if orientation in range(1, 9) else 1
         known = page.compression == 1 or page.compression in TIFF.DECOMPRESSORS
         known &= whole_bytes and (page.predictor == 1 or page.predictor in TIFF.UNPREDICTORS)
         if by_pillow is not None and not known:
             values, orientation = by_pillow, 1
         elif page.is_final and whole_bytes:
-            planes, _, *size = page.shaped
+            planes, _, height, width, samples = page.shaped  # planes or samples: 1
             if page.dataoffsets[0] + page.nbytes > page.parent.filehandle.size:
                 raise ValueError("image file is truncated")
             stored = page.dtype.newbyteorder(page.parent.byteorder)
-            values = np.memmap(path, stored, "r", page.dataoffsets[0], (planes, *size))
-            values = (
-                np.moveaxis(values, 0, 2).reshape(*size[:2], -1) if planes == 1 else np.moveaxis(values[..., 0], 0, 2)
-            )
+            values = np.memmap(path, stored, "r", page.dataoffsets[0], (planes, height, width, samples))
+            values = np.moveaxis(values, 0, 2).reshape(height, width, -1)
         else:
             values = Segments(path, page)
-        by_parts = known and ASSOCIATED_ALPHA not in page.extrasamples
+        by_parts = known and ASSOCIATED_ALPHA not in page.extrasamples and orientation == 1
         return RawImage(values, *_declarations(page), page.photometric == WHITE_IS_ZERO, orientation, by_parts)
 
 

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import Ratios, gradient, truncate, write_csv_data
+from helpers import Ratios, detections, gradient, truncate, write_csv_data
 from torchvision.transforms import Compose
 
 from retinanet.data import loader as loaders
@@ -21,7 +21,6 @@ from retinanet.data.tiles import Tiling
 from retinanet.data.transforms import Augmenter, Normalizer, RandomCrop, Resizer, pad_value
 from retinanet.detection import detect
 from retinanet.errors import UserError
-from retinanet.model import resnet18
 
 
 def sample_of(height, width, num_boxes, **others):
@@ -63,11 +62,17 @@ def test_entries_that_only_some_samples_have_are_left_out():
     assert collater([sample_of(4, 4, 0, index=1), sample_of(4, 4, 0, index=2, flipped=True)])["index"] == [1, 2]
 
 
+class Blind(torch.nn.Module):
+    """A detector that finds nothing."""
+
+    def detect(self, images, image_sizes):
+        assert image_sizes == [tuple(image.shape[1:]) for image in images]
+        return [detections()] * len(images)
+
+
 def test_a_data_set_without_a_resizer_can_be_detected_in_unless_its_images_change_their_size(tmp_path):
-    device = torch.device("cpu")
+    device, net = torch.device("cpu"), Blind()
     plain = CSVDataset(*write_csv_data(tmp_path), transform=lambda sample: sample)
-    with torch.random.fork_rng():
-        net = resnet18(num_classes=3)
     assert sorted(detect(net, make_loader(plain, 1), device)) == [0, 1]
     plain.transform = lambda sample: {**sample, "img": sample["img"][::2, ::2], "annot": sample["annot"][:0]}
     with pytest.raises(UserError, match="need scale and size: end it with Resizer"):
@@ -189,10 +194,10 @@ def worker(data, monkeypatch):
     return batches, process
 
 
-@pytest.mark.parametrize("name", ["TERM", "INT", "USR1"])
-def test_a_signal_to_the_whole_job_does_not_end_a_worker(worker, name):
+def test_a_signal_to_the_whole_job_does_not_end_a_worker(worker):
     batches, process = worker
-    subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)
+    for name in ("TERM", "INT", "USR1"):
+        subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)
     process.join(timeout=0.3)
     assert process.is_alive() and next(batches)["index"] == [1]
 
@@ -215,15 +220,12 @@ def test_a_loader_that_gives_nothing_says_what_it_reads(data, monkeypatch):
         next(iter(loader))
 
 
-def test_a_worker_that_is_asked_to_end_ends(data):
+def test_a_worker_that_is_asked_to_end_ends(worker):
     """One that did not would keep the whole program from ending."""
-    others = multiprocessing.active_children()
-    batches = iter(make_loader(data, 1, workers=1))
-    next(batches)
-    (worker,) = set(multiprocessing.active_children()) - set(others)
-    worker.terminate()
-    worker.join(timeout=10)
-    assert not worker.is_alive()
+    _, process = worker
+    process.terminate()
+    process.join(timeout=10)
+    assert not process.is_alive()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

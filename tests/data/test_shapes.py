@@ -44,8 +44,9 @@ def test_the_share_of_ink_in_a_box_is_that_of_its_class():
     shares = {0: [], 1: [], 2: []}
     for seed in range(30):
         image, rows = draw_shapes(160, seed)
+        inked = ink(image)
         for x1, y1, x2, y2, label in rows.astype(int):
-            shares[label].append(ink(image)[y1:y2, x1:x2].mean())
+            shares[label].append(inked[y1:y2, x1:x2].mean())
     assert min(len(share) for share in shares.values()) >= 5  # all three classes occur
     assert set(shares[1]) == {1}  # rectangle
     assert np.median(shares[0]) == pytest.approx(np.pi / 4, abs=0.03)  # circle
