@@ -19,7 +19,7 @@ from retinanet.data.files import find_images
 from retinanet.data.images import open_image, read_image
 from retinanet.data.report import counted
 from retinanet.data.tiles import overview
-from retinanet.data.video import Frame, Video, VideoWriter, is_video
+from retinanet.data.video import Frame, Video, is_video, video_writer
 from retinanet.errors import UserError, output_file
 from retinanet.model import RetinaNet
 from retinanet.postprocess import Detections
@@ -125,12 +125,12 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
     with detections_json(folder / "detections.json", head, failures) as add_entry:
         for (path, target, video), frames in itertools.groupby(results, key=lambda result: result[:3]):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with VideoWriter(target, video) if video else contextlib.nullcontext() as writer:
+            with video_writer(target, video) if video else contextlib.nullcontext() as write:
                 for *_, frame, detections in frames:
                     image, scale = overview(frame.image, DRAWN_SIDE)
                     picture = draw_frame(image, detections._replace(boxes=detections.boxes * scale), names, bool(video))
                     if video:
-                        writer.write(picture, frame.seconds)
+                        write(picture, frame.seconds)
                     else:
                         save_image(picture, target)
                     source = {"file": str(path), "picture": str(target)}

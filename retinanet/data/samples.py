@@ -68,6 +68,17 @@ def clip_to_image(annotations: np.ndarray, height: int, width: int) -> np.ndarra
     return annotations[(boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)]
 
 
+def crop_boxes(annotations: np.ndarray, start: np.ndarray, size: np.ndarray, min_share: float = 0) -> np.ndarray:
+    """The boxes [G, 5] of the part of an image from `start` (x, y) of `size` (width, height), clipped to it.
+
+    Those of which less than `min_share` of the area is left are dropped.
+    """
+    part = annotations.copy()
+    part[:, :4] = (part[:, :4] - np.tile(start, 2)).clip(0, np.tile(size, 2))
+    before, after = ((boxes[:, 2:4] - boxes[:, :2]).prod(axis=1) for boxes in (annotations, part))
+    return part[after >= min_share * before]
+
+
 def transform_name(transform: Callable[[dict], dict]) -> str:
     """The name of a transform, for messages; of a Compose, those of its steps.
 

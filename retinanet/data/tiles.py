@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retinanet.boxes import box_area, box_intersection, box_iou
-from retinanet.data.report import MIN_SIDE
-from retinanet.data.transforms import SIZE_DIVISOR, pad_images
+from retinanet.data.samples import clip_to_image, crop_boxes
+from retinanet.data.transforms import pad_images, padded_side
 from retinanet.errors import UserError, shown
 
 SIDES = (16, 16_384)  # pixels that a tile may have
@@ -87,10 +87,11 @@ class Tiling:
         for group in np.split(tiles, range(batch_size, len(tiles), batch_size)):
             parts = [torch.from_numpy(image[y1:y2, x1:x2]).permute(2, 0, 1) for x1, y1, x2, y2 in group.tolist()]
             size = tuple(parts[0].shape[1:])
-            images = pad_images(parts, *(-(-length // SIZE_DIVISOR) * SIZE_DIVISOR for length in size))
+            images = pad_images(parts, *map(padded_side, size))
             yield {"img": images, "size": [size] * len(group), "scale": [1.0] * len(group), "tile": group}
 
 
+@dataclass
 class RandomTile:
     """Cuts a random tile for training: one that holds a box, or, now and then, background.
 
@@ -102,36 +103,28 @@ class RandomTile:
         background: share of the tiles that are drawn anywhere, until one holds no box, at most TRIES times.
     """
 
-    def __init__(self, side: int, background: float = BACKGROUND):
-        self.side = side
-        self.background = background
+    side: int
+    background: float = BACKGROUND
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Change `img` [H, W, 3] and `annot` [G, 5]."""
         image, annotations = sample["img"], np.array(sample["annot"])
-        size = np.array(image.shape[1::-1])  # width, height
-        room = np.maximum(0, size - self.side)
+        whole = np.array(image.shape[1::-1])  # width, height
+        size = np.minimum(self.side, whole)
         if len(annotations) and np.random.rand() >= self.background:
             box = annotations[np.random.randint(len(annotations)), :4]
             # Between these starts the tile holds the box; if that is larger, the box holds the tile.
-            ends = np.sort([np.ceil(box[2:] - self.side), np.floor(box[:2])], axis=0).clip(0, room).astype(int)
-            start = np.random.randint(ends[0], ends[1] + 1)
-            kept = self._part(annotations, start, size)
+            starts = np.sort([np.ceil(box[2:] - self.side), np.floor(box[:2])], axis=0)
+            (first, last), tries = starts.clip(0, whole - size).astype(int), 1
         else:
-            for _ in range(TRIES):
-                start = np.random.randint(0, room + 1)
-                kept = self._part(annotations, start, size)
-                if not len(kept):
-                    break
-        (x, y), (right, bottom) = start, np.minimum(start + self.side, size)
+            first, last, tries = 0, whole - size, TRIES
+        for _ in range(tries):
+            start = np.random.randint(first, last + 1)
+            kept = clip_to_image(crop_boxes(annotations, start, size, KEPT_SHARE), *size[::-1])  # drops slivers
+            if not len(kept):
+                break
+        (x, y), (right, bottom) = start, start + size
         return {**sample, "img": np.ascontiguousarray(image[y:bottom, x:right]), "annot": kept}
-
-    def _part(self, annotations: np.ndarray, start: np.ndarray, size: np.ndarray) -> np.ndarray:
-        """The annotations of a tile, in its pixels."""
-        moved, limit = annotations.copy(), np.minimum(self.side, size)
-        moved[:, :4] = (moved[:, :4] - np.tile(start, 2)).clip(0, np.tile(limit, 2))
-        before, after = (boxes[:, 2:4] - boxes[:, :2] for boxes in (annotations, moved))
-        return moved[(after.prod(axis=1) >= KEPT_SHARE * before.prod(axis=1)) & (after >= MIN_SIDE).all(axis=1)]
 
 
 def merge_cut_boxes(

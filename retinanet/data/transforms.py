@@ -5,6 +5,7 @@ global generator, which `loader.read_sample` seeds. Images are [H, W, 3]; torchv
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image
 
-from retinanet.data.samples import SampleError, clip_to_image, sample_parts
+from retinanet.data.samples import SampleError, clip_to_image, crop_boxes, sample_parts
 
 # ImageNet's mean and standard deviation of RGB, for pixels from 0 to 1.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 
+CROP_TRIES = 10  # draws of RandomCrop
+MIN_REST = 0.1  # of a box's area, which LargeScaleJitter keeps
 SIZE_DIVISOR = 32  # the stride of C5: padded to it, every level of the pyramid doubles the next one exactly
 
 
@@ -56,38 +59,26 @@ def pad_images(images: Sequence[Tensor], height: int, width: int) -> Tensor:
     return batch.view(len(images), height, width, 3).permute(0, 3, 1, 2)
 
 
-def _to_tv(sample: dict[str, Any]) -> tuple[Tensor, BoundingBoxes, Tensor]:
-    """A view of a sample's image [3, H, W], copies of its boxes [G, 4] and labels [G], as torchvision takes them."""
-    image, annotations = sample_parts(sample)
-    image = torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1)
-    annotations = torch.from_numpy(annotations.copy())
-    boxes = BoundingBoxes(annotations[:, :4], format=BoundingBoxFormat.XYXY, canvas_size=image.shape[1:])
-    return image, boxes, annotations[:, 4]
-
-
-def _from_tv(sample: dict[str, Any], image: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Any]:
-    """The sample with what torchvision made of the three."""
-    annotations = torch.cat([boxes.as_subclass(Tensor), labels[:, None].to(boxes.dtype)], dim=1).numpy()
-    annotations += 0  # torchvision's flips leave zeros of a negative sign
-    return {**sample, "img": image.permute(1, 2, 0).numpy(), "annot": annotations}
-
-
+@dataclass
 class V2:
     """Makes a transform of samples of one of torchvision.transforms.v2, such as a Compose: boxes move with the pixels.
 
     Boxes are then clipped to the image, and dropped where less than a pixel is left.
     """
 
-    def __init__(self, transform: Callable[[dict], dict]):
-        self.transform = transform
+    transform: Callable[[dict], dict]
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Change `img` [H, W, 3] and `annot` [G, 5]."""
-        image, boxes, labels = _to_tv(sample)
-        out = self.transform({"image": Image(image.clone()), "boxes": boxes, "labels": labels})
-        boxes = tv.convert_bounding_box_format(out["boxes"], new_format=BoundingBoxFormat.XYXY)
-        sample = _from_tv(sample, tv.to_image(out["image"]), boxes, out["labels"])
-        return {**sample, "annot": clip_to_image(sample["annot"], *sample["img"].shape[:2])}
+        image, annotations = sample_parts(sample)
+        pixels, annotations = torch.from_numpy(image.copy()).permute(2, 0, 1), torch.from_numpy(annotations.copy())
+        boxes = BoundingBoxes(annotations[:, :4], format=BoundingBoxFormat.XYXY, canvas_size=image.shape[:2])
+        out = self.transform({"image": Image(pixels), "boxes": boxes, "labels": annotations[:, 4]})
+        boxes = tv.convert_bounding_box_format(out["boxes"], new_format=BoundingBoxFormat.XYXY).as_subclass(Tensor)
+        annotations = torch.cat([boxes, out["labels"][:, None].to(boxes.dtype)], dim=1).numpy()
+        annotations += 0  # torchvision's flips leave zeros of a negative sign
+        image = tv.to_image(out["image"]).permute(1, 2, 0).numpy()
+        return {**sample, "img": image, "annot": clip_to_image(annotations, *image.shape[:2])}
 
 
 class Normalizer:
@@ -148,26 +139,28 @@ class Augmenter:
         return {**sample, "img": image.numpy(), "annot": annotations}
 
 
+@dataclass
 class ColourJitter:
     """Scales brightness, contrast and saturation at random, each by 1 - strength to 1 + strength.
 
     The hue is turned by up to a tenth of `strength`, in turns of the colour wheel.
     """
 
-    def __init__(self, strength: float):
-        self.strength = strength
+    strength: float
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Change `img` [H, W, 3] uint8."""
-        image, _, _ = _to_tv(sample)
-        if image.dtype != torch.uint8:
+        image, _ = sample_parts(sample)
+        if image.dtype != np.uint8:
             raise SampleError("img must be uint8 for ColourJitter, which comes before Normalizer")
+        image = torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1)
         for adjust in (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation):
             image = adjust(image, np.random.uniform(max(0, 1 - self.strength), 1 + self.strength))
         image = tv.adjust_hue(image, np.random.uniform(-self.strength / 10, self.strength / 10))
         return {**sample, "img": image.permute(1, 2, 0).numpy()}
 
 
+@dataclass
 class RandomCrop:
     """Cuts out a random part with at least `min_share` of each side.
 
@@ -175,36 +168,22 @@ class RandomCrop:
     times; then the sample stays whole.
     """
 
-    TRIES = 10
-
-    def __init__(self, min_share: float):
-        self.min_share = min_share
+    min_share: float
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Change `img` [H, W, 3] and `annot` [G, 5]."""
         image, annotations = sample_parts(sample)
         size = np.array([image.shape[1], image.shape[0]])  # width, height
         centres = (annotations[:, :2] + annotations[:, 2:4]) / 2
-        for _ in range(self.TRIES):
+        for _ in range(CROP_TRIES):
             cut = np.maximum(1, np.round(size * np.random.uniform(self.min_share, 1, 2))).astype(int)
             start = np.array([np.random.randint(0, rest + 1) for rest in size - cut])
             inside = ((centres >= start) & (centres < start + cut)).all(axis=1)
             if inside.any() or not len(annotations):
-                return _crop({**sample, "annot": annotations[inside]}, start[::-1], cut[::-1])
+                (x, y), (right, bottom) = start, start + cut
+                annotations = crop_boxes(annotations[inside], start, cut)
+                return {**sample, "img": image[y:bottom, x:right].copy(), "annot": annotations}
         return sample
-
-
-def _crop(sample: dict[str, Any], start: np.ndarray, cut: np.ndarray, min_rest: float = 0) -> dict[str, Any]:
-    """The part of a sample from `start` (y, x) of height and width `cut`.
-
-    Boxes are clipped to it, and dropped where less than `min_rest` of their area is left.
-    """
-    (top, left), (height, width) = start.tolist(), cut.tolist()
-    image, boxes, labels = _to_tv(sample)
-    image, boxes = (tv.crop(part, top, left, height, width).clone() for part in (image, boxes))
-    part = _from_tv(sample, image, boxes, labels)
-    before, after = ((one["annot"][:, 2:4] - one["annot"][:, :2]).prod(axis=1) for one in (sample, part))
-    return {**part, "annot": part["annot"][after >= min_rest * before]}
 
 
 def resized_size(
@@ -241,6 +220,7 @@ def _resize(
     return {**sample, "img": padded, "annot": torch.from_numpy(annotations), "scale": scale, "size": size}
 
 
+@dataclass
 class Resizer:
     """Scales the short side to `min_side`, unless the long side would exceed `max_side`; pads to multiples of 32.
 
@@ -252,10 +232,9 @@ class Resizer:
 
     # Paper: 600 to 800 / 1333 pixels. Original: 608 / 1024, in float64. Here: the original's sizes, antialiased
     # on uint8, because it is many times faster and looks the same.
-    def __init__(self, min_side: int | Sequence[int] = 608, max_side: int = 1024, enlarge: bool = True):
-        self.min_side = min_side
-        self.max_side = max_side
-        self.enlarge = enlarge
+    min_side: int | Sequence[int] = 608
+    max_side: int = 1024
+    enlarge: bool = True
 
     def __call__(
         self, sample: dict[str, Any], min_side: int | None = None, max_side: int | None = None
@@ -269,19 +248,19 @@ class Resizer:
         return _resize(sample, scale, size, canvas, scale)
 
 
+@dataclass
 class LargeScaleJitter:
     """Resizes by a random factor, then crops or pads to one square canvas (Ghiasi et al., "Copy-Paste", 2021, 3.1).
 
     The factor, from `low` to `high`, is one on the size that Resizer gives an image, at which the network later
     detects. The side of the canvas is `max_side`, rounded up to a multiple of 32. Boxes are clipped to the crop, and
-    dropped where less than `MIN_REST` of their area, or less than a pixel, is left.
+    dropped where less than MIN_REST of their area, or less than a pixel, is left.
     """
 
-    MIN_REST = 0.1
-
-    def __init__(self, low: float, high: float, min_side: int = 608, max_side: int = 1024):
-        self.low, self.high = low, high
-        self.min_side, self.max_side = min_side, max_side
+    low: float
+    high: float
+    min_side: int = 608
+    max_side: int = 1024
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Adds `scale` and `size`, as Resizer does."""
@@ -292,8 +271,10 @@ class LargeScaleJitter:
         # Cropped before it is resized: memory stays that of the canvas, whatever the factor.
         cut = np.clip(int(canvas / scale), 1, size)
         start = np.array([np.random.randint(0, rest + 1) for rest in size - cut])
-        sample = _crop({**sample, "annot": annotations.astype(np.float32)}, start, cut, self.MIN_REST)
+        (y, x), (bottom, right) = start, start + cut
+        annotations = crop_boxes(annotations.astype(np.float32), start[::-1], cut[::-1], MIN_REST)
         resized = np.clip(np.round(cut * scale), 1, canvas).astype(int)
         boxes_by = np.tile(resized[::-1] / cut[::-1], 2)  # x, y, x, y: `scale`, but for the rounding
+        sample = {**sample, "img": image[y:bottom, x:right], "annot": annotations}
         sample = _resize(sample, scale, tuple(resized.tolist()), (canvas, canvas), boxes_by)
         return {**sample, "annot": torch.from_numpy(clip_to_image(sample["annot"].numpy(), *sample["size"]))}

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,7 +99,7 @@ class Video:
             log.warning("warning: %s is damaged: %s could be read, up to %.1f s%s", self.path, found, end, of)
 
     def _decode(self, container: Any, damage: list[str]) -> Iterator[Any]:
-        """All frames that can be decoded, in their order; what fails is added to `damage`."""
+        """All frames that can be decoded, in their order; the messages of errors are added to `damage`."""
         stream = container.streams.best("video")
         stream.thread_type = "AUTO"  # threads
         packets = container.demux(stream)
@@ -108,67 +108,47 @@ class Video:
                 frames = next(packets).decode()
             except StopIteration:
                 return
-            except self.av.error.InvalidDataError as error:  # the packet is broken; others may follow
-                damage.append(error.strerror)
-                continue
             except self.av.FFmpegError as error:
                 damage.append(error.strerror)
-                return
+                if not isinstance(error, self.av.error.InvalidDataError):
+                    return
+                continue  # only this packet is broken
             yield from frames
 
 
-class VideoWriter:
-    """Writes drawn frames of `video` to an mp4 file (H.264), each at its time; use it as a context.
+@contextlib.contextmanager
+def video_writer(path: str | Path, video: Video) -> Iterator[Callable[[np.ndarray, Fraction], None]]:
+    """Open an mp4 file (H.264) for drawn frames of `video`: a function that adds a frame at its time since the first.
 
-    Sides are made even, as H.264 needs them, by repeating the last row or column. Frames of another size than the first
-    are scaled to it.
+    Sides are made even, as H.264 needs them, by repeating the last row or column. Frames, [H, W, 3] uint8, of another
+    size than the first are scaled to it.
     """
+    av, stream = video.av, None
 
-    def __init__(self, path: str | Path, video: Video):
-        self.path, self.video, self.av = path, video, video.av
-        self.container = self.stream = None
-
-    def __enter__(self) -> "VideoWriter":
-        with self._explained():
-            self.container = self.av.open(f"file:{output_file(self.path)}", "w", format="mp4")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        with self._explained():
-            try:
-                self._encode(None)
-            finally:
-                self.container.close()
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except self.av.FFmpegError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
-
-    def write(self, image: np.ndarray, seconds: Fraction) -> None:
-        """Add a frame, [H, W, 3] uint8, at its time since the first one."""
+    def write(image: np.ndarray, seconds: Fraction) -> None:
+        nonlocal stream
         height, width = image.shape[:2]
         image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        with self._explained():
-            self.stream = self.stream or self._add_stream(*image.shape[:2])
-            frame = self.av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
-            frame.time_base = self.stream.codec_context.time_base
-            frame.pts = round(seconds / frame.time_base)
-            self._encode(frame)
+        if stream is None:  # of the size of the first frame
+            name = next((name for name in ENCODERS if name in av.codecs_available), None)
+            if name is None:
+                raise UserError(f"{path}: cannot be written, this PyAV has no encoder of H.264")
+            stream = container.add_stream(name, rate=video.rate, options=ENCODERS[name])
+            (stream.height, stream.width), stream.pix_fmt = image.shape[:2], "yuv420p"
+            stream.codec_context.time_base = video.time_base
+            stream.codec_context.sample_aspect_ratio = video.pixel_aspect
+        frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+        frame.time_base = stream.codec_context.time_base
+        frame.pts = round(seconds / frame.time_base)
+        container.mux(stream.encode(frame))
 
-    def _add_stream(self, height: int, width: int) -> Any:
-        name = next((name for name in ENCODERS if name in self.av.codecs_available), None)
-        if name is None:
-            raise UserError(f"{self.path}: cannot be written, this PyAV has no encoder of H.264")
-        stream = self.container.add_stream(name, rate=self.video.rate, options=ENCODERS[name])
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.codec_context.time_base = self.video.time_base
-        stream.codec_context.sample_aspect_ratio = self.video.pixel_aspect
-        return stream
-
-    def _encode(self, frame: Any) -> None:
-        if self.stream:
-            self.container.mux(self.stream.encode(frame))
+    try:
+        with av.open(f"file:{output_file(path)}", "w", format="mp4") as container:
+            try:
+                yield write
+            finally:
+                if stream:
+                    container.mux(stream.encode(None))
+    except av.FFmpegError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
