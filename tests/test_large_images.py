@@ -34,7 +34,7 @@ from retinanet.postprocess import Detections
 from retinanet.training import checkpoint
 
 NAMES = ["disc", "square"]
-SIDES = {"min_side": 96, "max_side": 160}
+SIDES = {"min_side": 64, "max_side": 96}
 
 
 class Finder(nn.Module):
@@ -79,7 +79,7 @@ def table(found):
 
 @pytest.mark.parametrize(("tile", "overlap"), [(100, 0.25), (64, 0.5), (160, 0.1)])
 def test_every_object_is_found_once_in_files_arrays_and_data_sets(tile, overlap):
-    image, expected = scene(200, 260, 30, 90)
+    image, expected = scene(170, 210, 20, 80)
     small, expected_small = scene(60, 64, 3, 20, seed=1)
     tiling, net = Tiling(tile, overlap), Finder()
     resizer = Resizer(60, 64)  # scale 1
@@ -134,8 +134,8 @@ def test_a_tile_of_the_images_own_size_gives_exactly_the_detections_without_tile
 
 
 def test_the_smallest_tile_works(filled_net):
-    found = predict(filled_net, gradient(20, 40), tile=16, score_threshold=0.01, max_detections=None)[0]
-    assert len(found.scores) and found.boxes[:, 2].max() <= 40 and found.boxes[:, 3].max() <= 20
+    found = predict(filled_net, gradient(16, 28), tile=16, score_threshold=0.01, max_detections=None)[0]
+    assert len(found.scores) and found.boxes[:, 2].max() <= 28 and found.boxes[:, 3].max() <= 16
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,9 @@ def deep_pixels(image: Image.Image, file: BinaryIO) -> tuple[Deferred, PixelRang
         kind = kind if mode == "I;16B" else wide.get(image.mode, kind)  # PGM's 16 bits are of the mode I
         pixels = Deferred((*size, 1), kind, lambda: np.asarray(image).astype(kind)[:, :, None])
     elif mode == "LA;16B":
-        pixels = Deferred(
-            (*size, 1), kind, lambda: _two_bytes(*np.split(_read_as(image, file, "RGBA")[:, :, :2], 2, 2))
-        )
+        pixels = Deferred((*size, 1), kind, lambda: _read_grey_and_alpha(image, file))
     elif COLOURS.fullmatch(str(mode)):  # an integer in GIF
-        low = mode[:-1] + OTHER_ORDER[mode[-1]]
-        pixels = Deferred((*size, 3), kind, lambda: _two_bytes(*(_read_as(image, file, one) for one in (mode, low))))
+        pixels = Deferred((*size, 3), kind, lambda: _read_colours(image, file, mode))
     else:
         return None
     return pixels, _significant_bits(file) if image.format == "PNG" else None
@@ -59,8 +56,16 @@ def _read_as(image: Image.Image, file: BinaryIO, mode: str) -> np.ndarray:
     return np.asarray(again)
 
 
-def _two_bytes(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    return (high.astype(np.uint16) << 8 | low)[:, :, :3]
+def _read_grey_and_alpha(image: Image.Image, file: BinaryIO) -> np.ndarray:
+    """[H, W, 1] uint16: the grey of two bands, each of which has two of the four bytes that a pixel of RGBA has."""
+    return _read_as(image, file, "RGBA").copy().view(">u2")[:, :, :1].astype(np.uint16)
+
+
+def _read_colours(image: Image.Image, file: BinaryIO, mode: str) -> np.ndarray:
+    """[H, W, 3] uint16, from the upper bytes, and from the lower ones, which Pillow reads in the other byte order."""
+    other = mode[:-1] + OTHER_ORDER[mode[-1]]
+    high, low = (_read_as(image, file, one)[:, :, :3].astype(np.uint16) for one in (mode, other))
+    return high << 8 | low
 
 
 def _significant_bits(file: BinaryIO) -> PixelRange | None:

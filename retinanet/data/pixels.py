@@ -161,11 +161,10 @@ class RawImage:
         """Some of its values: all windows of a grid, or a grid of all pixels."""
         height, width = self.shape[:2]
         if height * width <= STRIP:
-            parts = [self.values[:, :]]
+            step, parts = -(-min(height, width) // SAMPLE_SIDE), [self.values[:, :]]
         else:
             tops, lefts = (np.linspace(0, max(0, length - 128), 8).astype(int) for length in (height, width))
-            parts = [self.values[top : top + 128, left : left + 128] for top in tops for left in lefts]
-        step = max(1, -(-min(height, width) // SAMPLE_SIDE)) if len(parts) == 1 else 4
+            step, parts = 4, [self.values[top : top + 128, left : left + 128] for top in tops for left in lefts]
         values = np.concatenate([to_three_bands(part)[::step, ::step].ravel() for part in parts])
         values = values[np.isfinite(values)].astype(np.float64)
         with np.errstate(over="ignore"):

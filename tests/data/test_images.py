@@ -26,9 +26,8 @@ def png_chunk(kind, content):
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def png(path, width, height, bits, data):
-    """Write an RGB PNG whose header says what it will."""
-    kind = {8: 0, 16: 2}[bits]
+def png(path, width, height, bits, data, kind=0):
+    """Write a PNG whose header says what it will; kinds are 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
     end = png_chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(data)) + end)
@@ -176,8 +175,10 @@ def test_12_bits_are_scaled_alike_whatever_their_file(tmp_path):
     (tmp_path / "d.pgm").write_bytes(b"P5 64 40 4095\n" + grey.astype(">u2").tobytes())
     (tmp_path / "e.ppm").write_bytes(b"P6 64 40 4095\n" + colour.astype(">u2").tobytes())
     (tmp_path / "f.pgm").write_text("P2 64 40 4095\n" + " ".join(map(str, grey.ravel())))
-    rows = b"".join(b"\0" + row.tobytes() for row in colour.astype(">u2"))
-    png(tmp_path / "g.png", 64, 40, 16, rows)
+    alpha = np.full_like(grey, 77)
+    for name, bands, kind in (("g", [colour], 2), ("d_alpha", [grey, alpha], 4), ("g_alpha", [colour, alpha], 6)):
+        rows = b"".join(b"\0" + row.tobytes() for row in np.dstack(bands).astype(">u2"))
+        png(tmp_path / f"{name}.png", 64, 40, 16, rows, kind)
     for name, values, options in (
         ("h.tif", grey, {"byteorder": ">"}),
         ("i.tif", colour, {}),
