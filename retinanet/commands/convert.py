@@ -14,13 +14,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 
-from retinanet.commands.flags import FOLDERS, make_parser
+from retinanet.commands.flags import FOLDERS, SKIP_BAD, make_parser
 from retinanet.data.checks import leave_out_bad_images, write_skipped
 from retinanet.data.csv import CSVDataset
 from retinanet.data.dataset import DetectionDataset
@@ -52,45 +53,32 @@ def plan_images(dataset: DetectionDataset, root: Path, folder: Path, to: str) ->
     # Only the folders are resolved: the target of a link may have another name, such as a hash.
     paths = [path.parent.resolve() / path.name for path in paths]
     names = [path.name for path in paths]
-    if len({Path(name).stem for name in names}) < len(names):
+    if len({path.stem for path in paths}) < len(paths):
         common = Path(os.path.commonpath([path.parent for path in paths]))
         names = ["__".join(path.relative_to(common).parts) for path in paths]
-    stems = [Path(name).stem for name in names]
-    if len(set(stems)) < len(stems):  # VOC and YOLO name an image without its suffix
-        repeated = next(name for name, stem in zip(names, stems, strict=True) if stems.count(stem) > 1)
+    stems = Counter(Path(name).stem for name in names)
+    if repeated := next((name for name in names if stems[Path(name).stem] > 1), None):
+        # VOC and YOLO name an image without its suffix.
         raise UserError(f"{repeated}: two images of one folder have this name, or differ only in their suffix")
     if to != "coco":  # JSON holds any name
         hidden = "." if to in ("voc", "yolo") else "\0"  # files that their readers skip
         unfit = [f"class {shown(name)}" for name in dataset.labels.values() if not is_plain(name)]
-        unfit += [
-            f"image {shown(name)}"
-            for name, stem in zip(names, stems, strict=True)
-            if not (is_plain(name) and is_plain(stem)) or name.startswith(hidden)
-        ]
+        for name in names:
+            if not (is_plain(name) and is_plain(Path(name).stem)) or name.startswith(hidden):
+                unfit.append(f"image {shown(name)}")
         if unfit:
             listed = ", ".join(unfit[:10]) + (f", and {len(unfit) - 10} more" if len(unfit) > 10 else "")
             raise UserError(f"{to} cannot hold these names: {listed}; rename them in the source, or use --to coco")
     _make_folder(root, folder)
+    images = dict(zip(names, paths, strict=True))
     existing = {path.stem: path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
-    for path, name, stem in zip(paths, names, stems, strict=True):
-        if existing.get(stem, name) != name:
-            raise UserError(f"{folder}: holds {existing[stem]}, which differs from {name} only in its suffix")
+    for name, path in images.items():
         target = folder / name
+        if (other := existing.get(target.stem, name)) != name:
+            raise UserError(f"{folder}: holds {other}, which differs from {name} only in its suffix")
         if os.path.lexists(target) and not (target.is_file() and filecmp.cmp(path, target, shallow=False)):
             raise UserError(f"{target}: exists and differs from {path}")
-    return dict(zip(names, paths, strict=True))
-
-
-def place_images(images: Mapping[str, Path], folder: Path, link: bool) -> None:
-    """Copy or link the result of `plan_images`."""
-    for name, path in progress(images.items(), "images", len(images)):
-        target = folder / name
-        if target.exists():
-            continue
-        if link:
-            target.symlink_to(path.resolve())
-        else:
-            shutil.copyfile(path, target)
+    return images
 
 
 def _make_folder(root: Path, folder: Path) -> None:
@@ -109,24 +97,21 @@ def _write_text(root: Path, name: str, text: str, same: Callable[[str, str], boo
     path.write_text(text, encoding="utf-8")
 
 
-def _write_rows(root: Path, name: str, rows: Iterable[Sequence[object]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    _write_text(root, name, text.getvalue())
-
-
 def write_csv(dataset: DetectionDataset, names: Sequence[str], root: Path, set_name: str) -> None:
     """Write `<set_name>.csv` and `classes.csv`; difficult boxes are left out."""
-    _write_rows(root, "classes.csv", [(name, label) for label, name in dataset.labels.items()])
-    lines = []
+    rows = []
     for index, name in enumerate(names):
         path = f"images/{set_name}/{name}"
         boxes = [
             [path, *(f"{value:.7g}" for value in box), dataset.label_to_name(int(label))]
             for *box, label in dataset.load_annotations(index).tolist()
         ]
-        lines += boxes or [[path, "", "", "", "", ""]]
-    _write_rows(root, f"{set_name}.csv", lines)
+        rows += boxes or [[path, "", "", "", "", ""]]
+    classes = [(name, label) for label, name in dataset.labels.items()]
+    for file, content in (("classes.csv", classes), (f"{set_name}.csv", rows)):
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(content)
+        _write_text(root, file, text.getvalue())
 
 
 def write_coco(dataset: DetectionDataset, names: Sequence[str], root: Path, set_name: str) -> None:
@@ -170,7 +155,7 @@ def write_yolo(dataset: DetectionDataset, names: Sequence[str], root: Path, set_
     others = set(list_images(folder)) - {Path(name).stem for name in names}
     if others:  # without a label file, an image counts as one without objects
         raise UserError(f"{folder}: holds other images, such as {min(others)}; choose another --out")
-    sets = sorted(path.name for path in (root / "images").iterdir())
+    sets = sorted(path.name for path in (root / "images").iterdir() if path.is_dir())
     names_line = f"names: {json.dumps(class_names, ensure_ascii=False)}\n"  # JSON is YAML, too
     text = "".join(f"{name}: images/{name}\n" for name in sets) + names_line
     _write_text(root, "data.yaml", text, same=lambda old, _: old.endswith(names_line))  # other sets may be added
@@ -200,8 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", required=True, help="folder to write to")
     add("--out_set", help="name of the set there, such as train (default: as in the source)")
     add("--link", action="store_true", help="link to the images instead of copying them")
-    text = "leave out images that cannot be read and annotations that are corrupt; decodes all images first"
-    add("--skip_bad", action="store_true", help=text)
+    add("--skip_bad", action="store_true", help=SKIP_BAD)
     args = parser.parse_args(argv)
     set_name = args.out_set or (Path(args.set).name.removesuffix(".json") if args.set else Path(args.source).stem)
     errors = []
@@ -233,7 +217,11 @@ def main(argv: list[str] | None = None) -> None:
         folder = root / IMAGE_FOLDERS[args.to].format(set_name)
         images = plan_images(dataset, root, folder, args.to)
         WRITERS[args.to](dataset, list(images), root, set_name)  # before the images, because it may refuse
-        place_images(images, folder, args.link)
+        for name, path in progress(images.items(), "images", len(images)):
+            if args.link and not (folder / name).exists():
+                (folder / name).symlink_to(path.resolve())
+            elif not (folder / name).exists():
+                shutil.copyfile(path, folder / name)
         write_skipped(root, [dataset])
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.filename or ''}: {error.strerror}") from error

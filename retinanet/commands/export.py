@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torchvision.ops import nms
 
+from retinanet import postprocess
 from retinanet.boxes import box_iou, clip_boxes, decode_boxes
 from retinanet.commands import flags
 from retinanet.data.images import read_image
@@ -29,7 +30,7 @@ from retinanet.data.transforms import PIXEL_MEAN, PIXEL_STD, SIZE_DIVISOR, norma
 from retinanet.errors import UserError, output_file
 from retinanet.inference import detection_limits
 from retinanet.model import RetinaNet
-from retinanet.postprocess import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, TOP_K, Detections
+from retinanet.postprocess import Detections
 from retinanet.process import log, script, setup_logging
 from retinanet.training.checkpoint import load_model
 from retinanet.training.files import replaced
@@ -56,10 +57,10 @@ class Detector(nn.Module):
         self,
         net: RetinaNet,
         with_nms: bool = False,
-        score_threshold: float = SCORE_THRESHOLD,
-        nms_threshold: float = NMS_THRESHOLD,
-        top_k: int = TOP_K,
-        max_detections: int = MAX_DETECTIONS,
+        score_threshold: float = postprocess.SCORE_THRESHOLD,
+        nms_threshold: float = postprocess.NMS_THRESHOLD,
+        top_k: int = postprocess.TOP_K,
+        max_detections: int = postprocess.MAX_DETECTIONS,
     ):
         super().__init__()
         self.net, self.with_nms = net, with_nms
@@ -192,22 +193,24 @@ def compare(detector: Detector, exported: Callable[[Tensor], Sequence[Tensor]], 
     either may suppress the other, which is common for scores near 0. So the exported detections are not compared
     with the eager ones, but must be a right result of NMS among the eager candidates, or else it is a UserError.
     """
-    normal, outputs = normalize(images), exported(images)
-    height, width = images.shape[-2:]
-    report, difference = f"{height} x {width}: ", 0.0
+    net, outputs, size = detector.net, exported(images), tuple(images.shape[-2:])
+    logits, deltas, anchors = (values[0] for values in net.heads(normalize(images)))
+    report, difference = f"{size[0]} x {size[1]}: ", 0.0
     if not detector.with_nms:
-        logits, _, _ = detector.net.heads(normal)
         difference = float((outputs[0] - logits).abs().max() / logits.abs().max())
         report += f"logits within {difference:.1e} relative, "
-        outputs = detector.select(outputs[0][0], outputs[1][0], height, width)
-    found, nms_threshold = Detections(*outputs), detector.nms_threshold
+        outputs = detector.select(outputs[0][0], outputs[1][0], *size)
+
+    def candidates(score_threshold: float, top_k: int) -> Detections:
+        chosen = postprocess.best_candidates(logits, net.anchors.level_sizes(*size), score_threshold, top_k)
+        return postprocess.select_detections(chosen, logits, deltas, anchors, size, 1.0, max_detections=None)
+
     # Whether a box near the score threshold or near the last of the top k is a candidate is a matter of rounding, too.
-    certain, possible = (
-        detector.net.detect(normal, detector.score_threshold + margin, 1.0, top_k, max_detections=None)[0]
-        for margin, top_k in ((SCORE_TOLERANCE, detector.top_k // 2), (-SCORE_TOLERANCE, detector.top_k * 2))
-    )
-    missing = count_missing(found, certain, nms_threshold, detector.max_detections)
-    wrong = count_wrong(found, possible, nms_threshold)
+    certain = candidates(detector.score_threshold + SCORE_TOLERANCE, detector.top_k // 2)
+    possible = candidates(detector.score_threshold - SCORE_TOLERANCE, detector.top_k * 2)
+    found = Detections(*outputs)
+    missing = count_missing(found, certain, detector.nms_threshold, detector.max_detections)
+    wrong = count_wrong(found, possible, detector.nms_threshold)
     report += f"{len(found.scores)} detections, {missing} missing, {wrong} wrong"
     if difference > LOGIT_TOLERANCE or missing or wrong:
         raise UserError(f"the exported network differs from the original at {report}")
@@ -246,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
         message = "warning: the model was trained on short sides of %d pixels, but --dynamic takes none below %d"
         log.warning(message, info["min_side"], MIN_DYNAMIC_SIDE)
     path = output_file(args.output or Path(args.model).with_suffix(SUFFIXES[args.format]))
-    try:
+    try:  # before the long export
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise UserError(f"--output {path}: nothing can be written to its folder ({error.strerror})") from error
@@ -257,12 +260,9 @@ def main(argv: list[str] | None = None) -> None:
         "class_names": json.dumps(info["class_names"]),
         "outputs": json.dumps(OUTPUTS[args.with_nms]),
         "input": "images: uint8 RGB, batch x 3 x height x width",
-        "min_side": str(info["min_side"]),
-        "max_side": str(info["max_side"]),
-        "tile": json.dumps(info["tile"]),
-        "tile_overlap": json.dumps(info["tile_overlap"]),
-        "pixel_range": json.dumps(info["pixel_range"]),
     }
+    for name in ("min_side", "max_side", "tile", "tile_overlap", "pixel_range"):
+        metadata[name] = json.dumps(info[name])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*create_unbacked_symint", FutureWarning)  # of torchvision's NMS
         save(trace(detector, sizes[0], args.dynamic), path, args.format, metadata)

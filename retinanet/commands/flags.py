@@ -63,6 +63,7 @@ BOUNDS = settings.BOUNDS | {
     "every": (1, 10**6),
 }
 OUTPUTS = ("out_dir", "out", "output", "save_csv")
+SKIP_BAD = "leave out images that cannot be read and annotations that are corrupt; decodes all images first"
 SAVE_CSV = "write a line for each detection, file,class,score,x1,y1,x2,y2, and to FILE_counts.csv one for each image"
 
 
@@ -103,47 +104,40 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 def add_data_arguments(parser: argparse.ArgumentParser, training: bool, required: bool = True) -> None:
     """Add the flags that name the data, with or without those of the training set."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=sorted([*FOLDERS, "csv", "shapes"]), required=required, help="kind of data")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=sorted([*FOLDERS, "csv", "shapes"]), required=required, help="kind of data")
     text = "folder with annotations/instances_SET.json and images/SET/, or SET/_annotations.coco.json; or of the images"
-    group.add_argument("--coco_path", help=f"{text}, where the set is a path, x.json")
+    add("--coco_path", help=f"{text}, where the set is a path, x.json")
     text = "folder with Annotations, JPEGImages and ImageSets/Main; or with XML files beside the images, in SET/ or not"
-    group.add_argument("--voc_path", help=text)
+    add("--voc_path", help=text)
     text = "folder with images/SET and labels/SET, or text files beside the images, and classes.txt or data.yaml"
-    group.add_argument("--yolo_path", help=text)
+    add("--yolo_path", help=text)
+    splits = {"train": "training", "val": "validation"} if training else {"val": "validation"}
     none = "; none: train without" if training else ""
     for kind, year in (("coco", "2017"), ("voc", ""), ("yolo", "")):
-        name = f"name of the {{}} set of {kind} data"
-        if training:
-            group.add_argument(
-                f"--{kind}_train_set", default=f"train{year}", help=f"{name.format('training')} {DEFAULT}"
-            )
-        group.add_argument(
-            f"--{kind}_val_set", default=f"val{year}", help=f"{name.format('validation')}{none} {DEFAULT}"
-        )
-    text = "path,x1,y1,x2,y2,class_name, or columns that a header names"
-    if training:
-        group.add_argument("--csv_train", help=f"CSV file of the training set: {text}")
-    group.add_argument("--csv_val", help=f"CSV file of the validation set: {text}")
+        for split, name in splits.items():
+            text = f"name of the {name} set of {kind} data{none if split == 'val' else ''} {DEFAULT}"
+            add(f"--{kind}_{split}_set", default=f"{split}{year}", help=text)
+    for split, name in splits.items():
+        text = f"CSV file of the {name} set: path,x1,y1,x2,y2,class_name, or columns that a header names"
+        add(f"--csv_{split}", help=text)
     text = "CSV file of the classes: class_name,id (default: those of the training set, or of the model)"
-    group.add_argument("--csv_classes", help=text)
+    add("--csv_classes", help=text)
     text = "share of the images of a voc or yolo folder without sets that are for validation, such as 0.2"
-    group.add_argument("--val_share", type=fraction, help=text)
+    add("--val_share", type=fraction, help=text)
     text = "read COCO's crowds as objects: some tools, such as CVAT, mark every mask as a crowd"
-    group.add_argument("--crowds_are_objects", action="store_true", help=text)
-    if training:
-        text = f"number of training images {DEFAULT}"
-        group.add_argument("--shapes_train", type=positive_int, default=400, help=text)
-    group.add_argument("--shapes_val", type=positive_int, default=100, help=f"number of validation images {DEFAULT}")
+    add("--crowds_are_objects", action="store_true", help=text)
+    for split, name in splits.items():
+        number = {"train": 400, "val": 100}[split]
+        add(f"--shapes_{split}", type=positive_int, default=number, help=f"number of {name} images {DEFAULT}")
     text = "values that become black and white in images of more than 8 bits (default: auto: those that the model was "
     text += "trained with, else those that the files declare, else those that they hold)"
-    group.add_argument("--pixel_range", nargs="+", action=_PixelRange, metavar=("auto|LOW", "HIGH"), help=text)
+    add("--pixel_range", nargs="+", action=_PixelRange, metavar=("auto|LOW", "HIGH"), help=text)
     text = f"limit of the pixels of an image, in millions {DEFAULT}"
-    group.add_argument("--pixel_limit", type=positive_float, default=PIXEL_LIMIT, help=text)
-    text = "leave out images that cannot be read and annotations that are corrupt; decodes all images first"
-    group.add_argument("--skip_bad", action="store_true", help=text)
+    add("--pixel_limit", type=positive_float, default=PIXEL_LIMIT, help=text)
+    add("--skip_bad", action="store_true", help=SKIP_BAD)
     if training:
-        group.add_argument("--strict", action="store_true", help="treat warnings about the data as errors")
+        add("--strict", action="store_true", help="treat warnings about the data as errors")
 
 
 def add_anchor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,17 +153,17 @@ def add_anchor_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that augment the training images."""
-    group = parser.add_argument_group("augmentation")
+    add = parser.add_argument_group("augmentation").add_argument
     text = f"mirror half of the images, left to right and upside down {DEFAULT}"
-    group.add_argument("--flip", choices=[*FLIPS], default="horizontal", help=text)
+    add("--flip", choices=[*FLIPS], default="horizontal", help=text)
     text = "turn the images by 0, 90, 180 or 270 degrees at random, as for views from above"
-    group.add_argument("--rotate90", action="store_true", help=text)
+    add("--rotate90", action="store_true", help=text)
     text = "resize by a random factor on --min_side and --max_side, such as 0.1 2.0, then crop or pad to a square of "
     text += "--max_side pixels (large-scale jitter)"
-    group.add_argument("--scale_jitter", type=positive_float, nargs=2, metavar=("LOW", "HIGH"), help=text)
-    group.add_argument("--jitter", type=positive_int, nargs=2, help="draw the short side from this range, pixels")
-    group.add_argument("--random_crop", type=fraction, help="crop to at least this share of each side")
-    group.add_argument("--colour_jitter", type=fraction, help="strength of random changes of colour, such as 0.4")
+    add("--scale_jitter", type=positive_float, nargs=2, metavar=("LOW", "HIGH"), help=text)
+    add("--jitter", type=positive_int, nargs=2, help="draw the short side from this range, pixels")
+    add("--random_crop", type=fraction, help="crop to at least this share of each side")
+    add("--colour_jitter", type=fraction, help="strength of random changes of colour, such as 0.4")
 
 
 def add_tile_arguments(parser: argparse.ArgumentParser, training: bool, of_model: bool = True) -> None:
@@ -256,18 +250,20 @@ def make_dataset(
 
     CSV data without a class list has the `class_names` of a model, if they are given.
     """
-    report, kind = Report(skip_bad=args.skip_bad) if report is None else report, args.dataset
+    report, kind, dataset = report or Report(skip_bad=args.skip_bad), args.dataset, None
     if kind in FOLDERS:
         path, set_name = getattr(args, f"{kind}_path"), getattr(args, f"{kind}_{split}_set")
         options = {"crowds_are_objects": args.crowds_are_objects} if kind == "coco" else {"val_share": args.val_share}
-        dataset = None if set_name == "none" else FOLDERS[kind](path, set_name, transform, report=report, **options)
+        if set_name != "none":
+            dataset = FOLDERS[kind](path, set_name, transform, report=report, **options)
     elif kind == "csv":
-        path, train_path = getattr(args, f"csv_{split}"), getattr(args, "csv_train", None)
         if class_names == placeholder_names(len(class_names or ())):
             class_names = None
-        if path and split == "val" and train_path and not (args.csv_classes or class_names):
-            class_names = read_table(Path(train_path), Report()).class_names()
-        dataset = CSVDataset(path, args.csv_classes, transform, class_names, report) if path else None
+        if path := getattr(args, f"csv_{split}"):
+            train_path = getattr(args, "csv_train", None)
+            if split == "val" and train_path and not (args.csv_classes or class_names):
+                class_names = read_table(Path(train_path), Report()).class_names()
+            dataset = CSVDataset(path, args.csv_classes, transform, class_names, report)
     else:
         from retinanet.data.shapes import ShapesDataset  # scikit-image takes long to import
 
@@ -276,6 +272,6 @@ def make_dataset(
         dataset = ShapesDataset(getattr(args, f"shapes_{split}"), seed, transform=transform)
     if dataset is not None:
         dataset.pixel_range, dataset.pixel_limit = args.pixel_range, args.pixel_limit
-    if dataset is not None and args.skip_bad:
-        leave_out_bad_images(dataset, args.workers)
+        if args.skip_bad:
+            leave_out_bad_images(dataset, args.workers)
     return dataset

@@ -17,7 +17,7 @@ def data_flags(args: argparse.Namespace, training: bool) -> list[str]:
     for name, default in vars(parser.parse_args(chosen)).items():
         value = getattr(args, name)
         if value != default:
-            values = value if isinstance(value, list) else [] if value is True else [value]
+            values = value if isinstance(value, tuple) else [] if value is True else [value]  # --pixel_range
             chosen += [f"--{name}", *map(str, values)]
     return chosen
 
@@ -33,13 +33,9 @@ def program(command: str) -> list[str]:
 
 
 def next_steps(args: argparse.Namespace, out_dir: Path, best: Path | None, image: str) -> str:
-    """The commands as text, which a shell takes as it stands.
+    """The commands for the flags of train.py and the folder of the run, as a shell takes them.
 
-    Args:
-        args: the flags of train.py.
-        out_dir: of the run.
-        best: its best.pt; None without a validation set.
-        image: path of a training image; generated ones have no file.
+    `best` is its best.pt, None without a validation set; `image` a training image: generated ones have no file.
     """
     model, data = ["--model", str(best or out_dir / "last.pt")], data_flags(args, training=best is None)
     steps = []

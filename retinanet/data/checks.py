@@ -19,13 +19,14 @@ from retinanet.data.dataset import DetectionDataset
 from retinanet.data.files import evenly, missing_folder
 from retinanet.data.images import ImageHeader, read_header, read_image
 from retinanet.data.placing import SOME_IMAGES, exceeds, overhang, place_boxes
-from retinanet.data.report import CLIPPED, DROPPED, MIN_SIDE, SKIPPED, WARNED, FileError, Report, counted
+from retinanet.data.report import MIN_SIDE, FileError, Report, counted
 from retinanet.errors import UserError, output_file, shown
 from retinanet.process import from_main_process, is_main_process, log, progress
 
-# How closely images are checked: whether the files exist; also some headers, or all those of images whose sizes the
+# How closely images are checked: whether the files exist; some headers, and those of images whose sizes the
 # annotations do not declare; all headers; every pixel.
 DEPTHS = ("none", "quick", "headers", "decode")
+NOT_READ = ImageHeader(0, 0, 1)  # height, width and orientation of an image whose header is not read
 MARGIN = 1  # pixels by which a box may exceed its image without being reported; annotation tools round
 
 
@@ -36,12 +37,12 @@ def check_before_training(train_set: DetectionDataset, val_set: DetectionDataset
         report.merge(check_dataset(val_set, training=False))
         compare_sets(train_set, val_set, False, report)
     report.raise_errors(strict)
-    if kinds := report.kinds(SKIPPED, DROPPED, CLIPPED, WARNED):
+    if kinds := report.warnings():
         log.warning("%s", report.text(kinds, max_examples=3))
 
 
 def check_dataset(dataset: DetectionDataset, depth: str = "quick", training: bool = True, workers: int = 1) -> Report:
-    """What is wrong with a data set at one of DEPTHS, its annotation files included; `workers` threads decode images.
+    """What is wrong with a data set, its annotation files included, at one of DEPTHS; `workers` threads decode images.
 
     For `training`, classes without boxes are reported, too.
     """
@@ -53,10 +54,10 @@ def check_dataset(dataset: DetectionDataset, depth: str = "quick", training: boo
     _check_borders(dataset, report)
     counts = np.bincount(dataset.annotations[:, 4].astype(np.int64), minlength=dataset.num_classes())
     if not counts.any():
-        kind, why = (
-            ("no boxes", " to learn from") if training else ("no validation boxes", ", so AP cannot be measured")
-        )
-        report.add(kind, dataset.source, f"has no boxes{why}")
+        if training:
+            report.add("no boxes", dataset.source, "has no boxes to learn from")
+        else:
+            report.add("no validation boxes", dataset.source, "has no boxes, so AP cannot be measured")
     elif training:
         unused = [shown(dataset.label_to_name(label)) for label in np.flatnonzero(counts == 0)]
         report.add_rows("unused class", unused, lambda _: dataset.source, lambda name: f"no box has class {name}")
@@ -95,11 +96,7 @@ def _keys(dataset: DetectionDataset, same_content: bool) -> Iterator[tuple[int, 
             if (path := dataset.find_image(index)) is None:
                 continue
             if same_content:
-                digest = hashlib.blake2b()
-                with open(path, "rb") as file:
-                    while block := file.read(2**20):
-                        digest.update(block)
-                yield index, digest.digest()
+                yield index, hashlib.blake2b(Path(path).read_bytes()).digest()
             else:
                 status = os.stat(path)  # noqa: PTH116, pathlib takes several times as long
                 yield index, (status.st_dev, status.st_ino)
@@ -119,27 +116,25 @@ def write_skipped(folder: Path | None, datasets: Iterable[DetectionDataset | Non
     rows = [(dataset.source, *problem) for dataset in datasets if dataset for problem in dataset.report.skipped]
     if not rows:
         return
-    listed = "--out lists them"
+    path = "--out"
     if folder is not None:
         path = output_file(folder / "skipped.csv")
         with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             csv.writer(file, lineterminator="\n").writerows([("file", "where", "reason"), *rows])
-        listed = f"{path} lists them"
     what = "1 bad image or annotation was" if len(rows) == 1 else f"{len(rows):,} bad images and annotations were"
-    log.warning("%s left out; %s", what, listed)
+    log.warning("%s left out; %s lists them", what, path)
 
 
 def _look_at(dataset: DetectionDataset, index: int, header: bool, pixels: bool) -> tuple[str, str, ImageHeader]:
-    """The kind of what is wrong with an image, why, and its header; zeros where that is not read."""
-    unknown = ImageHeader(0, 0, 1)
+    """The kind of what is wrong with an image, why, and its header."""
     if (path := dataset.find_image(index)) is None:
-        return "missing image", "", unknown
+        return "missing image", "", NOT_READ
     try:
-        found = read_header(path, dataset.pixel_limit) if header else unknown
+        found = read_header(path, dataset.pixel_limit) if header else NOT_READ
         if pixels:
             read_image(path, dataset.pixel_range, dataset.pixel_limit)
     except FileError as error:
-        return "unreadable image", str(error), unknown
+        return "unreadable image", str(error), NOT_READ
     return "", "", found
 
 
@@ -184,11 +179,9 @@ def _check_borders(dataset: DetectionDataset, report: Report) -> None:
     sides = clipped[:, 2:] - clipped[:, :2]
     outside = (sides < MIN_SIDE).any(axis=1)
     beyond = overhang(boxes, limits) > MARGIN
-    for kind, mask, message in (
-        ("box outside", outside, "the box lies outside"),
-        ("box partly outside", beyond & ~outside, "the box is partly outside"),
-    ):
-        report.add_rows(kind, known[mask], dataset.annotation_name, lambda row, text=message: f"{text}: {show(row)}")
+    partly, name = known[beyond & ~outside], dataset.annotation_name
+    report.add_rows("box outside", known[outside], name, lambda row: f"the box lies outside: {show(row)}")
+    report.add_rows("box partly outside", partly, name, lambda row: f"the box is partly outside: {show(row)}")
     few, far = max(2, len(boxes) / 20), exceeds(boxes, limits)
     if far.sum() <= few:
         return

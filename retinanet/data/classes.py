@@ -28,11 +28,7 @@ def read_class_list(path: Path) -> list[str] | None:
 
 
 def read_class_ids(path: Path, report: Report) -> list[str]:
-    """Class names in the order of their ids, from `class_name,id` lines.
-
-    Raises:
-        DataError: classes are wrong; without them, reading the boxes would only repeat it.
-    """
+    """Class names in the order of their ids, from `class_name,id` lines; what is wrong with them is a DataError."""
     names: dict[int, str] = {}
     taken: set[str] = set()
     for numbers, rows in read_rows(path, 2, report):
@@ -68,7 +64,7 @@ def unknown_class(name: str, known: Sequence[str]) -> str:
 
 
 def class_difference(owner: str, names: Sequence[str], other: str, others: Sequence[str]) -> str:
-    """The message about classes that two owners do not share; empty where they have the same in the same order."""
+    """The message about classes that two owners do not share, or have in another order; empty if there are none."""
     texts = []
     for who, own, wanted in ((owner, set(names), others), (other, set(others), names)):
         if missing := [shown(name) for name in wanted if name not in own]:

@@ -206,7 +206,7 @@ def read_coco(path: Path, report: Report) -> tuple[list[dict], list[dict], Groun
 
 
 def _is_id(value: Any) -> bool:
-    """Whether a value is a whole number, which some tools write as 1.0."""
+    """A whole number, which some tools write as 1.0."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_ID and value % 1 == 0
 
 
@@ -238,20 +238,19 @@ def _good_entries(path: Path, entries: list[Any], name: str, report: Report) -> 
     """The entries that pass the checks."""
     good = []
     for number, entry in enumerate(entries):
-        where = f"{path}: entry {number} of `{name}`"
-        if not isinstance(entry, dict):
-            report.add("bad entry", where, f"is {shown(entry)}, not an object")
-            continue
-        faults = [
-            f"needs {key}, {wanted}" if key not in entry else f"{key} {shown(entry[key])} is not {wanted}"
-            for key, (is_good, wanted) in ENTRY_CHECKS[name].items()
-            if not is_good(entry.get(key))
-        ]
-        if not faults:
-            good.append(entry)
+        where, faults = f"{path}: entry {number} of `{name}`", [f"is {shown(entry)}, not an object"]
+        if isinstance(entry, dict):
+            faults = [
+                f"needs {key}, {wanted}" if key not in entry else f"{key} {shown(entry[key])} is not {wanted}"
+                for key, (is_good, wanted) in ENTRY_CHECKS[name].items()
+                if not is_good(entry.get(key))
+            ]
+            if name == "annotations" and _is_id(entry.get("id")):
+                where = f"{path}: annotation {entry['id']}"
+        if faults:
+            report.add("bad entry", where, "; ".join(faults))
         else:
-            has_id = name == "annotations" and _is_id(entry.get("id"))
-            report.add("bad entry", f"{path}: annotation {entry['id']}" if has_id else where, "; ".join(faults))
+            good.append(entry)
     return good
 
 
@@ -269,11 +268,12 @@ def _find_ids(
 
 def _declared_sizes(path: Path, images: list[dict], report: Report) -> np.ndarray:
     """[I, 2] height and width, 0 where an image declares none, or an invalid one."""
-    sizes = [(image.get("height"), image.get("width")) for image in images]
-    for index, size in enumerate(sizes):
-        if not all(_is_id(side) and 0 < side < 2**31 for side in size):
-            sizes[index] = (0, 0)
-            if size != (None, None):
-                message = f"height and width {shown(size)} are invalid; those of the image file are used"
-                report.add("declared size", f"{path}: image {images[index]['id']}", message)
+    sizes = []
+    for image in images:
+        size = image.get("height"), image.get("width")
+        is_valid = all(_is_id(side) and 0 < side < 2**31 for side in size)
+        if not is_valid and size != (None, None):
+            message = f"height and width {shown(size)} are invalid; those of the image file are used"
+            report.add("declared size", f"{path}: image {image['id']}", message)
+        sizes.append(size if is_valid else (0, 0))
     return np.array(sizes).astype(np.int64)

@@ -162,11 +162,7 @@ class DetectionDataset(Dataset):
                 raise UserError(str(self.report.examples["boxes of another size"][-1]))
 
     def image_path(self, index: int) -> str:
-        """The image's file.
-
-        Raises:
-            UserError: it does not exist; the message names where it is listed.
-        """
+        """The image's file; a UserError, which names where it is listed, if it does not exist."""
         path = self.find_image(index) if self.in_files else self.expected_path(index)
         if path is None:
             raise UserError(f"{self.image_name(index)}: {self.explain_missing(index)}")

@@ -65,10 +65,9 @@ def refused(root: Path, wanted: str) -> UserError:
 def choose_share(
     root: Path, set_name: str, val_share: float | None, files: Mapping[Path, Source]
 ) -> Mapping[Path, Source]:
-    """Of the images of a folder without sets, with their files, those of a set: all, or a share for validation.
+    """Of the images of a folder without sets, with their files, those of a set.
 
-    The share is drawn by a hash of the names, so that it is the same in every command and run; None: all are for
-    training.
+    The share for validation (None: all are for training) is drawn by a hash of the names: it is always the same.
     """
     is_train, is_val = (set_name in same for same in SAME_NAMES)
     if set_name == ALL or (is_train and val_share is None):

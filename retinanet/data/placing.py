@@ -5,6 +5,7 @@ EXIF orientation, which some tools ignore, or resized since; its boxes fit the d
 """
 
 import contextlib
+import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -64,8 +65,7 @@ def find_placement(
     those of the others decide, and without any, the declared size does. Sizes [I, 2] are height and width,
     `declared` as annotated, `sizes` as read, upright, 0: unknown; `boxes` [N, 4] are as annotated.
 
-    Returns:
-        [I, 2, 3] float64: (x, y, 1) as annotated -> (x, y) as read; and [I] bool, the images of each of KINDS.
+    Gives [I, 2, 3] float64: (x, y, 1) as annotated -> (x, y) as read; and [I] bool, the images of each of KINDS.
     """
 
     def fits(limits: np.ndarray) -> np.ndarray:
@@ -132,11 +132,11 @@ def place_boxes(dataset: "DetectionDataset", sizes: np.ndarray, orientations: np
         dataset.annotations[:, :4], dataset.difficult_annotations[:, :4] = np.split(boxes, [len(dataset.annotations)])
         before = affine if dataset.affine is None else dataset.affine
         dataset.affine = np.where(moved[:, None, None], affine, before)
+
+    def explain(image: int, text: str) -> str:
+        (height, width), (file_height, file_width) = declared[image], sizes[image]
+        start = f"is declared as {width} x {height}, and " if declared[image].all() else ""
+        return f"{start}has {file_width} x {file_height} pixels in its file; {text}"
+
     for kind, text in KINDS.items():
-
-        def explain(image: int, text: str = text) -> str:
-            (height, width), (file_height, file_width) = declared[image], sizes[image]
-            start = f"is declared as {width} x {height}, and " if declared[image].all() else ""
-            return f"{start}has {file_width} x {file_height} pixels in its file; {text}"
-
-        dataset.report.add_rows(kind, found[kind], dataset.image_name, explain, "")
+        dataset.report.add_rows(kind, found[kind], dataset.image_name, functools.partial(explain, text=text), "")

@@ -35,11 +35,11 @@ SIZES = {"height": ("height", "image_height", "img_height"), "width": ("width", 
 
 
 class Layout(NamedTuple):
-    """Where the columns of COLUMNS and those of SIZES are in a row, how many there are, and what the header says."""
+    """Where the columns are in a row."""
 
-    places: Sequence[int] = range(6)
-    sizes: Sequence[int] = ()
-    number: int = 6
+    places: Sequence[int] = range(6)  # of COLUMNS
+    sizes: Sequence[int] = ()  # of SIZES
+    number: int = 6  # of all columns
     header: list[str] | None = None
     note: str = ""  # the message about the header
 
@@ -123,13 +123,13 @@ def _read_header(path: Path, numbers: Sequence[int], rows: Sequence[list[str]], 
     """The columns that the first row names, if it is one of names, or else the usual ones."""
     row = next((row for row in rows if any(map(str.strip, row))), [])
     names = [re.sub(r"[\s-]+", "_", field.strip().lower()) for field in row]
+    if any(map(_is_number, row)) or sum(map(bool, names)) < 2:
+        return Layout()
     roles = COLUMNS | SIZES
     # Of several columns that may be the same, the one whose name comes first in the table.
     places = {role: names.index(name) for role in roles for name in reversed(roles[role]) if name in names}
     lacking = [role for role in COLUMNS if role not in places]
-    where, found = f"{path}:{numbers[rows.index(row)] if row else 1}", shown(",".join(row))
-    if any(map(_is_number, row)) or sum(map(bool, names)) < 2:
-        return Layout()
+    where, found = f"{path}:{numbers[rows.index(row)]}", shown(",".join(row))
     if lacking and any(re.search(r"(^|_)w(idth)?$", name) for name in names):
         report.add("looks like x, y, width, height", where, f"the columns are {found}, but must be x1,y1,x2,y2")
         raise DataError(report)

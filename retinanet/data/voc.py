@@ -80,8 +80,8 @@ class VOCDataset(DetectionDataset):
             if min(content.size) < 0:
                 message = "height or width is not a whole number; those of the image file are used"
                 report.add("declared size", str(path), message, "")
-            rows = list(_read_objects(path, content, class_names, report))
-            return content.size if min(content.size) > 0 else (0, 0), rows
+            size = content.size if min(content.size) > 0 else (0, 0)
+            return size, list(_read_objects(path, content.objects, class_names, report))
 
         contents = read_annotations(pairs, read, report)
         super().__init__(class_names=class_names, transform=transform, source=list_file or folder, **contents)
@@ -134,15 +134,13 @@ def _pair_files(
     report_list(list_file or folder, image_folder, [line for line, _ in lines], found, report)
     pairs = {image: path for image, path in zip(found, files, strict=True) if image}
     without = [image for image, path in pairs.items() if path is None]
+    needed = "an image without objects needs one without <object>"
     if not list_file:
-        message = "has no XML file, and is left out; without objects, it needs one without <object>"
-        report.add_rows("stray file", sorted(set(images.values()) - set(pairs)), str, message, message)
+        message = f"has no XML file, and is left out; {needed}"
+        report.add_rows("stray file", sorted(set(images.values()) - set(pairs)), str, message, "no XML")
     elif len(without) > len(pairs) / 2:
-        message = (
-            f"{len(without):,} of the {len(pairs):,} images that are listed have no XML file, such as "
-            f"{without[0].name}; an image without objects needs one without <object>"
-        )
-        report.add("bad entry", str(folder), message, "no XML", len(without))
+        message = f"{len(without):,} of the {len(pairs):,} images that are listed have no XML file, such as "
+        report.add("bad entry", str(folder), f"{message}{without[0].name}; {needed}", "no XML", len(without))
     else:
         message = "has no XML file, and is read as an image without objects"
         report.add_rows("no annotations", without, str, message, "no XML")
@@ -150,10 +148,10 @@ def _pair_files(
 
 
 class _Content(NamedTuple):
-    """What an XML file says: the image's name, its height and width (of `parse_side`), objects, or a fault."""
+    """What an XML file says, or why it cannot be read."""
 
-    file_name: str = ""
-    size: tuple[int, int] = (0, 0)
+    file_name: str = ""  # of the image
+    size: tuple[int, int] = (0, 0)  # height and width, of `parse_side`
     objects: Sequence[tuple[str, bool, list[str]]] = ()  # class, `difficult`, xmin, ymin, xmax, ymax
     fault: str = ""
 
@@ -183,10 +181,10 @@ def _read_xml(path: Path) -> _Content:
 
 
 def _read_objects(
-    path: Path | None, content: _Content, class_names: Sequence[str], report: Report
+    path: Path | None, objects: Sequence[tuple], class_names: Sequence[str], report: Report
 ) -> Iterator[tuple[float, ...]]:
     """Number from 1, `difficult`, the box from 0, and label of each object of an image."""
-    for number, (name, difficult, texts) in enumerate(content.objects, start=1):
+    for number, (name, difficult, texts) in enumerate(objects, start=1):
         where = f"{path}: object {number}"
         if name not in class_names:
             report.add("unknown class", where, unknown_class(name, class_names), name)

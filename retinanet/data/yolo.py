@@ -73,14 +73,14 @@ class YoloDataset(DetectionDataset):
 
 def _read_settings(root: Path) -> dict[Path, dict[str, Any]]:
     """What `data.yaml` and `obj.data` say, if they exist."""
-    settings = {}
-    for path in (root / name for name in SETTINGS if (root / name).is_file()):
-        if path.suffix == ".data":
-            pairs = (line.partition("=") for line in read_text(path).splitlines())
-            settings[path] = {key.strip(): value.strip() for key, sign, value in pairs if sign}
-        else:
-            settings[path] = _read_yaml(path)
-    return settings
+
+    def read(path: Path) -> dict[str, Any]:
+        if path.suffix != ".data":
+            return _read_yaml(path)
+        pairs = (line.partition("=") for line in read_text(path).splitlines())
+        return {key.strip(): value.strip() for key, sign, value in pairs if sign}
+
+    return {root / name: read(root / name) for name in SETTINGS if (root / name).is_file()}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -187,11 +187,11 @@ def _list_source(root: Path, source: Path, report: Report) -> list[Path]:
     """The images of a folder, or of a list."""
     if source.is_dir():
         return list(list_images(source).values())
-    lines = [line.strip() for line in read_text(source).splitlines() if line.strip()]
+    lines = list(filter(None, map(str.strip, read_text(source).splitlines())))
     places = [next(iter(_places(line, root, source.parent)), None) for line in lines]
     found = [path and Path(os.path.normpath(path)) for path in places]
     report_list(source, root, lines, found, report)
-    return [path for path in found if path]
+    return list(filter(None, found))
 
 
 def _label_folder(folder: Path, must_exist: bool = True) -> Path:
@@ -221,8 +221,7 @@ def _class_names(root: Path, folders: Iterable[Path], settings: Mapping[Path, di
             raise UserError(f"{difference}; correct or remove the wrong file")
     for path, content in settings.items():
         key = "classes" if path.suffix == ".data" else "nc"
-        number = content.get(key)
-        if number and isinstance(number, str) and number.strip() != str(len(names)):
+        if isinstance(number := content.get(key), str) and number.strip() not in ("", str(len(names))):
             raise UserError(f"{path}: `{key}` is {shown(number)}, but {first} names {counted(len(names), 'class')}")
     return names
 

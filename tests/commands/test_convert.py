@@ -132,6 +132,7 @@ def test_yolo_lists_its_sets_and_classes(source, tmp_path):
     for set_name in ("train", "val"):
         flags = ["--from", "csv", "--source", str(source / "val.csv"), "--csv_classes", str(source / "classes.csv")]
         assert convert.main([*flags, "--set", set_name, "--to", "yolo", "--out", str(tmp_path / "yolo")]) == 0
+        (tmp_path / "yolo" / "images" / ".DS_Store").touch()  # of macOS: no set
     expected = 'train: images/train\nval: images/val\nnames: ["wolf", "bear", "fox"]\n'
     assert (tmp_path / "yolo/data.yaml").read_text() == expected
     assert (tmp_path / "yolo/labels/val/b.txt").read_text() == ""

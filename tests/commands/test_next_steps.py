@@ -23,14 +23,14 @@ def steps(flags, best, image="none.jpg"):
 
 def test_with_a_validation_set_the_data_are_those_of_the_run(monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(Path(train.__file__))])
-    flags = [*CSV, "--csv_val", "my data/val.csv", "--skip_bad", "--epochs", "3"]
+    flags = [*CSV, "--csv_val", "my data/val.csv", "--skip_bad", "--epochs", "3", "--pixel_range", "0", "4095.5"]
     found = steps(flags, Path("runs/a b/best.pt"))
     assert [Path(command[1]).name for command in found] == ["validate.py", "visualize.py", "-m"]
     assert all(Path(command[1]).is_file() for command in found[:2])
     for name, command in zip(PARSERS, found, strict=False):
         args = PARSERS[name](command[2:])
         assert (args.csv_val, args.csv_classes, args.skip_bad) == ("my data/val.csv", "c.csv", True)
-        assert args.model == "runs/a b/best.pt"
+        assert args.model == "runs/a b/best.pt" and args.pixel_range == (0, 4095.5)
     assert found[2][2:] == ["retinanet", "export", "--model", "runs/a b/best.pt", "--dynamic", "--with_nms"]
     assert export.parse_arguments(found[2][4:]).model == "runs/a b/best.pt"
 
