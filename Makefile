@@ -17,7 +17,7 @@ demo: .venv/installed
 	@echo "  .venv/bin/python train.py --dataset csv --csv_train train.csv --csv_val val.csv --csv_classes classes.csv"
 
 test: .venv/installed-for-tests lint
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist worksteal
 
 lint: .venv/installed-for-tests
 	.venv/bin/ruff check .

@@ -27,41 +27,33 @@ def make_parser() -> argparse.ArgumentParser:
     parser = flags.make_parser(__doc__)
     flags.add_data_arguments(parser, training=True)
     add = parser.add_argument_group("model").add_argument
-    count, rate, text = flags.positive_int, flags.positive_float, f"layers of the ResNet {flags.DEFAULT}"
-    add("--depth", type=count, choices=sorted(ARCHITECTURES), help=text)
+    count, rate = flags.positive_int, flags.positive_float
+    add("--depth", type=count, choices=sorted(ARCHITECTURES), help=f"layers of the ResNet {flags.DEFAULT}")
     text = "imagenet, imagenet_v2, coco (for depth 50), none (random), or a checkpoint, whose classes are taken by name"
-    text += " (default: the recipe's; modern imagenet_v2, scratch none, others imagenet)"
-    add("--weights", help=text)
+    add("--weights", help=f"{text} (default: the recipe's; modern imagenet_v2, scratch none, others imagenet)")
     flags.add_anchor_arguments(parser)
     add = parser.add_argument_group("training").add_argument
-    text = (
-        "how to train, and what flags that are not given say: as the original, from ImageNet weights; as the paper's "
-    )
-    text += "authors, likewise; modern, the best published for photographs, likewise; scratch, from random weights"
-    add("--recipe", choices=sorted(RECIPES), help=f"{text} {flags.DEFAULT}")
+    text = "how to train, and what flags that are not given say: as the original, from ImageNet weights; as the "
+    text += "paper's authors, likewise; modern, the best published for photographs, likewise; scratch, from random "
+    add("--recipe", choices=sorted(RECIPES), help=f"{text}weights {flags.DEFAULT}")
     add("--epochs", type=count, help="passes over the training set (default: the recipe's; modern 12, others 100)")
     add("--batch_size", type=count, help=f"images a batch, of each process {flags.DEFAULT}")
     add("--accumulate", type=count, help=f"batches averaged for one optimizer step {flags.DEFAULT}")
     add("--lr", type=rate, help="peak learning rate (default: the recipe's, in proportion to the global batch)")
     add("--backbone_lr", type=rate, help=f"learning rate of the backbone, times that {flags.DEFAULT}")
-    text = "leave so many stages of the backbone as they are: 1 is conv1, 2 adds the first residual stage, ..."
-    text += " (default: the recipe's; paper and modern 2, others 0)"
+    text = "leave so many stages of the backbone as they are: 1 is conv1, 2 adds the first residual stage, ... "
+    text += "(default: the recipe's; paper and modern 2, others 0)"
     add("--freeze_stages", type=flags.non_negative_int, choices=range(5), help=text)
     add("--clip_norm", type=rate, help="limit of the gradient's norm (default: the recipe's)")
-    text = (
-        "average the weights with this decay, such as 0.999, and save the average; 0: do not (default: the recipe's; "
-    )
-    add("--ema", type=flags.fraction, help=f"{text}modern 0.9998, others 0)")
+    text = "average the weights with this decay, such as 0.999, and save the average; 0: do not"
+    add("--ema", type=flags.fraction, help=f"{text} (default: the recipe's; modern 0.9998, others 0)")
     add("--early_stop", type=count, help="stop after this many validations without a better AP")
     text = "repeat images of rare classes: those in less than this share of the images, such as 0.01"
     add("--balance", type=rate, help=f"{text} (repeat-factor sampling)")
     add("--seed", type=flags.non_negative_int, help=f"for weights, order and augmentation {flags.DEFAULT}")
     add = parser.add_argument_group("images").add_argument
-    add(
-        "--min_side",
-        type=count,
-        help="pixels of the resized short side (default: the recipe's; modern 800, others 608)",
-    )
+    text = "pixels of the resized short side (default: the recipe's; modern 800, others 608)"
+    add("--min_side", type=count, help=text)
     text = "limit of the resized long side, pixels (default: the recipe's; modern 1333, others 1024)"
     add("--max_side", type=count, help=text)
     flags.add_tile_arguments(parser, training=True, of_model=False)

@@ -11,6 +11,11 @@ from retinanet.results import check_csv
 from retinanet.training.checkpoint import LIMITS, load_model
 from retinanet.training.files import make_out_dir
 
+SETTINGS = (  # flags that are arguments of `retinanet.validate`
+    *("out", "save_csv", "iou_threshold", "voc07", "analyse", "min_precision"),
+    *("batch_size", "workers", "device", "precision", "limit"),
+)
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the flags; a usage error lists all contradictions and exits with 2."""
@@ -48,14 +53,12 @@ def main(argv: list[str] | None = None) -> None:
     """Score a detector as the flags say."""
     args = parse_arguments(argv)
     process.setup_logging()
-    how = {name: getattr(args, name) for name in ("iou_threshold", "voc07", "analyse", "min_precision")}
     if args.model:
         process.init_distributed(process.choose_device(args.device))
         net, info = load_model(args.model)
         dataset = flags.make_dataset(args, "val", None, info["class_names"])
-        machine = {name: getattr(args, name) for name in ("batch_size", "workers", "device", "precision", "limit")}
-        given = flags.given_limits(args) | flags.given_tiles(args)
-        api.validate((net, info), dataset, out=args.out, save_csv=args.save_csv, **how, **machine, **given)
+        given = {name: getattr(args, name) for name in SETTINGS} | flags.given_limits(args) | flags.given_tiles(args)
+        api.validate((net, info), dataset, **given)
         return
     if args.out:
         report.check_folder(make_out_dir(args.out))
@@ -66,8 +69,9 @@ def main(argv: list[str] | None = None) -> None:
     found, ids = coco.to_detections(dataset, results), {dataset.image_ids[index] for index in chosen}
     results, found = [one for one in results if one["image_id"] in ids], {index: found[index] for index in chosen}
     limit = (LIMITS | flags.given_limits(args))["max_detections"]
-    how |= {"max_detections": limit, "source": args.detections, "save_csv": args.save_csv}
-    api.report_scores(dataset, found, args.out, results=results, **how)
+    how = args.iou_threshold, args.voc07, args.analyse, results, limit, args.min_precision
+    evaluation = report.Evaluation(dataset, found, *how)
+    api.report_scores(evaluation, args.out, args.detections, save_csv=args.save_csv)
 
 
 if __name__ == "__main__":

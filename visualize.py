@@ -31,7 +31,7 @@ from retinanet.training.settings import (
     training_transform,
 )
 from retinanet.training.weights import match_classes
-from retinanet.visual import anchor_fit, anchor_report, anchor_views, data_views, heatmaps, views
+from retinanet.visual import anchor_fit, anchor_report, anchor_views, heatmaps, views
 from retinanet.visual.drawing import draw_boxes, save_image, side_by_side
 
 SHOWS = {
@@ -136,12 +136,12 @@ def show_inputs(
     indices, losses = choose_indices(args, dataset), []
     for index in progress(indices, args.show):
         sample = read_sample(dataset, args.seed, 0, index)
-        image, annotations = data_views.to_image(sample["img"]), torch.as_tensor(sample["annot"])
+        image, annotations = views.to_image(sample["img"]), torch.as_tensor(sample["annot"])
         images = normalize(torch.from_numpy(image).permute(2, 0, 1)[None].to(device))
         path, boxes = folder / f"{args.show}_{index:05d}.png", annotations.numpy()
         if args.show == "truth":
             title = f"{index}: {Path(dataset.image_path(index)).name}, {counted(len(boxes), 'box')}"
-            save_image(side_by_side([data_views.draw_annotations(image, boxes, names)], [title]), path)
+            save_image(side_by_side([views.draw_annotations(image, boxes, names)], [title]), path)
         elif args.show == "anchors":
             save_image(anchor_views.draw_anchors(image, boxes, anchors), path)
         elif args.show == "matches":
@@ -177,7 +177,7 @@ def show_detections(
     judged = judge(dataset, detections)
     for index in progress(indices, "drawing"):
         image, annotations = dataset.load_image(index), dataset.load_annotations(index)
-        picture = views.draw_detections(image, annotations, *judged[index], names)
+        picture = views.draw_detections(image, annotations, judged[index], names)
         save_image(picture, folder / f"detections_{index:05d}.png")
     save_image(views.draw_detections_sheet(dataset, judged, indices, args.columns), folder / "detections.png")
     return len(indices)

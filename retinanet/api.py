@@ -1,6 +1,6 @@
 """`retinanet.train` and `retinanet.validate`: what train.py and validate.py do, for programs and notebooks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from retinanet.data.loader import make_loader, transformed
 from retinanet.errors import UserError, shown
 from retinanet.evaluation import coco, report
 from retinanet.model import RetinaNet
-from retinanet.postprocess import Detections
 from retinanet.process import log
 from retinanet.results import check_csv, write_csv, write_page
 from retinanet.running import run_training
@@ -31,23 +30,14 @@ from retinanet.visual import charts
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves.
-
-    Attributes:
-        out_dir: the run's folder.
-        best: its best.pt; None without a validation set.
-        last: its last.pt.
-        log: its log.jsonl.
-        metrics: COCO's numbers of `best`; empty without a validation set.
-        last_metrics: those of the last validation.
-    """
+    """What a run leaves."""
 
     out_dir: Path
-    best: Path | None
-    last: Path
-    log: Path
-    metrics: dict[str, float]
-    last_metrics: dict[str, float]
+    best: Path | None  # best.pt; None without a validation set
+    last: Path  # last.pt
+    log: Path  # log.jsonl
+    metrics: dict[str, float]  # COCO's numbers of `best`; empty without a validation set
+    last_metrics: dict[str, float]  # those of the last validation
 
     @cached_property
     def model(self) -> RetinaNet:
@@ -193,38 +183,28 @@ def validate(
     metrics = None
     if process.is_main_process():
         log.info("detections with scores above %g:", limits["score_threshold"])
-        how |= {"max_detections": limits["max_detections"], "source": info.get("path", "model")}
-        metrics = report_scores(dataset, found, out, **how, model=(net, info), save_csv=save_csv)
+        counted = {"limit": limits["max_detections"], "min_precision": min_precision}
+        evaluation = report.Evaluation(dataset, found, iou_threshold, voc07, analyse, **counted)
+        metrics = report_scores(evaluation, out, info.get("path", "model"), (net, info), save_csv)
     return process.from_main_process(metrics)
 
 
 def report_scores(
-    dataset: DetectionDataset,
-    found: Mapping[int, Detections],
+    evaluation: report.Evaluation,
     out: str | Path | None,
-    iou_threshold: float,
-    voc07: bool,
-    analyse: bool,
-    min_precision: float | None,
-    max_detections: int,
     source: str,
-    results: Sequence[Mapping[str, Any]] | None = None,
     model: tuple[RetinaNet, dict[str, Any]] | None = None,
     save_csv: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Score detections, log the tables, and write files to `out` and `save_csv` if they are given.
+    """Log the scores, and write files to `out` and `save_csv` if they are given; returns what metrics.json holds.
 
-    `source` and `model` are those of `write_page`; the rest is for `report.evaluate`.
-
-    Returns:
-        What metrics.json holds.
+    `source` and `model` are those of `write_page`.
     """
-    folder = out and Path(out)
+    dataset, found, folder = evaluation.dataset, evaluation.detections, out and Path(out)
     write_skipped(folder, [dataset])
     if save_csv:
         rows = [(dataset.image_path(index), found[index]) for index in sorted(found)]
         write_csv(save_csv, rows, list(dataset.labels.values()))
-    evaluation = report.evaluate(dataset, found, iou_threshold, voc07, analyse, results, max_detections, min_precision)
     log.info("%s", evaluation.text())
     if folder:
         evaluation.write(folder)

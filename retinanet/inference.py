@@ -159,15 +159,10 @@ def predict(
 
 
 def detection_limits(info: Mapping[str, Any], given: Mapping[str, Any], for_use: bool = False) -> dict[str, Any]:
-    """The limits of a model's detections, as arguments of `detect`.
+    """The limits of a model's detections, as arguments of `detect`: those that are given, or those of its `info`.
 
-    Args:
-        info: from `load_model`; its limits are the defaults.
-        given: those that are given; the score threshold may be `best`, see `predict`.
-        for_use: where no score threshold is given, it is that of `predict`; otherwise that of validation.
-
-    Raises:
-        UserError: the score threshold is `best`, and the checkpoint has none.
+    The score threshold may be `best`, see `predict`; where none is given, it is that of `predict` if it is `for_use`,
+    and otherwise that of validation.
     """
     limits, best = {**info.get("limits", LIMITS), **given}, info.get("score_thresholds")
     if for_use and "score_threshold" not in given:
@@ -192,14 +187,9 @@ def make_resizer(info: Mapping[str, Any], min_side: int | None = None, max_side:
 
 
 def choose_tiling(info: Mapping[str, Any], given: Mapping[str, Any]) -> Tiling | None:
-    """The tiles of a model.
+    """The tiles of a model: `tile` (None or 0: no tiles) and `tile_overlap` as they are given, or those of its `info`.
 
-    Args:
-        info: from `load_model`; its `tile` and `tile_overlap` are the defaults.
-        given: those that are given; a tile of None or 0 stands for no tiles.
-
-    Raises:
-        UserError: a value is out of range, or there is an overlap without tiles.
+    A value out of range, or an overlap without tiles, is a UserError.
     """
     chosen = {"tile": info.get("tile"), "tile_overlap": info.get("tile_overlap", OVERLAP), **given}
     if chosen["tile"] is not None and chosen["tile"] != 0:

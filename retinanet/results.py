@@ -28,8 +28,7 @@ def counts_path(path: str | Path) -> Path:
 def check_csv(path: str | Path) -> None:
     """Make the folder of `--save_csv`, before anything is computed.
 
-    Raises:
-        UserError: the file exists and is none of `write_csv`, such as annotations, or no file can be there.
+    A UserError, if the file exists and is none of `write_csv`, such as annotations, or if no file can be there.
     """
     for file in map(output_file, (path, counts_path(path))):
         try:
@@ -46,13 +45,8 @@ def check_csv(path: str | Path) -> None:
 def write_csv(path: str | Path, found: Iterable[tuple[str, Detections]], class_names: Sequence[str]) -> None:
     """Write a line for each detection, and to `counts_path` a line for each image, also for those without any.
 
-    Args:
-        path: of the file.
-        found: file of each image, and its detections, boxes in its pixels.
-        class_names: name of each label.
-
-    Raises:
-        UserError: they cannot be written; the files before them are intact.
+    `found` names the file of each image, and its detections, boxes in its pixels. Where the tables cannot be written, a
+    UserError says so, and the files before them are intact.
     """
     lines: list[Sequence[Any]] = [COLUMNS]
     counts: list[Sequence[Any]] = [("file", *class_names, "all")]
@@ -71,11 +65,8 @@ def write_csv(path: str | Path, found: Iterable[tuple[str, Detections]], class_n
 def write_page(path: Path, evaluation: Evaluation, source: str, model: tuple[RetinaNet, dict[str, Any]] | None) -> None:
     """Write report.html and its images, see `web_report.write`.
 
-    Args:
-        path: of report.html.
-        evaluation: detections and their scores.
-        source: the file of the detector or of the detections, for the head; a log.jsonl beside it is that of the run.
-        model: the result of `checkpoint.load_model`; None if only the detections are known.
+    `source` is the file of the detector or, without a `model`, the result of `checkpoint.load_model`, of the
+    detections; a log.jsonl beside that of a detector is the one of its run.
     """
     log_file, training, anchors = Path(source).with_name("log.jsonl"), [], None
     if model:

@@ -37,7 +37,7 @@ from retinanet.training.resume import check_resume, find_checkpoint
 from retinanet.training.run import Run
 from retinanet.training.settings import Settings, anchors_from_settings, training_transform
 from retinanet.training.weights import make_model
-from retinanet.visual import anchor_report, charts, data_views, views
+from retinanet.visual import anchor_report, charts, views
 
 
 def run_training(
@@ -152,7 +152,7 @@ def _begin(
     sides = (None, None) if settings.tile else settings.sides
     anchor_report.log_summary(train_set, run.net.anchors, *sides, best_match_iou)
     with _drawing(run, "labels.png and batch.png"):
-        data_views.save_data_images(train_set, sampler, out_dir)
+        views.save_data_images(train_set, sampler, out_dir)
     limit = settings.limits["max_detections"]
     if val_set and (note := report.limits_note(val_set, range(len(val_set)), limit)):
         log.warning("%s", note)
@@ -264,7 +264,7 @@ def _report(
                 net, loader, run.device, settings.dtype, lambda: bool(stop.signum), **settings.limits
             )
         if run.log and not stop.signum:
-            evaluation = report.evaluate(dataset, found, limit=settings.limits["max_detections"])
+            evaluation = report.Evaluation(dataset, found, limit=settings.limits["max_detections"])
             write_page(page, evaluation, str(best), (net, info))
             log.info("what it gets wrong: %s", page)
     except (OSError, ValueError, RuntimeError) as error:  # the run itself is complete

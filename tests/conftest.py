@@ -1,5 +1,6 @@
 """What several test modules use: the original's numbers, and weights that two implementations can share."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -59,19 +60,39 @@ def filled_net():
 
 
 @pytest.fixture(scope="module")
-def small_training():
-    """Trainings of the module take half a ResNet-18, and draw neither pictures nor the report."""
-    from retinanet import running
-    from retinanet.model import ARCHITECTURES
-    from retinanet.resnet import BasicBlock
+def small_network(filled_net):  # which is made before, as it must not be small
+    """Detectors of the module on a ResNet-18 have half its blocks, and 16 channels in pyramid and heads: 20 MB."""
+    from retinanet import model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ARCHITECTURES, 18, (BasicBlock, (1, 1, 1, 1)))
+        patch.setitem(model.ARCHITECTURES, 18, (model.BasicBlock, (1, 1, 1, 1)))
+        patch.setattr(model, "PyramidFeatures", functools.partial(model.PyramidFeatures, feature_size=16))
+        for name in ("RegressionModel", "ClassificationModel"):
+            head = getattr(model, name)
+            patch.setattr(model, name, lambda _, *sizes, head=head: head(16, *sizes, feature_size=16))
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_training(small_network):
+    """Trainings of the module take a small network, and draw neither pictures nor the report."""
+    from retinanet import running
+
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running.charts, "draw_training_curves", lambda *_: None)
         patch.setattr(running.views, "save_detections", lambda *_: None)
-        patch.setattr(running.data_views, "save_data_images", lambda *_: None)
+        patch.setattr(running.views, "save_data_images", lambda *_: None)
         patch.setattr(running, "write_page", lambda *_: None)
         yield
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Scores are written without charts and report.html, which take longer than the scores."""
+    from retinanet import api
+
+    for module, name in ((api.charts, "draw_curves"), (api.charts, "draw_thresholds"), (api, "write_page")):
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
 
 
 @pytest.fixture(autouse=True)

@@ -84,6 +84,7 @@ def test_settings_that_a_sets_own_transform_leaves_without_effect_are_an_error(t
         retinanet.train(dataset, out_dir=tmp_path, flip="both", rotate90=True)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_validation_by_the_function_and_by_the_script(trained, tmp_path):
     result, _, (_, val_set) = trained
     metrics = retinanet.validate(result.best, val_set, out=tmp_path / "a", device="cpu", precision="fp32", workers=0)

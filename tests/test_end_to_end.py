@@ -25,6 +25,9 @@ TRAIN = [*SMALL, "--depth", "18", "--weights", "none", "--recipe", "scratch", "-
 SHAPES = ["--dataset", "shapes", "--shapes_train", "4", "--shapes_val", "2"]
 
 
+pytestmark = pytest.mark.usefixtures("small_training")
+
+
 def run_quietly(main, *flags):
     """Exit status, standard output and standard error of a script."""
     out, err = io.StringIO(), io.StringIO()
@@ -89,6 +92,7 @@ def test_the_checkpoint_rebuilds_the_model(trained):
     assert all(value.isfinite().all() for value in net.state_dict().values())
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_checkpoint_holds_limits_and_the_best_scores(tmp_path):
     limits = ["--max_detections", 7, "--score_threshold", 0.001, "--top_k", 50, "--nms_threshold", 0.4]
     flags = [*TRAIN, *SHAPES, "--epochs", 1, *limits, "--out_dir", tmp_path]

@@ -20,11 +20,19 @@ NAMES = ["<script>alert(1)</script>", "$x_$", "\u05e9\u05dc\u05d5\u05dd \u6c7d\u
 
 
 @pytest.fixture(scope="module")
-def browser():
+def tab():
+    """A tab of the browser for all tests, as a new one takes long, and the list of what goes wrong in it."""
     with sync_api.sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser.new_context(viewport={"width": 1100, "height": 800})  # a context for each page takes longer
+        page, problems = browser.new_page(), []
+        page.set_default_timeout(120_000)  # of a busy machine
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("dialog", lambda dialog: problems.append(dialog.message))
+        page.on("request", lambda request: request.url.startswith(("file:", "data:")) or problems.append(request.url))
+        page.on("requestfailed", lambda request: problems.append(f"failed: {request.url}"))
+        yield page, problems
         browser.close()
 
 
@@ -44,7 +52,7 @@ def folder(tmp_path_factory):
         scores = np.sort(rng.random(8))[::-1]
         found[image] = detections(*([score, row[4], *row[:4]] for score, row in zip(scores, moved, strict=True)))
     dataset = DetectionDataset(files, np.concatenate(rows), np.repeat(np.arange(12), 4), NAMES)
-    evaluation = report.evaluate(dataset, found, analyse=True)
+    evaluation = report.Evaluation(dataset, found, analyse=True)
     evaluation.write(folder)
     log = [{"epoch": epoch, "class_loss": 1 / (1 + epoch), "box_loss": 0.5, "AP": 0.1 * epoch} for epoch in range(4)]
     web_report.write(folder / "report.html", evaluation, "model.pt", True, log)
@@ -52,18 +60,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def page(browser, folder):
+def page(tab, folder):
     """The page, opened from its file; whatever goes wrong in it, and whatever it asks of others, fails the test."""
-    page, problems = browser.new_page(), []
-    page.set_default_timeout(120_000)  # of a busy machine
-    page.on("console", lambda message: problems.append(message.text))
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("dialog", lambda dialog: problems.append(dialog.message))
-    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or problems.append(request.url))
-    page.on("requestfailed", lambda request: problems.append(f"failed: {request.url}"))
+    page, problems = tab
+    problems.clear()
+    page.set_viewport_size({"width": 1100, "height": 800})
     page.goto((folder / "report.html").as_uri())
     yield page
-    page.close()
     assert problems == []
 
 

@@ -9,8 +9,6 @@ from retinanet import detection
 from retinanet.data.csv import CSVDataset
 from retinanet.errors import UserError
 from retinanet.evaluation import report
-from retinanet.model import ARCHITECTURES
-from retinanet.resnet import BasicBlock
 from retinanet.results import check_csv, counts_path, write_csv, write_page
 
 FOUND = [
@@ -63,11 +61,13 @@ SMALL = ["--dataset", "shapes", "--shapes_train", "2", "--shapes_val", "2", "--m
 FLAGS = [*SMALL, "--weights", "none", "--recipe", "scratch", "--epochs", "1", "--batch_size", "2", "--workers", "0"]
 
 
+@pytest.mark.usefixtures("small_network")
 def test_a_training_ends_with_its_report_and_not_with_an_error_of_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(ARCHITECTURES, 18, (BasicBlock, (1, 1, 1, 1)))
     detect, flags, calls = detection.detect, [*FLAGS, "--out_dir", str(tmp_path)], []
     monkeypatch.setattr(detection, "detect", lambda *args, **limits: calls.append(1) or detect(*args, **limits))
     assert train.main(flags) == 0
+    pictures = ("labels.png", "batch.png", "detections.png", "curves.png")
+    assert all((tmp_path / name).stat().st_size for name in pictures)
     page = (tmp_path / "report.html").read_text()
     assert str(tmp_path / "best.pt") in page and 'id="training"' in page and "The anchors' reach" in page
     assert train.main([*flags, "--resume", "auto"]) == 0 and len(calls) == 1  # what the validation found is used
@@ -81,7 +81,7 @@ def test_a_training_ends_with_its_report_and_not_with_an_error_of_it(tmp_path, c
 @pytest.mark.parametrize("log", [None, "", '{"epoch": 0, "class_loss": 1.0}\n{"epoch"'])
 def test_what_is_unknown_is_left_out(tmp_path, log, filled_net):
     dataset = CSVDataset(*write_csv_data(tmp_path / "data"))
-    evaluation = report.evaluate(dataset, {0: detections([0.9, 1, 4, 8, 24, 40]), 1: detections()})
+    evaluation = report.Evaluation(dataset, {0: detections([0.9, 1, 4, 8, 24, 40]), 1: detections()})
     if log is not None:
         (tmp_path / "log.jsonl").write_text(log)
     source = str(tmp_path / "best.pt")
@@ -90,7 +90,7 @@ def test_what_is_unknown_is_left_out(tmp_path, log, filled_net):
     assert ('id="training"' in page) == bool(log) and "<dt>Model</dt>" in page and "The anchors' reach" in page
     (tmp_path / "data" / "a.png").unlink()
     fresh = CSVDataset(*(str(tmp_path / "data" / name) for name in ("data.csv", "classes.csv")))
-    evaluation = report.evaluate(fresh, evaluation.detections)
+    evaluation = report.Evaluation(fresh, evaluation.detections)
     write_page(tmp_path / "report.html", evaluation, str(tmp_path / "found.json"), None)
     page = (tmp_path / "report.html").read_text()
     assert "the model is not known" in page and 'id="training"' not in page and "anchors' reach" not in page

@@ -1,6 +1,8 @@
 """Runs that are interrupted, resumed, spread over processes, or go wrong."""
 
 import argparse
+import itertools
+import math
 import multiprocessing
 import os
 import random
@@ -25,7 +27,7 @@ from retinanet.errors import UserError
 from retinanet.model import resnet18
 from retinanet.process import get_rank
 from retinanet.signals import StopSignals
-from retinanet.training import checkpoint
+from retinanet.training import checkpoint, engine
 from retinanet.training.log import read_log
 from retinanet.training.recipes import Schedule
 
@@ -229,7 +231,7 @@ def test_a_signal_saves_in_the_middle_of_an_epoch(tmp_path, reference, name, sta
 
 def test_a_signal_before_the_first_step_saves_after_it(tmp_path):
     folder = tmp_path / "a"
-    change = once(running.data_views, "save_data_images", 1, send("SIGTERM"))
+    change = once(running.views, "save_data_images", 1, send("SIGTERM"))
     jobs, output = start(folder, *LIVELY, change=change)
     assert finish(jobs) == [143]
     assert "SIGTERM: stopping after this step" in output() and progress_of(folder) == (0, 1)
@@ -359,8 +361,12 @@ def test_all_ranks_stop_when_one_gets_a_signal(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_keeps_the_batch_and_the_last_checkpoint(tmp_path):
+    def change():
+        normalize, numbers = engine.normalize, itertools.count(1)
+        engine.normalize = lambda images: normalize(images) * (math.nan if next(numbers) == 3 else 1)
+
     folder = tmp_path / "a"
-    jobs, output = start(folder, "--checkpoint_every", "1", "--lr", "1e3")
+    jobs, output = start(folder, "--checkpoint_every", "1", change=change)
     assert finish(jobs) == [1]
     assert "the loss is not finite (class " in output() and "epoch 0, step 3, images" in output()
     assert progress_of(folder) == (0, 2)

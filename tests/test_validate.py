@@ -36,6 +36,7 @@ def test_everything_is_logged_and_written(model_path, tmp_path, capsys):
     assert str(model_path) in page and "The anchors' reach" in page and "6 images" in page
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_scoring_the_written_detections_gives_the_same_numbers(model_path, tmp_path):
     assert run("--model", model_path, "--out", tmp_path / "a") == 0
     assert run("--detections", tmp_path / "a" / "detections.json", "--out", tmp_path / "b") == 0
@@ -44,6 +45,7 @@ def test_scoring_the_written_detections_gives_the_same_numbers(model_path, tmp_p
         assert first == second and len(first) > 10
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_batches_limits_and_thresholds(model_path, tmp_path):
     found = {}
     for name, flags in {"ones": ["--batch_size", 1], "fours": ["--batch_size", 4], "few": ["--limit", 2]}.items():
@@ -102,6 +104,7 @@ def test_names_reach_the_terminal_escaped(odd_names, capsys):
     assert len({len(line) for line in printed.split("\n\n")[1].split("\n")}) == 1  # the columns are aligned
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_an_output_that_is_not_utf8_or_that_nobody_reads(odd_names, monkeypatch, capsys):
     output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr(sys, "stdout", output)
@@ -116,6 +119,7 @@ def test_an_output_that_is_not_utf8_or_that_nobody_reads(odd_names, monkeypatch,
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_results_file_is_scored_as_it_is(tmp_path, capsys):
     """Scores that are equal in float32, and boxes whose IoU is exactly 0.5."""
     box = [0.1, 0.2, 30.3, 40.7]

@@ -130,14 +130,9 @@ def score_results(
 def read_results(dataset: DetectionDataset, path: str | Path) -> list[dict[str, Any]]:
     """Read a COCO results file, which any detector may have written; the numbers keep their values.
 
-    As in pycocotools, an id may be written as 1.0, and a number beyond all floats, such as 1e400, is infinite.
-
-    Args:
-        dataset: whose images and categories the entries must name.
-        path: a JSON list of `{"image_id", "category_id", "bbox": [x, y, width, height], "score"}`.
-
-    Raises:
-        UserError: the file is missing or broken; the message names the first wrong entry.
+    It is a JSON list of `{"image_id", "category_id", "bbox": [x, y, width, height], "score"}`, and must name images and
+    categories of the data set; a UserError names the first wrong entry. As in pycocotools, an id may be written as
+    1.0, and a number beyond all floats, such as 1e400, is infinite.
     """
     results = load_json(Path(path))
     if not isinstance(results, list):

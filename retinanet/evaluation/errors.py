@@ -56,12 +56,12 @@ class ErrorAnalysis:
 
 
 class _Judged(NamedTuple):
-    """The N detections of one image or of a data set."""
+    """The N detections of a data set, as those of ImageErrors."""
 
     scores: np.ndarray
     labels: np.ndarray
-    kinds: np.ndarray  # "right" or one of the KINDS
-    boxes: np.ndarray  # index of the ground-truth box that each one found or should have found; -1 for none
+    kinds: np.ndarray
+    boxes: np.ndarray  # their targets, numbered through the data set
 
 
 def greedy_match(iou: np.ndarray, threshold: float) -> np.ndarray:
@@ -107,12 +107,11 @@ def _in_regions(detections: Detections, regions: np.ndarray) -> np.ndarray:
     return ((covered >= RIGHT_IOU) & (detections.labels[:, None] == areas[:, 4])).any(dim=1).numpy()
 
 
-def _judge_image(detections: Detections, iou: np.ndarray, box_labels: np.ndarray) -> _Judged:
-    """Find the kind of each of D detections of one image, best first, from their IoU [D, G] with its boxes."""
-    scores, labels = detections.scores.numpy(), detections.labels.numpy()
-    kinds, boxes = np.full(len(scores), "background", dtype="U10"), np.full(len(scores), -1)
+def _judge_image(labels: np.ndarray, iou: np.ndarray, box_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Kinds and targets of D detections of one image, best first, from their labels and IoU [D, G] with its boxes."""
+    kinds, targets = np.full(len(labels), "background", dtype="U10"), np.full(len(labels), -1)
     if iou.size == 0:
-        return _Judged(scores, labels, kinds, boxes)
+        return kinds, targets
     same = labels[:, None] == box_labels
     own, other = iou * same, iou * ~same  # [D, G]
     found = greedy_match(own, RIGHT_IOU)
@@ -123,10 +122,10 @@ def _judge_image(detections: Detections, iou: np.ndarray, box_labels: np.ndarray
         best = overlaps.max(axis=1)
         of_kind = (best >= low) & (best < high)
         kinds[of_kind] = kind
-        boxes[of_kind] = overlaps.argmax(axis=1)[of_kind]
+        targets[of_kind] = overlaps.argmax(axis=1)[of_kind]
     kinds[found >= 0] = "right"
-    boxes[found >= 0] = found[found >= 0]
-    return _Judged(scores, labels, kinds, boxes)
+    targets[found >= 0] = found[found >= 0]
+    return kinds, targets
 
 
 def _mean_ap(scores: np.ndarray, labels: np.ndarray, right: np.ndarray, num_boxes: np.ndarray) -> float:
@@ -185,22 +184,21 @@ def analyse(
         rank = (labels[:, None] == labels).tril(-1).sum(dim=1)  # within its class
         found = Detections(*(values[rank < limit] for values in detections[index]))
         iou = compute_overlap(found.boxes, annotations[:, :4])
-        part = _judge_image(found, iou, image_labels)
+        kinds, targets = _judge_image(found.labels.numpy(), iou, image_labels)
         # As in COCO, a box that is found in a crowd counts.
-        counted = (part.kinds == "right") | ~_in_regions(found, dataset.load_difficult(index))
-        part = _Judged(*(column[counted] for column in part))
-        targets = part.boxes.copy()
-        part.boxes[part.boxes >= 0] += num_boxes
-        parts.append(part)
+        counted = (kinds == "right") | ~_in_regions(found, dataset.load_difficult(index))
+        found = Detections(*(values[torch.from_numpy(counted)] for values in found))
+        kinds, targets, iou = kinds[counted], targets[counted], iou[counted]
+        scores, labels = found.scores.numpy(), found.labels.numpy()
+        parts.append((scores, labels, kinds, np.where(targets < 0, -1, targets + num_boxes)))
         box_labels.append(image_labels)
         num_boxes += len(annotations)
-        sure = part.scores > CONFUSION_SCORE
-        taken = greedy_match(iou[counted][sure], RIGHT_IOU)
+        sure = scores > CONFUSION_SCORE
+        taken = greedy_match(iou[sure], RIGHT_IOU)
         padded = np.append(image_labels, num_classes)  # -1 reads the background
-        np.add.at(confusion, (padded[taken], part.labels[sure]), 1)
+        np.add.at(confusion, (padded[taken], labels[sure]), 1)
         np.add.at(confusion, (np.delete(image_labels, taken[taken >= 0]), num_classes), 1)
-        counting = Detections(*(values[torch.from_numpy(counted)] for values in found))
-        images[index] = ImageErrors(counting, part.kinds, targets, taken, iou[counted].max(axis=0, initial=0))
+        images[index] = ImageErrors(found, kinds, targets, taken, iou.max(axis=0, initial=0))
 
     judged = _Judged(*map(np.concatenate, zip(*parts, strict=True)))
     labels = np.concatenate(box_labels)

@@ -25,18 +25,25 @@ JSON_SCORES = np.arange(20) / 20  # at which metrics.json has precision, recall 
 
 @dataclass
 class Evaluation:
-    """Detections and their scores; made by `evaluate`."""
+    """Detections, best first, boxes in pixels of the original image, scored by COCO's and by Pascal VOC's protocol."""
 
-    dataset: DetectionDataset
-    detections: Mapping[int, Detections]
-    results: Sequence[Mapping[str, Any]]  # the detections in COCO's results format
-    iou_threshold: float  # of VOC's scores
-    coco: coco.Scores
-    voc: dict[int, voc.ClassResult]  # of each label
-    errors: errors.ErrorAnalysis | None  # None unless asked for
-    limits_note: str  # of `limits_note`
-    min_precision: float | None
-    limit: int  # detections of a class in an image that count
+    dataset: DetectionDataset  # the ground truth
+    detections: Mapping[int, Detections]  # of each sample index that counts
+    iou_threshold: float = 0.5  # IoU from which a box counts as found, for VOC's scores
+    eleven_points: bool = False  # average precision as in VOC 2007
+    analyse: bool = False  # also find out what costs AP
+    # From `coco.read_results`, if the detections are from a file: COCO's protocol scores them as they are.
+    results: Sequence[Mapping[str, Any]] | None = None
+    limit: int = MAX_DETECTIONS  # COCO's protocol and the analysis count so many detections of a class in an image
+    min_precision: float | None = None  # also find the lowest scores that have this precision
+
+    def __post_init__(self):
+        dataset, found, indices = self.dataset, self.detections, sorted(self.detections)
+        self.limits_note = limits_note(dataset, indices, self.limit, by_class=self.results is not None)
+        self.results = coco.coco_results(dataset, found) if self.results is None else self.results
+        self.coco = coco.score_results(dataset, self.results, indices, self.limit)
+        self.voc = voc.evaluate_detections(dataset, found, self.iou_threshold, self.eleven_points)
+        self.errors = errors.analyse(dataset, found, self.limit) if self.analyse else None
 
     @cached_property
     def scored(self) -> DetectionDataset:
@@ -52,7 +59,7 @@ class Evaluation:
         count = sum(len(one.scores) for one in self.detections.values())
         total = f"{counted(len(self.detections), 'image')}, {counted(count, 'detection')}"
         tables = [
-            f"{total}\n{coco.metrics_table(self.coco.metrics)}" + f"\n{self.limits_note}" * bool(self.limits_note),
+            "\n".join(filter(None, [total, coco.metrics_table(self.coco.metrics), self.limits_note])),
             coco.class_table(self.coco.classes),
             f"at IoU {self.iou_threshold:g}:\n{voc.class_table(self.voc, self.dataset, self.min_precision)}",
         ]
@@ -80,7 +87,7 @@ class Evaluation:
         return content
 
     def _operating_points(self, ranking: thresholds.Ranking) -> dict:
-        """What one score or another is worth, by name; None where there is no such score."""
+        """What detections above some scores are worth, by name; None where there is no such score."""
         points = {"best_f1": thresholds.best_f1(ranking)}
         if self.min_precision is not None:
             points["min_precision"] = thresholds.at_precision(ranking, self.min_precision)
@@ -134,42 +141,4 @@ def limits_note(dataset: DetectionDataset, indices: Sequence[int], limit: int, b
         f"warning: {counted(images, 'image')} with more boxes than the {limit} detections "
         f"{'of a class ' * by_class}that count (--max_detections): at best {total - beyond:,} of "
         f"{counted(total, 'box')} can be found, which is AP {best:.3f}"
-    )
-
-
-def evaluate(
-    dataset: DetectionDataset,
-    detections: Mapping[int, Detections],
-    iou_threshold: float = 0.5,
-    eleven_points: bool = False,
-    analyse: bool = False,
-    results: Sequence[Mapping[str, Any]] | None = None,
-    limit: int = MAX_DETECTIONS,
-    min_precision: float | None = None,
-) -> Evaluation:
-    """Score detections, best first, boxes in pixels of the original image, by COCO's and by Pascal VOC's protocol.
-
-    Args:
-        dataset: provides the ground truth.
-        detections: of each sample index that counts.
-        iou_threshold: IoU from which a box counts as found, for VOC's scores.
-        eleven_points: average precision as in VOC 2007.
-        analyse: also find out what costs AP.
-        results: from `coco.read_results`, if the detections are from a file: COCO's protocol scores them as they are.
-        limit: COCO's protocol and the analysis count so many detections of a class in an image.
-        min_precision: also find the lowest scores that have this precision.
-    """
-    by_class = results is not None
-    results = coco.coco_results(dataset, detections) if results is None else results
-    return Evaluation(
-        dataset,
-        detections,
-        results,
-        iou_threshold,
-        coco.score_results(dataset, results, sorted(detections), limit),
-        voc.evaluate_detections(dataset, detections, iou_threshold, eleven_points),
-        errors.analyse(dataset, detections, limit) if analyse else None,
-        limits_note(dataset, sorted(detections), limit, by_class),
-        min_precision,
-        limit,
     )

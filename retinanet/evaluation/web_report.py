@@ -51,19 +51,11 @@ def write(
     training: Sequence[Mapping[str, float]] = (),
     anchors: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the page and the images of the folder `report` beside it; those of an earlier one are removed.
+    """Write the page, report.html, and the images of the folder `report` beside it, in place of earlier ones.
 
-    Args:
-        path: of the page, report.html; its folder exists.
-        evaluation: detections and their scores.
-        source: the file of the model, or else of the detections.
-        is_model: whether it is that of a model.
-        training: the entries of the run's log.jsonl.
-        anchors: the `summary` of `anchor_report`, and the `coverage` of its `as_dict`.
-
-    Raises:
-        UserError: something lies at the place of the files that must not be overwritten.
-        OSError: a file cannot be written.
+    `source` is the file of the model or, unless `is_model`, of the detections. `training` holds the entries of the
+    run's log.jsonl, `anchors` the `summary` of `anchor_report` and the `coverage` of its `as_dict`. What must not be
+    overwritten is a UserError, what cannot be written an OSError.
     """
     page, images = output_file(path), path.parent / "report"
     if images.is_symlink():

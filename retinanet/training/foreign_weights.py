@@ -106,14 +106,9 @@ class PyramidFromP5(PyramidFeatures):
 def read(path: str | Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Find the weights in what `checkpoint.load` read from `path`, a file of another program.
 
-    They may be a state dict, also within a dict or with DataParallel's prefix, or a whole pickled model.
-
-    Returns:
-        The weights under this library's names, and what is known of the model: always `found` (the kind of file);
-        `class_names`, `anchors`, `min_side` and `max_side` where they can be derived.
-
-    Raises:
-        UserError: the file holds something else.
+    They may be a state dict, also within a dict or with DataParallel's prefix, or a whole pickled model; all else is a
+    UserError. Returns the weights under this library's names, and what is known of the model: always `found` (the kind
+    of file); `class_names`, `anchors`, `min_side` and `max_side` where they can be derived.
     """
     info: dict[str, Any] = {"found": "a state dict"}
     if isinstance(content, StandIn):
@@ -198,8 +193,7 @@ def torchvision_anchors() -> CellAnchors:
 def convert_torchvision(path: str | Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Convert a state dict of torchvision's RetinaNet on any of the five ResNets, with P6 from C5 or P5.
 
-    Raises:
-        UserError: it has layers that this library's RetinaNet lacks, such as the GroupNorm of torchvision's v2.
+    Layers that this library's RetinaNet lacks, such as the GroupNorm of torchvision's v2, are a UserError.
     """
     if any(re.fullmatch(r"head\..+\.conv\.\d\.1\.weight", name) for name in state):
         raise UserError(

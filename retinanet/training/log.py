@@ -86,13 +86,10 @@ class RunLog:
             self.board.flush()
 
     def add_pictures(self, epoch: int, sheet: Path, curves: Mapping[str, np.ndarray]) -> None:
-        """Show a validation in TensorBoard, if that is asked for.
+        """Show a validation in TensorBoard, if that is asked for: the image file of its detections, and its curves.
 
-        Args:
-            epoch: of the validation.
-            sheet: the image file of its detections.
-            curves: of each name, [5, T] right, false and missed objects, precision and recall above T scores, from 0
-                to 1 in equal steps.
+        These are, of each name, [5, T] right, false and missed objects, precision and recall above T scores, from 0 to
+        1 in equal steps.
         """
         if not self.board:
             return

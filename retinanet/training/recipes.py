@@ -15,49 +15,29 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training run does, where no flag says otherwise.
+    """What a training run does, where no flag says otherwise."""
 
-    Attributes:
-        optimizer: `adam`, `sgd` (momentum 0.9) or `adamw`.
-        lr: learning rate for a global batch of `reference_batch` images; it scales with the batch.
-        weight_decay: as the optimizer defines it.
-        schedule: `plateau` (a tenth when the training loss stops falling), `steps` (a tenth at 2/3 and again at
-            8/9 of the run) or `one_cycle` (up to `lr`, then down along a cosine).
-        warmup_steps: for `steps`: the rate rises linearly from a third.
-        clip_norm: limit of the gradient's norm; None for no limit.
-        train_bn: BatchNorm takes its statistics from the batches; otherwise they stay frozen.
-        fix_affine: BatchNorm's scale and shift are not trained.
-        freeze_stages: so many stages of the backbone, conv1 being the first, are not trained.
-        best_match_iou: the matching rule, see `FocalLoss`.
-        double_bias: train biases at twice the rate and without weight decay.
-        decay_vectors: biases and BatchNorm's scales decay as other weights do.
-        weights: what the run starts from.
-        epochs: passes over the training set.
-        min_side: pixels of the resized short side.
-        max_side: limit of the resized long side, pixels.
-        jitter: short sides are drawn from this share of `min_side` to all of it; None for no jitter.
-        ema: decay of the moving average of the weights; None for no average.
-    """
-
-    optimizer: str
-    lr: float
+    optimizer: str  # `adam`, `sgd` (momentum 0.9) or `adamw`
+    lr: float  # for a global batch of `reference_batch` images; it scales with the batch
     reference_batch: int
-    weight_decay: float
+    weight_decay: float  # as the optimizer defines it
+    # `plateau` (a tenth when the training loss stops falling), `steps` (a tenth at 2/3 and again at 8/9 of the run) or
+    # `one_cycle` (up to `lr`, then down along a cosine).
     schedule: str
-    warmup_steps: int
-    clip_norm: float | None
-    train_bn: bool
-    fix_affine: bool
-    freeze_stages: int
-    best_match_iou: float | None
-    double_bias: bool
-    decay_vectors: bool = True
-    weights: str = "imagenet"
+    warmup_steps: int  # for `steps`: the rate rises linearly from a third
+    clip_norm: float | None  # limit of the gradient's norm
+    train_bn: bool  # BatchNorm takes its statistics from the batches; otherwise they stay frozen
+    fix_affine: bool  # BatchNorm's scale and shift are not trained
+    freeze_stages: int  # so many stages of the backbone, conv1 being the first, are not trained
+    best_match_iou: float | None  # the matching rule, see `FocalLoss`
+    double_bias: bool  # train biases at twice the rate and without weight decay
+    decay_vectors: bool = True  # biases and BatchNorm's scales decay as other weights do
+    weights: str = "imagenet"  # what the run starts from
     epochs: int = 100
-    min_side: int = 608
-    max_side: int = 1024
-    jitter: float | None = None
-    ema: float | None = None
+    min_side: int = 608  # pixels of the resized short side
+    max_side: int = 1024  # limit of the resized long side, pixels
+    jitter: float | None = None  # short sides are drawn from this share of `min_side` to all of it
+    ema: float | None = None  # decay of the moving average of the weights
 
 
 # fmt: off

@@ -45,9 +45,10 @@ BOUNDS = {
     "anchor_ratios": (0.01, 100),
 }
 AUGMENTATIONS = ("flip", "rotate90", "scale_jitter", "jitter", "random_crop", "colour_jitter")
-CHOICES = {"depth": [*ARCHITECTURES], "recipe": [*RECIPES], "freeze_stages": [*range(5)]}
-CHOICES["flip"] = [*FLIPS]
-CHOICES["precision"] = ["auto", *PRECISIONS]
+CHOICES = {
+    **{"depth": [*ARCHITECTURES], "recipe": [*RECIPES], "freeze_stages": [*range(5)]},
+    **{"flip": [*FLIPS], "precision": ["auto", *PRECISIONS]},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,13 +203,9 @@ def contradictions(settings: Mapping[str, Any], has_val_set: bool) -> list[str]:
 
 
 def check_settings(given: Mapping[str, Any], has_val_set: bool) -> dict[str, Any]:
-    """Hold the arguments of `retinanet.train` against what the flags of train.py may be.
+    """All settings, as the flags of train.py would give them, from the arguments of `retinanet.train`.
 
-    Returns:
-        All settings, those that are not given too, as the flags would give them.
-
-    Raises:
-        UserError: it lists all that is wrong.
+    A UserError lists all that is wrong.
     """
     settings = Settings.defaults()
     settings |= as_flags(given, {name: hint for name, hint in get_type_hints(Settings).items() if name in settings})
@@ -221,8 +218,7 @@ def check_settings(given: Mapping[str, Any], has_val_set: bool) -> dict[str, Any
 def as_flags(given: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments, with their type hints, as the flags of the same names would give them: plain values within bounds.
 
-    Raises:
-        UserError: it lists all that is wrong.
+    A UserError lists all that is wrong.
     """
     values, errors = {}, []
     for name, value in given.items():
@@ -242,8 +238,7 @@ def parse_interval(value: Any) -> tuple[int, str]:
     """`500` or 500 for optimizer steps, `10m` for minutes -> the number and its unit; a ValueError for all else."""
     found = re.fullmatch("([0-9]{1,18}(?:e[0-9])?)(m?)", str(value))
     if not found or not float(found[1]):
-        text = f"must be a number of steps, such as 500, or minutes, such as 10m, not {shown(value)}"
-        raise ValueError(text)
+        raise ValueError(f"must be a number of steps, such as 500, or minutes, such as 10m, not {shown(value)}")
     return int(float(found[1])), "minutes" if found[2] else "steps"
 
 
@@ -285,13 +280,14 @@ def anchors_from_settings(settings: Any) -> Anchors:
 
 def training_transform(settings: Any) -> Callable[[dict], dict]:
     """The transforms of a training sample, from settings or flags."""
-    steps = [RandomCrop(settings.random_crop)] if settings.random_crop is not None else []
+    steps = [RandomTile(settings.tile, settings.tile_background)] if settings.tile else []
+    steps += [RandomCrop(settings.random_crop)] if settings.random_crop is not None else []
     steps += [ColourJitter(settings.colour_jitter)] if settings.colour_jitter is not None else []
-    steps = [RandomTile(settings.tile, settings.tile_background), *steps] if settings.tile else steps
     sides = (settings.tile, settings.tile) if settings.tile else (settings.min_side, settings.max_side)
-    resizer = (
-        Resizer(settings.jitter, settings.max_side) if settings.jitter else Resizer(*sides, enlarge=not settings.tile)
-    )
     if settings.scale_jitter:
         resizer = LargeScaleJitter(*settings.scale_jitter, *sides)
+    elif settings.jitter:
+        resizer = Resizer(settings.jitter, settings.max_side)
+    else:
+        resizer = Resizer(*sides, enlarge=not settings.tile)
     return Compose([*steps, Augmenter(settings.flip, settings.rotate90), resizer])

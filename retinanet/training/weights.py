@@ -49,12 +49,9 @@ def make_model(depth: int, weights: str, class_names: Sequence[str], anchors: An
 
 
 def coco_file() -> Path:
-    """Torchvision's RetinaNet trained on COCO, downloaded once into torch.hub's folder.
+    """Torchvision's RetinaNet trained on COCO, downloaded once into torch.hub's folder, or a UserError.
 
     Like torchvision, only a download is held against the hash in the file's name.
-
-    Raises:
-        UserError: it cannot be downloaded; the message says which file to put where.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(COCO.url).name
     if not path.exists():
@@ -98,10 +95,8 @@ def load_weights(net: RetinaNet, path: str | Path, class_names: Sequence[str] | 
         theirs_count, own_count = anchors.num_anchors, net.anchors.num_anchors
         if theirs_count != own_count:
             state |= own_head | {key: own_state[key] for key in BOX_HEAD}
-            message += (
-                f", {theirs_count} anchors a location where this model has {own_count} (the flags --anchor_...), so "
-            )
-            message += "the last layers of both heads start anew"
+            message += f", {theirs_count} anchors a location where this model has {own_count} (the flags --anchor_...)"
+            message += ", so the last layers of both heads start anew"
         elif class_names is not None and theirs != placeholder_names(len(theirs)):
             found = match_names(theirs, class_names)
             state |= {key: _take_rows(rows, state[key].to(rows), own_count, found) for key, rows in own_head.items()}
@@ -170,10 +165,7 @@ def match_classes(
 ) -> tuple[RetinaNet, dict[str, Any]]:
     """A model and its info, from `load_model`, with labels in the order of a data set's classes.
 
-    Where the order differs, both are copies. `owner` is the model's name in messages.
-
-    Raises:
-        UserError: they have different classes.
+    Where the order differs, both are copies; other classes are a UserError. `owner` is the model's name in messages.
     """
     names, own = list(dataset.labels.values()), info["class_names"]
     if own != names and set(own) == set(names) and own != placeholder_names(len(own)):

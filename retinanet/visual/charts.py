@@ -72,14 +72,9 @@ def draw_thresholds(
     marks: Sequence[tuple[float, float, float, float] | None],
     path: str | Path,
 ) -> None:
-    """Precision, recall and F1 over the score, of each class and, in black, of all together, the last one.
+    """Precision, recall and F1 over rising scores [N], of each name; the last one, of all together, is black.
 
-    Args:
-        names: of the classes, and of all.
-        scores: [N], rising.
-        rates: of each name, [3, N] precision, recall and F1 of what is above each score.
-        marks: of each name, the score that is marked, and the three there.
-        path: of the PNG file.
+    `rates` are [3, N], those of what is above each score; `marks` the score that is marked, and the three there.
     """
     figure, lines = new_figure(17, 5.5), []
     colours = [*map(rgb, range(len(names) - 1)), "black"]

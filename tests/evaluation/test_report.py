@@ -12,22 +12,22 @@ FOUND = {0: detections([0.9, 0, *BOX], [0.8, 0, *FAR])}
 
 
 def test_an_evaluation_as_text():
-    text = report.evaluate(DATA, FOUND, iou_threshold=0.4).text()
+    text = report.Evaluation(DATA, FOUND, iou_threshold=0.4).text()
     for part in ("1 image, 2 detections\nAP ", *(f"{name} " for name in coco.METRICS), "IoU 0.4", "mAP 0.5000"):
         assert part in text
-    assert "missed" not in text and "1 x  b found as a" in report.evaluate(DATA, FOUND, analyse=True).text()
+    assert "missed" not in text and "1 x  b found as a" in report.Evaluation(DATA, FOUND, analyse=True).text()
 
 
 def test_tables_stay_narrow_where_names_are_long():
     data = in_memory([[*BOX, 0], [*FAR, 1]])
     data.labels = {0: "a" * 900, 1: "b"}
     data.classes = {name: label for label, name in data.labels.items()}
-    text = report.evaluate(data, FOUND, analyse=True, min_precision=0.5).text()
+    text = report.Evaluation(data, FOUND, analyse=True, min_precision=0.5).text()
     assert "a" * 39 + "\N{HORIZONTAL ELLIPSIS}" in text and max(map(len, text.split("\n"))) < 140
 
 
 def test_an_evaluation_as_files(tmp_path):
-    evaluation = report.evaluate(DATA, FOUND, analyse=True)
+    evaluation = report.Evaluation(DATA, FOUND, analyse=True)
     evaluation.write(tmp_path)
     assert json.loads((tmp_path / "detections.json").read_text()) == coco.coco_results(DATA, FOUND)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -35,12 +35,12 @@ def test_an_evaluation_as_files(tmp_path):
     names = ["name", "AP", "AP50", "AR", "boxes", "VOC_AP", "precision", "recall", "best_f1", "above"]
     assert [list(row) for row in metrics["classes"]] == [names, names]
     assert metrics["errors"]["counts"]["class"] == 1 and metrics["confusion"] == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
-    assert "errors" not in report.evaluate(DATA, FOUND).metrics()
+    assert "errors" not in report.Evaluation(DATA, FOUND).metrics()
 
 
 def test_operating_points_as_text_and_as_numbers(tmp_path):
     # a: one right and one wrong detection; b: none.
-    evaluation = report.evaluate(DATA, FOUND, min_precision=0.95)
+    evaluation = report.Evaluation(DATA, FOUND, min_precision=0.95)
     for line in (
         "a       1.000    1.000       0.85      1.000   1.000       1",
         "b       0.000        -          -          -       -       1",
@@ -58,10 +58,10 @@ def test_operating_points_as_text_and_as_numbers(tmp_path):
     above = {name: column[17] for name, column in metrics["above"].items()}
     assert above == {"score": 0.85, "precision": 1, "recall": 0.5, "f1": 2 / 3}
     assert metrics["above"]["precision"][18:] == [None, None] and json.dumps(metrics, allow_nan=False)
-    for name, one in {"some": evaluation, "none": report.evaluate(DATA, {0: detections()})}.items():
+    for name, one in {"some": evaluation, "none": report.Evaluation(DATA, {0: detections()})}.items():
         one.draw_thresholds(tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
-    assert "min_precision" not in report.evaluate(DATA, FOUND).metrics()
+    assert "min_precision" not in report.Evaluation(DATA, FOUND).metrics()
 
 
 def grid(number, label=0):
@@ -80,17 +80,17 @@ def test_boxes_beyond_the_limit_are_a_warning_with_what_is_possible():
     by_class = report.limits_note(dataset, [0, 1], 100, by_class=True)
     assert "100 detections of a class that count" in by_class and "at best 101 of 103 boxes" in by_class
     assert [report.limits_note(dataset, *args) for args in (([0, 1], 103), ([1], 100), ([0], 102, True))] == [""] * 3
-    assert note in report.evaluate(dataset, {0: detections(), 1: detections()}).text()
-    assert by_class in report.evaluate(dataset, {0: detections(), 1: detections()}, results=[]).text()
+    assert note in report.Evaluation(dataset, {0: detections(), 1: detections()}).text()
+    assert by_class in report.Evaluation(dataset, {0: detections(), 1: detections()}, results=[]).text()
 
 
 @pytest.mark.parametrize(("count", "found"), [(200, 51 / 101), pytest.param(500, 21 / 101, marks=pytest.mark.slow)])
 def test_the_ground_truth_scores_one_at_hundreds_of_boxes_an_image(count, found):
     dataset = in_memory(grid(count))
     truth = {0: detections(*([0.9, 0, *row[:4]] for row in grid(count).tolist()))}
-    evaluation = report.evaluate(dataset, truth, limit=count, analyse=True)
+    evaluation = report.Evaluation(dataset, truth, limit=count, analyse=True)
     assert evaluation.coco.metrics["AP"] == evaluation.coco.metrics[f"AR{count}"] == evaluation.errors.ap50 == 1
     assert "warning" not in evaluation.text() and not any(evaluation.errors.counts.values())
-    evaluation = report.evaluate(dataset, truth, analyse=True)
+    evaluation = report.Evaluation(dataset, truth, analyse=True)
     assert evaluation.coco.metrics["AP"] == evaluation.errors.ap50 == pytest.approx(found)  # recall up to 100 of them
     assert f"at best 100 of {count} boxes can be found, which is AP {found:.3f}" in evaluation.text()

@@ -33,7 +33,7 @@ def make(folder, rows, image_index, names=("a", "b"), files=("a.png",), **option
 
 def write(folder, dataset, found, **options):
     """The page's data, and the page."""
-    evaluation = report.evaluate(dataset, found)
+    evaluation = report.Evaluation(dataset, found)
     web_report.write(folder / "report.html", evaluation, "model.pt", True, **options)
     text = (folder / "report.html").read_text(encoding="utf-8")
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text)[1]), text
@@ -50,7 +50,7 @@ def test_every_step_of_the_slider_has_the_numbers_of_the_thresholds(tmp_path):
         found[image] = detections(*([score, row[4], *row[:4]] for score, row in zip(scores, moved, strict=True)))
     dataset = make(tmp_path, rows, index, "abc", [f"{image}.png" for image in range(12)])
     data, _ = write(tmp_path, dataset, found)
-    evaluation, steps = report.evaluate(dataset, found), np.array(data["steps"])
+    evaluation, steps = report.Evaluation(dataset, found), np.array(data["steps"])
     rankings = all_rankings(evaluation.voc)
     assert len(rankings) == len(data["counts"]) == 4 and len(steps) > 101 and set(report.JSON_SCORES) <= set(steps)
     for ranking, counts, right, boxes, best in zip(
@@ -74,7 +74,7 @@ def test_scores_of_any_size_have_steps(tmp_path):
     for scores in ([1e300, 40, -3], [float("inf"), 0, -float("inf")], [7] * 3):
         found = detections(*([score, 0, *BOX] for score in scores))
         found = found._replace(scores=found.scores.double())
-        steps = web_report.score_steps(*(all_rankings(report.evaluate(dataset, {0: found}).voc), [None] * 3))["steps"]
+        steps = web_report.score_steps(*(all_rankings(report.Evaluation(dataset, {0: found}).voc), [None] * 3))["steps"]
         assert steps == sorted(set(steps)) and len(steps) > 50 and np.isfinite(steps).all()
         assert write(tmp_path, dataset, {0: found})[0]["images"]
 

@@ -19,8 +19,11 @@ from retinanet.training import checkpoint, weights
 CONTENT = {"weights": torch.arange(6.0).reshape(2, 3), "names": ["a", "b"], "nested": {"lr": 0.5, "none": None}}
 
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
+
 @pytest.fixture(scope="module")
-def net():
+def net(small_network):
     return resnet18(2, anchors=Anchors(ratios=[1.0, 3.0], scales=[1.0]))
 
 
@@ -396,7 +399,6 @@ def test_a_checkpoint_of_odd_content_is_one_message(net, saved, tmp_path, odd):
     for read in (checkpoint.load_model, functools.partial(weights.load_weights, net)):
         with pytest.raises(UserError, match=r"odd\.pt: "):
             read(tmp_path / "odd.pt")
-    (tmp_path / "odd.pt").unlink()  # 76 MB
 
 
 @pytest.mark.parametrize(
@@ -405,8 +407,8 @@ def test_a_checkpoint_of_odd_content_is_one_message(net, saved, tmp_path, odd):
         *(("conv1__weight", torch.ones(64, 3, 7, 7, dtype=dtype), "is of type") for dtype in (
             torch.bool, torch.int8, torch.int64, torch.complex64, torch.float8_e4m3fn)),
         ("bn1__num_batches_tracked", torch.tensor(True), "is of type bool"),
-        *(("fpn__P6__bias", torch.full((256,), value), "is not finite") for value in (float("nan"), float("inf"))),
-        ("fpn__P6__bias", torch.full((256,), 1e300, dtype=torch.float64), "is not finite"),
+        *(("fpn__P6__bias", torch.full((16,), value), "is not finite") for value in (float("nan"), float("inf"))),
+        ("fpn__P6__bias", torch.full((16,), 1e300, dtype=torch.float64), "is not finite"),
         ("bn1__running_var", torch.full((64,), -1e-3), "is below 0"),
     ],
 )  # fmt: skip
@@ -415,7 +417,6 @@ def test_weights_that_cannot_be_are_named(net, saved, tmp_path, name, value, mes
     for read in (checkpoint.load_model, functools.partial(weights.load_weights, net)):
         with pytest.raises(UserError, match=rf"odd\.pt: .*{name.replace('__', '.')} {message}"):
             read(tmp_path / "odd.pt")
-    (tmp_path / "odd.pt").unlink()  # 76 MB
 
 
 def test_weights_of_half_precision_are_taken(saved, tmp_path):

@@ -20,8 +20,11 @@ from retinanet.training.settings import Settings
 CPU = torch.device("cpu")
 
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
+
 @pytest.fixture(scope="module")
-def net():
+def net(small_network):
     return resnet18(3)
 
 
@@ -217,7 +220,7 @@ def test_the_checkpoint_to_resume(settings, tmp_path, caplog):
 
 
 @pytest.fixture(scope="module")
-def stepped(tmp_path_factory):
+def stepped(small_network, tmp_path_factory):
     """A function that makes a run of a recipe which has done a step, and what it saved."""
     made = {}
 
