@@ -53,11 +53,10 @@ def _plain(name: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _plain_names(folder: str) -> dict[str, str]:
-    """The names in a folder by what is left without letter case and Unicode forms."""
-    try:
+    """The names in a folder, by what is left of them without letter case and Unicode forms."""
+    with contextlib.suppress(OSError, ValueError):
         return {_plain(name): name for name in os.listdir(folder)}  # noqa: PTH208
-    except (OSError, ValueError):
-        return {}
+    return {}
 
 
 def missing_folder(path: str) -> str:

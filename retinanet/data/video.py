@@ -110,9 +110,9 @@ class Video:
                 return
             except self.av.FFmpegError as error:
                 damage.append(error.strerror)
-                if not isinstance(error, self.av.error.InvalidDataError):
-                    return
-                continue  # only this packet is broken
+                if isinstance(error, self.av.error.InvalidDataError):  # the packet is broken; others may follow
+                    continue
+                return
             yield from frames
 
 
