@@ -182,8 +182,8 @@ def open_image(
     """Open an image of which parts are wanted; arguments and errors are those of `read_image`.
 
     Returns what that gives; or, of TIFF files of more than LARGE pixels whose compression allows it, an object with
-    `shape` [H, W, 3] that gives the same when sliced by rows and columns, and decodes no more than that. Only then is
-    a part found damaged.
+    `shape` [H, W, 3] that gives the same when sliced by rows and columns, and decodes no more than that. Of such a
+    file, damage is found only when the damaged part is read.
     """
     with _open(path, pixel_limit) as image:
         if isinstance(image, RawImage) and image.by_parts and image.shape[0] * image.shape[1] > LARGE:
