@@ -36,10 +36,6 @@ class Boxes(NamedTuple):
     input_sizes: np.ndarray  # [N, 2] height and width of its image's padded input, pixels
     scales: np.ndarray  # [N] resized size / original size of its image
 
-    def select(self, chosen: np.ndarray) -> "Boxes":
-        """Those of some indices, or of a mask."""
-        return Boxes(*(values[chosen] for values in self))
-
     @property
     def sides(self) -> np.ndarray:
         """[N] the root of the area, pixels after resizing."""
@@ -149,7 +145,8 @@ def search(fit: AnchorFit, seed: int = 0) -> AnchorFit:
 
     now = fit.anchors
     rng = np.random.default_rng(seed)
-    sample = fit.boxes.select(rng.permutation(len(fit.iou))[:SEARCH_BOXES])
+    chosen = rng.permutation(len(fit.iou))[:SEARCH_BOXES]
+    sample = Boxes(*(values[chosen] for values in fit.boxes))
     num_scales = len(now.scales)
 
     def candidate(logs: np.ndarray) -> Anchors:

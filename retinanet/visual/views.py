@@ -45,7 +45,7 @@ def draw_annotations(
     return draw_boxes(image, annotations[:, :4], labels, captions, zoom=zoom, class_names=class_names)
 
 
-def draw_batch(batch: Mapping[str, Any], class_names: Sequence[str], columns: int = 4) -> np.ndarray:
+def draw_batch(batch: Mapping[str, Any], class_names: Sequence[str]) -> np.ndarray:
     """Draw a batch from `collater` as the network receives it, including its padding."""
     pictures = []
     for image, annotations in zip(batch["img"], batch["annot"].numpy(), strict=True):
@@ -53,7 +53,7 @@ def draw_batch(batch: Mapping[str, Any], class_names: Sequence[str], columns: in
         annotations = annotations[annotations[:, 4] >= 0]
         annotations[:, :4] *= scale
         pictures.append(draw_annotations(picture, annotations, class_names, zoom=1))
-    return contact_sheet(pictures, columns)
+    return contact_sheet(pictures, columns=4)
 
 
 def save_data_images(dataset: DetectionDataset, sampler: AspectRatioBasedSampler, folder: Path) -> None:
