@@ -43,11 +43,7 @@ def printable(text: str) -> str:
 
 
 def output_file(path: str | Path) -> Path:
-    """A file that may be written: what lies there now, if anything, is a regular file.
-
-    Raises:
-        UserError: it is a link, which may lead anywhere, a FIFO, which may never end, or a folder.
-    """
+    """A file that may be written; a UserError if a link, which may lead anywhere, a FIFO or a folder lies there."""
     path = Path(path)
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise UserError(f"{path}: exists and is not a regular file; remove it, or choose another folder")

@@ -22,8 +22,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--workers", type=flags.non_negative_int, default=2, help=text)
     parser.set_defaults(seed=0)
     args = parser.parse_args(argv)
-    errors = flags.check_data_arguments(args, ["csv_train"])
-    if errors:
+    if errors := flags.check_data_arguments(args, ["csv_train"]):
         parser.error("; ".join(errors))
     return args
 

@@ -33,11 +33,7 @@ DRAWN_SIDE = 8192  # pixels: larger images are drawn smaller
 
 
 def output_paths(files: Sequence[Path], folder: Path) -> list[Path]:
-    """Where the drawn files go: below `folder`, as the files lie below their common folder, each name once.
-
-    Raises:
-        UserError: a drawn file would lie among the files.
-    """
+    """Where the drawn files go: below `folder`, as the files lie below their common folder, each name once."""
     common = Path(os.path.commonpath([file.absolute().parent for file in files]))
     outputs: dict[Path, None] = {}
     for file in files:
@@ -93,8 +89,7 @@ def describe(frame: Frame, found: Detections, names: Sequence[str], of_video: bo
 def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any], device: torch.device) -> None:
     """Detect on the images and videos of `--images`: each is drawn, and all detections are in detections.json.
 
-    Raises:
-        UserError: at the end, if some could not be read; the message lists them.
+    What cannot be read is listed in a UserError at the end.
     """
     files, folder = find_images(args.images), make_out_dir(args.out_dir)
     tiling, table = inference.choose_tiling(info, flags.given_tiles(args)), []

@@ -113,23 +113,18 @@ def _find_images(table: Table, report: Report) -> tuple[list[str], np.ndarray]:
     """The paths of the images, each image once, and [N] the image of each row."""
     folder = os.path.abspath(table.path.parent)  # noqa: PTH100
     positions: dict[str, int] = {}  # of each path from the root
-    files, found, repeated = [], [], []
-    for code, name in enumerate(map(str.strip, table.paths)):
-        key = name and os.path.normpath(os.path.join(folder, name))  # noqa: PTH118
-        found.append(positions.setdefault(key, len(files)))
-        if found[-1] == len(files):
-            files.append(name)
-        elif files[found[-1]] != name:
-            repeated.append(code)
+    files, found = [], []
     first = _check_texts(table.paths, table.path_codes, table.where, report)
-    if "" in positions:
-        report.add("bad name", table.where(first[found.index(positions[""])]), "the image's path is empty")
-    report.add_rows(
-        "repeated image",
-        repeated,
-        lambda code: table.where(first[code]),
-        lambda code: f"{shown(table.paths[code].strip())} is {shown(files[found[code]])}, and read once",
-    )
+    for name, row in zip(map(str.strip, table.paths), first, strict=True):
+        key = name and os.path.normpath(os.path.join(folder, name))  # noqa: PTH118
+        index = positions.setdefault(key, len(files))
+        found.append(index)
+        if index == len(files):
+            files.append(name)
+            if not name:
+                report.add("bad name", table.where(row), "the image's path is empty")
+        elif files[index] != name:
+            report.add("repeated image", table.where(row), f"{shown(name)} is {shown(files[index])}, and read once")
     return files, np.array(found, dtype=np.int64)[table.path_codes]
 
 

@@ -98,19 +98,17 @@ def _area(value: Any) -> float:
 
 def check_areas(path: Path, truth: GroundTruth, report: Report) -> GroundTruth:
     """The area of the box in place of a declared one that is not above 0, or larger than the box."""
-    widths, heights = truth.boxes_xywh[:, 2:].T
+    areas, (widths, heights) = truth.areas, truth.boxes_xywh[:, 2:].T
     with np.errstate(all="ignore"):
-        good = (truth.areas > 0) & (truth.areas <= (widths + 1) * (heights + 1))  # some tools count pixels
-        areas = np.where(good, truth.areas, widths * heights)
+        good = (areas > 0) & (areas <= (widths + 1) * (heights + 1))  # some tools count pixels
+        own = widths * heights
     report.add_rows(
         "declared area",
-        ~good & ~np.isnan(truth.areas),
+        ~good & ~np.isnan(areas),
         lambda row: f"{path}: annotation {truth.ids[row]}",
-        lambda row: (
-            f"area {truth.areas[row]:g} does not fit a box of {widths[row]:g} x {heights[row]:g}; its own is used"
-        ),
+        lambda row: f"area {areas[row]:g} does not fit a box of {widths[row]:g} x {heights[row]:g}; its own is used",
     )
-    return truth._replace(areas=areas)
+    return truth._replace(areas=np.where(good, areas, own))
 
 
 def from_arrays(dataset: "DetectionDataset", rounded: bool = False) -> GroundTruth:

@@ -28,16 +28,12 @@ def model_path(filled_net, tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def model(model_path):
-    return checkpoint.load_model(model_path)
-
-
 @pytest.fixture
-def loaded(model_path, model, monkeypatch):
+def loaded(filled_net, tmp_path, monkeypatch):
     """The path of a model that is loaded already."""
-    monkeypatch.setattr(export, "load_model", lambda path: model)
-    return model_path
+    info = {"class_names": NAMES, "min_side": 64, "max_side": 96, "tile": None, "tile_overlap": 0.25}
+    monkeypatch.setattr(export, "load_model", lambda path: (filled_net, info | {"pixel_range": None}))
+    return tmp_path / "net.pt"
 
 
 def random_image(height, width, seed=0):
