@@ -5,11 +5,13 @@ import sys
 
 import numpy as np
 import pytest
+import tifffile
 from helpers import gradient, save, truncate, write_clip, write_coco_data
 from PIL import Image
 
 import visualize
 from retinanet.commands.detect_files import output_paths
+from retinanet.data import images
 from retinanet.data.files import find_images
 from retinanet.data.video import Video
 from retinanet.errors import UserError
@@ -215,6 +217,26 @@ def test_unreadable_images_are_listed_at_the_end(model_path, pictures, tmp_path)
     assert "2 of 3 files skipped" in err and "frame2.jpg" in err and "frame10.png" in err
     content = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert len(content["images"]) == 1 and len(content["unreadable"]) == 2
+
+
+def test_of_large_images_with_a_damaged_part_the_others_are_drawn(model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "LARGE", 1000)  # so that these count as large ones, of which parts are read
+    folder = tmp_path / "large"
+    folder.mkdir()
+    for name in ("a", "b", "c", "d"):
+        noise = np.random.default_rng(0).integers(0, 256, (160, 160, 3), np.uint8)
+        tifffile.imwrite(folder / f"{name}.tif", noise, compression="zlib", rowsperstrip=16, photometric="rgb")
+    for name in ("a", "c", "d"):
+        with tifffile.TiffFile(folder / f"{name}.tif") as file:
+            start = file.pages[0].dataoffsets[7]
+        with open(folder / f"{name}.tif", "r+b") as file:
+            file.seek(start)
+            file.write(bytes(100))
+    flags = ["--device", "cpu", "--model", model_path, "--tile", 96, "--out_dir", tmp_path / "out"]
+    status, text, err = run("--images", folder, *flags)
+    assert status == 1 and "1 image" in text and "3 of 4 files skipped" in err
+    assert all(f"{name}.tif" in err for name in "acd") and "Traceback" not in err
+    assert names(tmp_path / "out") == {"b.png", "detections.json"}
 
 
 def test_videos_and_images_of_a_folder_are_drawn_together(model_path, pictures, tmp_path):

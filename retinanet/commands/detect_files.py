@@ -113,9 +113,19 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
     precision = process.choose_precision(args.precision, device)
     resizer = inference.make_resizer(info, args.min_side, args.max_side)
     limits = inference.detection_limits(info, flags.given_limits(args), for_use=True)
-    found = detection.detect_images(net, load(), resizer, args.batch_size, precision, tiling, **limits)
-    results = ((*read.popleft(), detections) for _, detections in found)
-    limit = limits["max_detections"]
+
+    def detect() -> Iterator[tuple[Path, Path, Video | None, Frame, Detections]]:
+        images, is_done = load(), False
+        while not is_done:
+            try:
+                found = detection.detect_images(net, images, resizer, args.batch_size, precision, tiling, **limits)
+                yield from ((*read.popleft(), detections) for _, detections in found)
+                is_done = True
+            except UserError as error:  # a part of a large image cannot be read: the next image may be whole
+                failures.append(str(error))
+                read.clear()
+
+    results, limit = detect(), limits["max_detections"]
     head, counts = {"model": args.model, "class_names": names, **limits}, collections.Counter()
     with detections_json(folder / "detections.json", head, failures) as add_entry:
         for (path, target, video), frames in itertools.groupby(results, key=lambda result: result[:3]):
