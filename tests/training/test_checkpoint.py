@@ -170,7 +170,7 @@ def test_the_depth_follows_from_the_weights(depth):
 def test_other_weights_have_no_depth(net):
     assert checkpoint.infer_depth({}) is None
     assert checkpoint.infer_depth({f"backbone.{key}": value for key, value in net.state_dict().items()}) is None
-    assert checkpoint.infer_depth({key: 0 for key in net.state_dict() if not key.startswith("layer3.1.")}) is None
+    assert checkpoint.infer_depth({key: 0 for key in net.state_dict() if not key.startswith("layer3.")}) is None
 
 
 def test_a_model_comes_back_with_all_that_describes_it(net, saved):
@@ -229,8 +229,8 @@ def test_the_matching_rule_comes_back(net, tmp_path):
 # Files that must not run code
 
 
-def test_a_whole_model_of_old_torch_is_refused(filled_net, tmp_path):
-    torch.save(filled_net, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+def test_a_whole_model_of_old_torch_is_refused(tmp_path):
+    torch.save(nn.Conv2d(3, 8, 3), tmp_path / "a.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(UserError, match=r"a\.pt: .* was not run\. .* save model\.state_dict\(\) instead"):
         checkpoint.load_model(tmp_path / "a.pt")
 
