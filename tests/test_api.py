@@ -12,16 +12,13 @@ import torch
 import retinanet
 import train
 import validate
-from retinanet.anchors import Anchors
 from retinanet.data.shapes import ShapesDataset
 from retinanet.data.transforms import Resizer
 from retinanet.errors import UserError
 from retinanet.model import resnet18
 from retinanet.training import checkpoint
 from retinanet.training.log import read_log
-from retinanet.training.recipes import RECIPES
 from retinanet.training.settings import Settings
-from retinanet.training.weights import make_model
 
 SETTINGS = {
     **{"depth": 18, "weights": "none", "recipe": "scratch", "epochs": 2, "batch_size": 2, "min_side": 32},
@@ -168,48 +165,3 @@ def test_the_settings_are_the_flags():
 def test_the_package_stays_light():
     code = "import sys, retinanet; assert 'torch' not in sys.modules; assert {'train', 'validate'} <= {*dir(retinanet)}"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ})
-
-
-# Recipes and fine-tuning: minutes
-
-
-class FourShapes(ShapesDataset):
-    """The shapes with their classes in another order, and one more that has no boxes."""
-
-    names = ("triangle", "star", "circle", "rectangle")
-
-    def __init__(self, num_images, seed):
-        super().__init__(num_images, seed)
-        self.annotations[:, 4] = [self.names.index(self.labels[label]) for label in self.annotations[:, 4].astype(int)]
-        self.labels = dict(enumerate(self.names))
-        self.classes = {name: label for label, name in self.labels.items()}
-        self.coco_labels = {label: label for label in self.labels}
-
-
-@pytest.fixture(scope="module")
-def learned(tmp_path_factory):
-    """A run of recipe scratch, and its data sets."""
-    sets, out_dir = (ShapesDataset(400, seed=1), ShapesDataset(100, seed=0)), tmp_path_factory.mktemp("learned")
-    settings = {"depth": 18, "batch_size": 4, "min_side": 96, "workers": 0, "val_every": 4}
-    return retinanet.train(*sets, recipe="scratch", epochs=4, lr=7e-4, out_dir=out_dir, **settings), sets, settings
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", sorted(RECIPES))
-def test_every_recipe_trains_the_shapes_from_a_checkpoint_of_scratch(learned, tmp_path, recipe):
-    start, (_, val_set), settings = learned
-    others = ShapesDataset(100, seed=3)
-    result = retinanet.train(others, val_set, recipe=recipe, weights=start.last, epochs=4, out_dir=tmp_path, **settings)
-    assert result.last_metrics["AP50"] >= 0.95
-
-
-@pytest.mark.slow
-def test_fine_tuning_on_more_classes_in_another_order_starts_where_the_checkpoint_ended(learned):
-    result, (_, val_set), _ = learned
-    net = make_model(18, str(result.last), FourShapes.names, Anchors())
-    more = FourShapes(100, seed=0)
-    more.transform = Resizer(96)
-    found = retinanet.validate(net, more, workers=0)
-    before = retinanet.validate(result.last, val_set, workers=0)
-    assert before["AP"] > 0.5 and found["AP"] >= 0.9 * before["AP"]
-    assert [row["AP"] for row in found["classes"]][1] == -1
