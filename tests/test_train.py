@@ -297,7 +297,7 @@ def test_frozen_weights_stay_as_they_are_and_a_resumed_run_ends_alike(tmp_path, 
     reference, again = tmp_path / "reference", tmp_path / "again"
     before = fill_weights(resnet18(3), seed=1, logit_scale=0.015, delta_scale=0.008).state_dict()
     checkpoint.save(tmp_path / "start.pt", before)
-    flags = ["--recipe", "paper", "--weights", tmp_path / "start.pt", "--lr", "1e-4", "--backbone_lr", "0.5"]
+    flags = ["--recipe", "paper", "--weights", tmp_path / "start.pt", "--lr", "1e-2", "--backbone_lr", "0.5"]
     flags += ["--shapes_train", 2 * ranks, "--epochs", "1", "--shapes_val", "1", "--checkpoint_every", "1"]
 
     def keep_the_first_step():
@@ -312,9 +312,10 @@ def test_frozen_weights_stay_as_they_are_and_a_resumed_run_ends_alike(tmp_path, 
     content = checkpoint.load(again / "last.pt")
     same = {key for key, value in content["model"].items() if torch.equal(value, before[key])}
     fixed = {key for key in before if key.startswith(("conv1.", "layer1.")) or "bn" in key or ".downsample.1." in key}
-    assert fixed <= same and all(key.endswith("bias") for key in same - fixed)  # of which some change too little
+    assert fixed <= same
+    assert [key for key in same - fixed if not key.endswith("bias")] == []  # some biases change too little to see
     rates = [group["lr"] for group in content["training"]["optimizer"]["param_groups"]]
-    assert rates == pytest.approx([1e-6, 2e-6, 5e-7])  # at the end; the backbone has no bias that is trained
+    assert rates == pytest.approx([1e-4, 2e-4, 5e-5])  # at the end; the backbone has no bias that is trained
 
 
 # Many processes
