@@ -96,7 +96,11 @@ def _keys(dataset: DetectionDataset, same_content: bool) -> Iterator[tuple[int, 
             if (path := dataset.find_image(index)) is None:
                 continue
             if same_content:
-                yield index, hashlib.blake2b(Path(path).read_bytes()).digest()
+                digest = hashlib.blake2b()
+                with open(path, "rb") as file:
+                    while block := file.read(2**20):  # orthophotos may be as large as the memory
+                        digest.update(block)
+                yield index, digest.digest()
             else:
                 status = os.stat(path)  # noqa: PTH116, pathlib takes several times as long
                 yield index, (status.st_dev, status.st_ino)
