@@ -42,6 +42,8 @@ class ShapesDataset(DetectionDataset):
     in_files = False
 
     def __init__(self, num_images: int, seed: int = 0, size: int = 96, transform: Callable[[dict], dict] | None = None):
+        if num_images < 1:
+            raise ValueError(f"num_images must be at least 1, not {num_images}")
         drawn = [draw_shapes(size, [seed, index]) for index in range(num_images)]
         self.images = [image for image, _ in drawn]
         annotations = np.concatenate([boxes for _, boxes in drawn])

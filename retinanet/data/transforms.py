@@ -115,6 +115,8 @@ class Augmenter:
     """
 
     def __init__(self, flip: str = "horizontal", rotate90: bool = False):
+        if flip not in FLIPS:
+            raise ValueError(f"flip must be one of {', '.join(FLIPS)}, not {flip!r}")
         self.flips = FLIPS[flip]
         self.rotate90 = rotate90
 

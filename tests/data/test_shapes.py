@@ -13,6 +13,11 @@ def drawn():
     return [draw_shapes(64, seed) for seed in range(30)]
 
 
+def test_a_set_without_images_is_refused():
+    with pytest.raises(ValueError, match="num_images must be at least 1, not 0"):
+        ShapesDataset(0)
+
+
 def test_the_same_seed_draws_the_same_images():
     first, second = (ShapesDataset(3, seed=5, size=48) for _ in range(2))
     np.testing.assert_array_equal(first.images, second.images)

@@ -189,6 +189,11 @@ def test_turns_are_numpys_and_exact_for_fractions_and_large_images(quarters):
     np.testing.assert_allclose(out["annot"][0, :4], [x1, y1, x2, y2], atol=2**-11)  # half of float32's step there
 
 
+def test_an_unknown_flip_is_refused():
+    with pytest.raises(ValueError, match="none, horizontal, vertical, both, not 'sideways'"):
+        Augmenter("sideways")
+
+
 def test_flips_and_turns_are_drawn_equally_often_and_independently():
     sample, seen = {"img": np.arange(12, dtype=np.uint8).reshape(2, 2, 3), "annot": np.zeros((0, 5))}, Counter()
     for _ in range(640):
