@@ -162,8 +162,9 @@ def detect_images(
         if tiling and not tiling.fits(height, width):
             for image in same_size:
                 yield image, _detect_tiles(net, image, tiling, batch_size, precision, **limits)
-        for group in _batches(same_size, batch_size):
-            batch = collater([resizer({"img": image[:height, :width], "annot": np.zeros((0, 5))}) for image in group])
+        # Copies: the caller may read the next image into the same memory.
+        for group in _batches((np.array(image[:height, :width]) for image in same_size), batch_size):
+            batch = collater([resizer({"img": image, "annot": np.zeros((0, 5))}) for image in group])
             with _evaluation_mode(net):
                 found = detect_batch(net, batch, device, precision, **limits)
             for image, (scores, labels, boxes) in zip(group, found, strict=True):

@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from retinanet.errors import UserError, shown
 from retinanet.model import RetinaNet
 from retinanet.process import choose_device, choose_precision
 from retinanet.training.checkpoint import LIMITS, load_model
+from retinanet.training.settings import as_flags
 
 AnyImage = str | Path | np.ndarray | Image.Image | Tensor
 
@@ -79,7 +80,7 @@ def predict(
     max_side: int | None = None,
     class_names: Sequence[str] | None = None,
     device: str | None = None,
-    precision: torch.dtype | str = torch.float32,
+    precision: str | torch.dtype = torch.float32,
     nms_threshold: float | str = "auto",
     top_k: int | str | None = "auto",
     tile: int | str | None = "auto",
@@ -125,12 +126,11 @@ def predict(
         One Prediction an image, in order; of a video, one a frame.
 
     Raises:
-        UserError: a file cannot be read, or the checkpoint has no `best` scores.
+        UserError: a file cannot be read, a number is out of range, or the checkpoint has no `best` scores.
         ValueError: an array or a tensor is not an image, or `class_names` are not as many as the classes.
     """
-    if isinstance(model, str | Path):
-        model, device = load_model(model), device or "auto"
-    net, info = model if isinstance(model, tuple) else (getattr(model, "module", model), {})
+    device = device or ("auto" if isinstance(model, str | Path) else None)
+    net, info = open_model(model)
     if device is not None:
         net.to(choose_device(device), memory_format=torch.channels_last)
     if isinstance(images, str | Path) and is_video(images):
@@ -141,13 +141,16 @@ def predict(
     names = [str(label) for label in range(net.num_classes)] if names is None else names
     if isinstance(names, str) or len(names) != net.num_classes:
         raise ValueError(f"class_names must be {net.num_classes} names, as many as the model's classes: {shown(names)}")
+    given = dict(zip(LIMITS, (score_threshold, nms_threshold, top_k, max_detections), strict=True))
+    given = {name: value for name, value in given.items() if value != "auto"}
+    numbers = {"batch_size": batch_size, "min_side": min_side, "max_side": max_side, "precision": precision, **given}
+    wanted = {name: value for name, value in numbers.items() if value != "best" and not isinstance(value, torch.dtype)}
+    as_flags(wanted, get_type_hints(predict))
     tiles = {"tile": tile, "tile_overlap": tile_overlap}
     tiles = {name: value for name, value in tiles.items() if value != "auto"}
     resizer, tiling = make_resizer(info, min_side, max_side), choose_tiling(info, tiles)
     if isinstance(precision, str):
         precision = choose_precision(precision, next(net.parameters()).device)
-    given = dict(zip(LIMITS, (score_threshold, nms_threshold, top_k, max_detections), strict=True))
-    given = {name: value for name, value in given.items() if value != "auto"}
     limits = detection_limits({"class_names": names} | info, given, for_use=True)
     pixels = info.get("pixel_range") if pixel_range is None else checked_range(pixel_range), pixel_limit
     arrays = (
@@ -156,6 +159,18 @@ def predict(
     found = detect_images(net, arrays, resizer, batch_size, precision, tiling, **limits)
     predictions = (Prediction(*one, [names[label] for label in one.labels.tolist()]) for _, one in found)
     return predictions if stream else list(predictions)
+
+
+def open_model(
+    model: str | Path | RetinaNet | tuple[RetinaNet, dict[str, Any]],
+) -> tuple[RetinaNet, Mapping[str, Any]]:
+    """The model of `predict`'s argument, and what is known of it; a UserError if it is none."""
+    if isinstance(model, str | Path):
+        model = load_model(model)
+    net, info = model if isinstance(model, tuple) and len(model) == 2 else (getattr(model, "module", model), {})
+    if not (isinstance(net, RetinaNet) and isinstance(info, Mapping)):
+        raise UserError(f"model must be a path, a RetinaNet or the result of load_model, not {type(net).__name__}")
+    return net, info
 
 
 def detection_limits(info: Mapping[str, Any], given: Mapping[str, Any], for_use: bool = False) -> dict[str, Any]:

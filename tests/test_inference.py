@@ -169,6 +169,20 @@ def test_a_stream_is_read_a_batch_ahead_and_fails_where_it_breaks(filled_net):
     assert isinstance(predict(filled_net, images[:1], **LIMITS), list)
 
 
+def test_images_may_come_in_memory_that_is_filled_again(filled_net):
+    images, memory = [gradient(64, 90), gradient(64, 90)[::-1]], np.zeros((64, 90, 3), np.uint8)
+
+    def reader():
+        for image in images:
+            memory[:] = image
+            yield memory
+
+    for found, expected in zip(
+        predict(filled_net, reader(), **LIMITS), predict(filled_net, images, **LIMITS), strict=True
+    ):
+        assert_same(found, expected)
+
+
 def test_a_video_is_its_frames(filled_net, tmp_path):
     pytest.importorskip("av", reason="NO TEST OF VIDEOS: pip install av")
     path = write_clip(tmp_path / "a.mp4", range(3), size=(64, 90))
@@ -293,6 +307,27 @@ def test_other_arguments_of_predict(filled_net):
         with pytest.raises(ValueError, match="class_names must be 3 names"):
             predict(filled_net, image, class_names=names)
     assert "predict" in dir(retinanet)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"min_side": -5, "batch_size": 0}, "batch_size must be from 1 to 65,536, not 0; min_side must be from 1"),
+        ({"score_threshold": "x"}, "score_threshold must be a number, not 'x'"),
+        ({"nms_threshold": 2}, "nms_threshold must be from 0 to 1, not 2"),
+        ({"max_detections": -1}, "max_detections must be from 1"),
+        ({"precision": "fp99"}, "precision must be one of auto, fp32, bf16, fp16, not 'fp99'"),
+    ],
+)
+def test_a_wrong_argument_of_predict_is_one_message(filled_net, arguments, message):
+    with pytest.raises(UserError, match=message):
+        predict(filled_net, gradient(64, 96), stream=True, **arguments)
+
+
+@pytest.mark.parametrize("model", [None, nn.Linear(2, 2), (nn.Linear(2, 2),), {"conv1.weight": torch.zeros(1)}])
+def test_what_is_no_model_is_one_message(model):
+    with pytest.raises(UserError, match="model must be a path, a RetinaNet or the result of load_model, not"):
+        predict(model, gradient(64, 96))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
