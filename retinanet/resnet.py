@@ -5,6 +5,7 @@
 weights, the usual starting point, are of this form.
 """
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -208,7 +209,7 @@ def imagenet_weights(depth: int, version: str = "IMAGENET1K_V1") -> dict[str, Te
 
     Raises:
         ValueError: torchvision has no such weights.
-        RuntimeError: they are not there and cannot be downloaded; the message says what to do.
+        RuntimeError: they are damaged, or not there and cannot be downloaded; the message says what to do.
     """
     known = get_model_weights(f"resnet{depth}")
     if version not in known.__members__:
@@ -217,10 +218,12 @@ def imagenet_weights(depth: int, version: str = "IMAGENET1K_V1") -> dict[str, Te
     weights = known[version]
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except OSError as error:
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        if file.is_file():
+            raise RuntimeError(f"{file}: is damaged; remove it, or replace it by {weights.url}") from error
         raise RuntimeError(
-            f"cannot download the ImageNet weights of ResNet-{depth} ({error}). Put {weights.url} into {folder}, or "
-            "start from random weights: `train.py --weights none --recipe scratch`, or pretrained=False in Python"
+            f"cannot download the ImageNet weights of ResNet-{depth} ({error}). Put {weights.url} into {file.parent}, "
+            "or start from random weights: `train.py --weights none --recipe scratch`, or pretrained=False in Python"
         ) from error
     return {key: value for key, value in state.items() if not key.startswith("fc.")}

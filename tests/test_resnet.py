@@ -68,6 +68,16 @@ def test_unknown_imagenet_weights_are_named():
         imagenet_weights(34, "IMAGENET1K_V2")
 
 
+@pytest.mark.parametrize("content", [b"", b"<html>no such file</html>", b"PK\x03\x04" + bytes(99)])
+def test_a_damaged_file_of_imagenet_weights_is_named(content, tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    file = tmp_path / "checkpoints" / "resnet50-0676ba61.pth"
+    file.write_bytes(content)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(RuntimeError, match=f"^{file}: is damaged; remove it, or replace it by https://"):
+        imagenet_weights(50)
+
+
 def test_without_a_network_the_message_says_what_to_do(tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no network")

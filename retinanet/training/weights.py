@@ -2,6 +2,7 @@
 
 import copy
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ def make_model(depth: int, weights: str, class_names: Sequence[str], anchors: An
     """
     names = [*PRETRAINED, "coco"]
     if weights not in names and not Path(weights).exists():
-        why = " (the heads of torchvision's v2 have GroupNorm, and these have none)" if "v2" in weights else ""
+        why = " (the heads of torchvision's v2 have GroupNorm, and these have none)" if weights == "coco_v2" else ""
         near = suggestion(weights, names)
         raise UserError(f"--weights {weights}: neither a file nor one of {', '.join(names)}{why}{near}")
     try:
@@ -117,7 +118,10 @@ def load_weights(net: RetinaNet, path: str | Path, class_names: Sequence[str] | 
 
 
 def match_names(theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
-    """Label of ours -> label of theirs with the same name, but for case, spaces, `_` and `-` where only one has it."""
+    """Label of ours -> label of theirs with the same name, but for case, spaces, `_` and `-` where only one has it.
+
+    Letters with an accent may be one character or, as on macOS, two.
+    """
     exact, loose = {name: label for label, name in enumerate(theirs)}, {}
     for label, name in enumerate(theirs):
         loose.setdefault(_folded(name), []).append(label)
@@ -132,7 +136,7 @@ def match_names(theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
 
 
 def _folded(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", name)).strip().casefold()
 
 
 def _take_rows(own: Tensor, theirs: Tensor, num_anchors: int, found: Mapping[int, int]) -> Tensor:

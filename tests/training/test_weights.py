@@ -129,6 +129,7 @@ def test_weights_without_names_are_taken_in_their_order(filled_net, tmp_path):
         (["cat", "Cat"], ["Cat", "CAT"], {0: 1}),
         (["cat"], ["cat", "Cat"], {0: 0}),
         (["cats"], ["cat"], {}),
+        (["caf\u00e9", "cat"], ["Cafe\u0301", "dog"], {0: 0}),
     ],
 )
 def test_names_match_but_for_case_and_separators_where_that_is_clear(theirs, ours, found):
@@ -197,6 +198,8 @@ def test_a_name_that_is_none(hub):
         weights.make_model(18, "imagnet", ["dog"], Anchors())
     with pytest.raises(UserError, match="GroupNorm"):
         weights.make_model(50, "coco_v2", ["dog"], Anchors())
+    with pytest.raises(UserError, match=r"runs_v2/best\.pt: neither a file nor one of [a-z_2, ]*$"):
+        weights.make_model(50, "runs_v2/best.pt", ["dog"], Anchors())
 
 
 def test_coco_needs_its_depth(capsys):
