@@ -1,6 +1,6 @@
 """`retinanet.train` and `retinanet.validate`: what train.py and validate.py do, for programs and notebooks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -75,7 +75,8 @@ def train(
     for name, call in (("on_log", on_log), ("on_validation", on_validation)):
         if call is not None and not callable(call):
             raise UserError(f"{name} must be callable with a dict, not {shown(call)}")
-    if train_set.transform is not None and (given := [name for name in AUGMENTATIONS if name in settings]):
+    given = [name for name in AUGMENTATIONS if settings.get(name) is not None]
+    if train_set.transform is not None and given:
         raise UserError(f"train_set has its own transform, which {', '.join(given)} would not change; leave one out")
     settings = check_settings(settings, val_set is not None)
     device = process.choose_device(settings.get("device", "auto"))
@@ -101,6 +102,8 @@ def _result(run: Run) -> TrainResult:
 def _check_dataset(name: str, dataset: DetectionDataset) -> None:
     if not isinstance(dataset, DetectionDataset):
         raise UserError(f"{name} must be a DetectionDataset, such as CSVDataset, not {type(dataset).__name__}")
+    if not len(dataset):
+        raise UserError(f"{name} has no images")
 
 
 def validate(
@@ -163,11 +166,7 @@ def validate(
         report.check_folder(make_out_dir(str(out)))
     if save_csv is not None:
         check_csv(save_csv)
-    if isinstance(model, str | Path):
-        model = checkpoint.load_model(model)
-    net, info = model if isinstance(model, tuple) and len(model) == 2 else (getattr(model, "module", model), {})
-    if not (isinstance(net, RetinaNet) and isinstance(info, Mapping)):
-        raise UserError(f"model must be a path, a RetinaNet or the result of load_model, not {type(net).__name__}")
+    net, info = inference.open_model(model)
     info = {"class_names": list(dataset.labels.values()), **info}
     net, info = match_classes(info.get("path", "the model"), net, info, dataset)
     if net.num_classes != dataset.num_classes():

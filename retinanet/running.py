@@ -57,6 +57,9 @@ def run_training(
         log.info("%s: trained with its own transform; the settings' sizes are those of validation", train_set.source)
     resizer, by_parts = Resizer(*settings.sides, enlarge=not settings.tile), bool(settings.tile)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # with gradients, too, whatever the caller has switched off
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
         stack.enter_context(transformed(train_set, training_transform(settings), by_parts))
         stack.enter_context(transformed(val_set, resizer))
         check_before_training(train_set, val_set, settings.strict)
@@ -110,6 +113,9 @@ def _make_run(settings: Settings, device: torch.device, train_set: DetectionData
 def _log_header(run: Run, train_set: DetectionDataset) -> None:
     """Log in one line what is trained, on what, and how."""
     settings, recipe = run.settings, RECIPES[run.settings.recipe]
+    sizes = f"{' to '.join(map(str, settings.jitter or [settings.min_side]))} / {settings.max_side}"
+    if settings.tile:
+        sizes = f"tiles of {settings.tile} x {settings.tile}" + f", resized to {sizes}" * bool(settings.jitter)
     log.info(
         "%s: %s, %s, %s | ResNet-%d, %.1f M parameters, weights: %s | %s, %s | recipe %s, "
         "learning rate %.3g (%.3g for %s)%s%s, %s pixels, global batch %d = %s x %s x %s, %s%s%s | "
@@ -121,9 +127,7 @@ def _log_header(run: Run, train_set: DetectionDataset) -> None:
         counted(recipe.reference_batch, "image"),
         "" if settings.backbone_lr == 1 else f", backbone x {settings.backbone_lr:g}",
         "" if settings.freeze_stages == recipe.freeze_stages else f", frozen stages: {settings.freeze_stages}",
-        (f"tiles of {settings.tile} x {settings.tile}" if settings.tile else
-         f"{' to '.join(map(str, settings.jitter or [settings.min_side]))} / {settings.max_side}")
-        + (" x {:g} to {:g}".format(*settings.scale_jitter) if settings.scale_jitter else ""),
+        sizes + (" x {:g} to {:g}".format(*settings.scale_jitter) if settings.scale_jitter else ""),
         settings.global_batch, counted(settings.batch_size, "image"),
         "1 batch" if settings.accumulate == 1 else f"{settings.accumulate} batches",
         counted(process.get_world_size(), "process"), counted(settings.epochs, "epoch"),

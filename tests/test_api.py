@@ -12,6 +12,7 @@ import torch
 import retinanet
 import train
 import validate
+from retinanet.data.dataset import DetectionDataset
 from retinanet.data.shapes import ShapesDataset
 from retinanet.data.transforms import Resizer
 from retinanet.errors import UserError
@@ -75,10 +76,29 @@ def test_a_run_without_validation_on_a_set_with_its_own_transform(tmp_path):
     assert result.model.num_classes == 3 and dataset.transform is not None
 
 
+@pytest.mark.parametrize("switched_off", [torch.no_grad, torch.inference_mode])
+def test_what_the_caller_has_switched_off_does_not_matter(switched_off, tmp_path):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with switched_off():
+            result = retinanet.train(ShapesDataset(2, seed=1), out_dir=tmp_path, **SETTINGS | {"epochs": 1})
+            assert not torch.is_grad_enabled() and torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert checkpoint.load(result.last)["model"]["conv1.weight"].dtype == torch.float32
+
+
+def test_the_header_says_to_which_sizes_tiles_are_resized(tmp_path, caplog):
+    settings = {name: value for name, value in SETTINGS.items() if name != "min_side"} | {"epochs": 1, "tile": 64}
+    with caplog.at_level("INFO", "retinanet"):
+        retinanet.train(ShapesDataset(2, seed=1), out_dir=tmp_path, **settings)
+    assert ", tiles of 64 x 64, resized to 32 to 64 / 1024 pixels, global batch" in caplog.text
+
+
 def test_settings_that_a_sets_own_transform_leaves_without_effect_are_an_error(tmp_path):
     dataset = ShapesDataset(2, seed=1, transform=Resizer(32))
     with pytest.raises(UserError, match="its own transform, which flip, rotate90 would not change"):
-        retinanet.train(dataset, out_dir=tmp_path, flip="both", rotate90=True)
+        retinanet.train(dataset, out_dir=tmp_path, flip="both", rotate90=True, jitter=None)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -134,6 +154,8 @@ def test_an_epoch_is_saved_before_its_validation_is_handed_on(tmp_path):
 def test_what_is_no_data_set_is_one_message():
     with pytest.raises(UserError, match="train_set must be a DetectionDataset, such as CSVDataset, not str"):
         retinanet.train("train.csv")
+    with pytest.raises(UserError, match="val_set has no images"):
+        retinanet.train(ShapesDataset(1), DetectionDataset([], [], [], ["a"]))
 
 
 @pytest.mark.parametrize(

@@ -218,9 +218,10 @@ class DetectionDataset(Dataset):
 
     @property
     def image_sizes(self) -> np.ndarray:
-        """[I, 2] int: height and width of each image; those that are not known yet are read from the files, once."""
+        """[I, 2] int: height and width of each image; those that are not known yet are read, once."""
         for index in progress(np.flatnonzero(~self.known_sizes.all(axis=1)), "reading image sizes"):
-            self.known_sizes[index] = read_header(self.image_path(index))[:2]
+            size = read_header(self.image_path(index))[:2] if self.in_files else self.load_image(index).shape[:2]
+            self.known_sizes[index] = size
         return self.known_sizes
 
     def image_aspect_ratio(self, index: int) -> float:

@@ -190,6 +190,17 @@ def test_aspect_ratio_is_width_over_height_after_turning(tmp_path):
     assert [data.image_aspect_ratio(index) for index in (0, 1)] == pytest.approx([48 / 64, 48 / 64])
 
 
+def test_images_in_memory_need_no_declared_sizes():
+    class InMemory(DetectionDataset):
+        in_files = False
+
+        def load_image(self, index):
+            return gradient(20 + index, 40)
+
+    data = InMemory(["a", "b"], [[*BOX, 0]], [0], ["x"])
+    assert data.image_sizes.tolist() == [[20, 40], [21, 40]] and data.image_aspect_ratio(0) == 2
+
+
 def test_data_sets_can_be_sent_to_another_process(tmp_path):
     for data in (CSVDataset(*write_csv_data(tmp_path)), CocoDataset(write_coco_data(tmp_path), "val2017")):
         copy = pickle.loads(pickle.dumps(data))
