@@ -8,7 +8,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -73,6 +73,14 @@ def _say_error(message: str) -> None:
 class _Handler(logging.StreamHandler):
     """Writes `printable` messages; once nobody reads them, as after `| head`, they go nowhere: the program goes on."""
 
+    def __init__(self):
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        """Standard output as it is now: a notebook's `%%capture` replaces it for a while."""
+        return sys.stdout
+
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
@@ -89,7 +97,7 @@ def setup_logging() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a console may lack a letter of a name
-    log.handlers = [_Handler(sys.stdout)]
+    log.handlers = [_Handler()]
     log.propagate = False
     log.setLevel(logging.INFO if is_main_process() else logging.ERROR)
 

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import random
 import sys
@@ -88,6 +89,14 @@ def test_messages_go_to_standard_output_once(logger, capsys):
     logger.info("%d boxes", 3)
     logger.debug("hidden")
     assert capsys.readouterr() == ("3 boxes\n", "")
+
+
+def test_messages_go_to_standard_output_as_it_is_now(logger, capsys):
+    with contextlib.redirect_stdout(io.StringIO()) as captured:
+        process.setup_logging()
+        logger.info("captured")
+    logger.info("shown")
+    assert (captured.getvalue(), capsys.readouterr().out) == ("captured\n", "shown\n")
 
 
 def test_other_ranks_report_errors_alone(logger, capsys, rank_1):
