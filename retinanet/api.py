@@ -55,8 +55,9 @@ def train(
 ) -> TrainResult:
     """Train a detector, as train.py does.
 
-    SIGTERM, Ctrl-C and their like finish the step, save, and raise SystemExit; `resume="auto"` then continues. Under
-    torchrun, every process calls this. Python's, NumPy's and torch's random generators are seeded.
+    SIGTERM, Ctrl-C and their like finish the step, save, and raise SystemExit; `resume="auto"` then continues. A
+    second Ctrl-C raises KeyboardInterrupt at once. Under torchrun, every process calls this. Python's, NumPy's and
+    torch's random generators are seeded.
 
     Args:
         train_set: of any format; without a transform it gets that of the settings, for this training.
@@ -82,7 +83,8 @@ def train(
     device = process.choose_device(settings.get("device", "auto"))
     process.init_distributed(device)
     process.show_log()
-    run = run_training(Settings.resolve(settings, device), device, train_set, val_set, on_log, on_validation)
+    resolved = Settings.resolve(settings, device)
+    run = run_training(resolved, device, train_set, val_set, on_log, on_validation, in_program=True)
     return _result(run)
 
 

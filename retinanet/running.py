@@ -47,8 +47,9 @@ def run_training(
     val_set: DetectionDataset | None,
     on_log: Callable[[dict[str, float]], object] | None = None,
     on_validation: Callable[[dict[str, float]], object] | None = None,
+    in_program: bool = False,
 ) -> Run:
-    """Train with settings that are resolved; the rest is that of `retinanet.train`. Returns the run as it ended."""
+    """Train with resolved settings; the rest is as in `retinanet.train` and StopSignals. Returns the run as it ended."""
     process.seed_everything(settings.seed)
     if val_set is train_set:
         val_set = copy.copy(val_set)  # it needs another transform
@@ -79,7 +80,7 @@ def run_training(
             stack.enter_context(val_set.scaled(train_set.pixel_range))
         run.on_log, run.on_validation = on_log, on_validation
         try:
-            with StopSignals() as stop:
+            with StopSignals(in_program) as stop:
                 _begin(run, train_set, val_set, sampler)
                 with _saving(run, train_set, stop), explained(train_loader, settings.dtype):  # a worker may die
                     found = _train(run, train_loader, sampler, val_loader, val_set, stop)

@@ -12,14 +12,19 @@ from types import FrameType
 
 
 class StopSignals:
-    """A context in which the first signal, `signum`, asks the program to stop soon; a second one stops it at once."""
+    """A context in which the first signal, `signum`, asks the program to stop soon; a second one stops it at once.
+
+    With `in_program`, a second Ctrl-C, or the stop button of a notebook, raises KeyboardInterrupt instead: the program
+    is the caller's.
+    """
 
     NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
     HANDLED = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
     # Ctrl-C reaches a torchrun job twice, from the terminal and from torchrun: that counts as one.
     SAME_REQUEST_SECONDS = 2.0
 
-    def __init__(self):
+    def __init__(self, in_program: bool = False):
+        self.in_program = in_program
         self.signum, self.since = 0, 0.0
 
     def __enter__(self) -> "StopSignals":
@@ -42,6 +47,8 @@ class StopSignals:
             with contextlib.suppress(OSError):  # the terminal may be gone, or the pipe's reader have got the signal too
                 os.write(sys.stderr.fileno(), text.encode())  # a handler must not touch buffered files
         elif time.monotonic() - self.since > self.SAME_REQUEST_SECONDS:
+            if self.in_program and signum == signal.SIGINT:
+                raise KeyboardInterrupt
             os._exit(128 + signum)
 
 

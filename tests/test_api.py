@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from retinanet.data.shapes import ShapesDataset
 from retinanet.data.transforms import Resizer
 from retinanet.errors import UserError
 from retinanet.model import resnet18
+from retinanet.signals import StopSignals
 from retinanet.training import checkpoint
 from retinanet.training.log import read_log
 from retinanet.training.settings import Settings
@@ -149,6 +151,17 @@ def test_an_epoch_is_saved_before_its_validation_is_handed_on(tmp_path):
     with pytest.raises(ConnectionError):
         retinanet.train(*sets, on_validation=fail, **settings)
     assert checkpoint.load(tmp_path / "last.pt")["training"]["progress"]["epoch"] == 1
+
+
+def test_the_program_survives_a_second_ctrl_c(tmp_path, monkeypatch):
+    monkeypatch.setattr(StopSignals, "SAME_REQUEST_SECONDS", 0.0)
+
+    def stop(_):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        retinanet.train(ShapesDataset(2, seed=1), on_log=stop, out_dir=tmp_path, **SETTINGS)
 
 
 def test_what_is_no_data_set_is_one_message():

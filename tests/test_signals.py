@@ -27,6 +27,14 @@ def test_a_signal_is_noted_where_nobody_reads_the_message(monkeypatch):
         assert stop.signum == signal.SIGTERM
 
 
+def test_a_second_ctrl_c_leaves_the_callers_program_running(monkeypatch):
+    monkeypatch.setattr(signals.StopSignals, "SAME_REQUEST_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt), signals.StopSignals(in_program=True) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signum == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_a_closed_terminal_is_a_request_unless_it_is_ignored():
     with signals.StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
