@@ -49,7 +49,7 @@ def run_training(
     on_validation: Callable[[dict[str, float]], object] | None = None,
     in_program: bool = False,
 ) -> Run:
-    """Train with resolved settings; the rest is as in `retinanet.train` and StopSignals. Returns the run as it ended."""
+    """Train with resolved settings; the rest is as in `retinanet.train` and StopSignals. Returns the run at its end."""
     process.seed_everything(settings.seed)
     if val_set is train_set:
         val_set = copy.copy(val_set)  # it needs another transform
