@@ -73,6 +73,9 @@ def _check_file(path: Path) -> None:
         return
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
+        names = {part.filename.rpartition("/")[2] for part in parts}
+        if "data.pkl" not in names or "constants.pkl" in names:
+            raise ValueError("an exported model, or another zip file")
         if sum(part.file_size for part in parts) > path.stat().st_size:
             raise ValueError("its parts are larger than the file")
         if damaged := archive.testzip():

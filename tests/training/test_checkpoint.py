@@ -235,12 +235,16 @@ def test_a_whole_model_of_old_torch_is_refused(tmp_path):
         checkpoint.load_model(tmp_path / "a.pt")
 
 
-def test_a_torchscript_archive_is_refused(tmp_path):
+def test_exported_models_are_refused(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is deprecated
         torch.jit.script(nn.ReLU()).save(str(tmp_path / "a.pt"))
-    with pytest.raises(UserError, match=r"a\.pt: is no checkpoint"):
-        checkpoint.load_model(tmp_path / "a.pt")
+    torch.export.save(torch.export.export(nn.ReLU(), (torch.zeros(1),)), tmp_path / "b.pt2")
+    for name in ("a.pt", "b.pt2"):
+        with pytest.raises(
+            UserError, match=rf"{name}: is no checkpoint, .*\(an exported model, or another zip file\)$"
+        ):
+            checkpoint.load_model(tmp_path / name)
 
 
 class Call:
