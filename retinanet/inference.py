@@ -167,7 +167,9 @@ def open_model(
     """The model of `predict`'s argument, and what is known of it; a UserError if it is none."""
     if isinstance(model, str | Path):
         model = load_model(model)
-    net, info = model if isinstance(model, tuple) and len(model) == 2 else (getattr(model, "module", model), {})
+    net, info = model if isinstance(model, tuple) and len(model) == 2 else (model, {})
+    for wrapper in ("module", "_orig_mod"):  # of DistributedDataParallel and torch.compile
+        net = getattr(net, wrapper, net)
     if not (isinstance(net, RetinaNet) and isinstance(info, Mapping)):
         raise UserError(f"model must be a path, a RetinaNet or the result of load_model, not {type(net).__name__}")
     return net, info

@@ -222,7 +222,7 @@ def _train(
         statistics = train_one_epoch(
             model, train_loader, run.optimizer, run.scaler, run.schedule, run.device, settings.dtype, run.progress,
             settings.clip_norm, settings.accumulate, stop_signal=lambda: stop.signum, after_step=run.after_step,
-            log_step=run.write, log_every=settings.log_every, outlook=run.outlook,
+            log_step=run.write_step, log_every=settings.log_every, outlook=run.outlook,
         )  # fmt: skip
         log.info(
             "epoch %d: class loss %.3f, box loss %.3f, %.1f images/s%s",
@@ -233,8 +233,6 @@ def _train(
         if val_loader is not None and ((epoch + 1) % settings.val_every == 0 or is_last):
             run.metrics, found = _validate(run, val_loader, val_set, stop)
         run.end_epoch(statistics)
-        if run.log and run.metrics and run.on_validation:  # after the epoch is saved: a tracker may fail
-            run.on_validation({"epoch": epoch, **run.metrics})
         if run.metrics and not run.stale:  # best.pt is of this epoch
             of_best = found
         if run.log and (run.metrics or is_last):

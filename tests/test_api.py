@@ -143,13 +143,15 @@ def test_a_wrong_setting_is_one_message(settings, message, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_an_epoch_is_saved_before_its_validation_is_handed_on(tmp_path):
-    def fail(_):
-        raise ConnectionError("the tracker is down")
+@pytest.mark.parametrize("name", ["on_log", "on_validation"])
+def test_an_epoch_is_saved_before_it_is_handed_on(name, tmp_path):
+    def fail(entry):
+        if "step" not in entry:
+            raise ConnectionError("the tracker is down")
 
     sets, settings = (ShapesDataset(2, seed=1), ShapesDataset(1, seed=0)), {**SETTINGS, "out_dir": tmp_path}
     with pytest.raises(ConnectionError):
-        retinanet.train(*sets, on_validation=fail, **settings)
+        retinanet.train(*sets, **{name: fail}, **settings)
     assert checkpoint.load(tmp_path / "last.pt")["training"]["progress"]["epoch"] == 1
 
 

@@ -301,8 +301,9 @@ def test_a_missing_file_is_named(filled_net):
 def test_other_arguments_of_predict(filled_net):
     image = gradient(64, 96)
     expected = predict(filled_net, image, 0.02, min_side=64)[0]
-    found = predict(torch.nn.DataParallel(filled_net), image, 0.02, min_side=64, precision="fp32")[0]
-    assert len(found.scores) > 3 and torch.equal(found.boxes, expected.boxes)
+    for wrapped in (nn.DataParallel(filled_net), torch.compile(filled_net), torch.compile(nn.DataParallel(filled_net))):
+        found = predict(wrapped, image, 0.02, min_side=64, precision="fp32")[0]
+        assert len(found.scores) > 3 and torch.equal(found.boxes, expected.boxes)
     for names in (["cat"], "cat", ["a", "b", "c", "d"]):  # "cat" has three letters, and the model three classes
         with pytest.raises(ValueError, match="class_names must be 3 names"):
             predict(filled_net, image, class_names=names)

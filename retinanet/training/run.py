@@ -79,13 +79,13 @@ class Run:
         settings = self.settings
         return self.progress.epoch >= settings.epochs or bool(settings.early_stop and self.stale >= settings.early_stop)
 
-    def write(self, entry: dict[str, float]) -> None:
-        """Add an entry to the log, on rank 0."""
+    def write_step(self, entry: dict[str, float]) -> None:
+        """Add an entry about a step to the log, on rank 0."""
         if self.log:
             self.log.write(entry)
             if self.on_log:
                 self.on_log(dict(entry))
-            if "step" in entry and not shows_progress():
+            if not shows_progress():
                 self._log_step(entry)
 
     def _log_step(self, entry: dict[str, float]) -> None:
@@ -132,7 +132,9 @@ class Run:
             self.schedule.end_epoch(statistics["loss"])
             epoch = self.progress.epoch
             self.progress = Progress(epoch + 1)
-            self.write({"epoch": epoch, **statistics, **self.metrics})
+            entry = {"epoch": epoch, **statistics, **self.metrics}
+            if self.log:
+                self.log.write(entry)
             if self.metrics:
                 self.stale, self.last_ap = self.stale + 1, self.metrics["AP"]
                 ap = self.metrics["AP"]
@@ -140,6 +142,11 @@ class Run:
                     self.best, self.stale = ap, 0
                     self.save("best.pt")
             self.save_last()
+        # Only now that the epoch is saved: a tracker may fail.
+        if self.log and self.on_log:
+            self.on_log(entry)
+        if self.log and self.on_validation and self.metrics:
+            self.on_validation({"epoch": epoch, **self.metrics})
 
     def save(self, name: str, **extra: Any) -> None:
         """Write a checkpoint, on rank 0.

@@ -83,8 +83,7 @@ def test_without_a_progress_bar_steps_are_plain_lines(net, settings, monkeypatch
     run.log, run.last_ap = SimpleNamespace(write=lambda entry: None), 0.123
     for epoch in range(2):
         for step in range(2, 7, 2):
-            run.write({"epoch": epoch, "step": step, **ENTRY})
-        run.write({"epoch": epoch, **ENTRY})
+            run.write_step({"epoch": epoch, "step": step, **ENTRY})
     assert [int(message.split("step ")[1].split()[0]) for message in caplog.messages] == steps
     assert caplog.messages[0].startswith(
         f"epoch 0, step {steps[0]} of 6: class loss 0.500, box loss 0.250, lr 1.0e-04, "
@@ -92,7 +91,7 @@ def test_without_a_progress_bar_steps_are_plain_lines(net, settings, monkeypatch
     assert caplog.messages[0].endswith("8.0 images/s, AP 0.123")
     monkeypatch.setattr(run_module, "shows_progress", lambda: True)
     caplog.clear()
-    run.write({"epoch": 1, "step": 4, **ENTRY})
+    run.write_step({"epoch": 1, "step": 4, **ENTRY})
     assert not caplog.messages
 
 
