@@ -4,8 +4,8 @@
 anchors at three aspect ratios {1:2, 1:1, 2:1}. For denser scale coverage than in [the FPN paper], at each level we
 add anchors of sizes {2^0, 2^(1/3), 2^(2/3)} of the original set of 3 aspect ratio anchors."
 
-So every location of every level carries A = 9 anchors, and a neighbouring size is always a factor 2^(1/3) away: some
-anchor overlaps almost any object of 32 to 813 pixels well.
+So every location of every level has 9 anchors, and neighbouring sizes differ by a factor of 2^(1/3): some anchor
+overlaps well with almost any object of 32 to 813 pixels.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def generate_anchors(
     Args:
         base_size: side of the square anchor of scale 1, pixels.
         ratios: height / width of the shapes; all shapes of one scale have the same area.
-        scales: factors on `base_size`.
+        scales: factors that multiply `base_size`.
 
     Returns:
         [len(ratios) * len(scales), 4] float32 xyxy, pixels; all scales of the first ratio come first.
@@ -40,7 +40,7 @@ def generate_anchors(
 
 
 def shift(shape: Sequence[int], stride: int, anchors: Tensor) -> Tensor:
-    """Put the anchors of one location on every location of a level.
+    """Copy the anchors of one location to every location of a level.
 
     Args:
         shape: rows and columns of the level's feature map.
@@ -87,20 +87,20 @@ def anchors_for_shape(
 
 
 class Anchors(nn.Module):
-    """All anchors of an input size, level by level, row by row. It has no weights and nothing that is saved.
+    """All anchors of an input size, level by level, row by row; the module adds nothing to a state dict.
 
     Args:
         pyramid_levels: P3 to P7 by default.
-        strides: pixels between locations, one a level; 2^level by default.
-        sizes: side of the square anchor of scale 1, pixels, one a level; 2^(level + 2) by default.
+        strides: pixels between locations, one per level; 2^level by default.
+        sizes: side of the square anchor of scale 1, pixels, one per level; 2^(level + 2) by default.
         ratios: height / width; (1/2, 1, 2) by default.
-        scales: factors on the sizes; (2^0, 2^(1/3), 2^(2/3)) by default.
+        scales: factors that multiply the sizes; (2^0, 2^(1/3), 2^(2/3)) by default.
 
     Attributes:
-        cells: [levels, A, 4] float32 xyxy: the anchors of one location of each level, around the origin.
+        cells: [levels, num_anchors, 4] float32 xyxy: the anchors of one location of each level, centred on the origin.
 
     Raises:
-        ValueError: `strides` or `sizes` do not have one entry a level, or a number is not positive.
+        ValueError: `strides` or `sizes` do not have one entry per level, or a number is not positive.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Box algebra: IoU, and how a target becomes a box (RetinaNet, section 4, "Box Regression Subnet").
+"""Box arithmetic: IoU, and the encoding of boxes as regression targets (RetinaNet, section 4, "Box Regression Subnet").
 
 Boxes are xyxy, (x1, y1, x2, y2): pixels of the network's (padded) input, x to the right and y down, in
 continuous coordinates, so that a box from 0 to 10 is 10 pixels wide.
@@ -14,21 +14,21 @@ from torch import Tensor, nn
 # checkpoints need them.
 DELTA_STD = (0.1, 0.1, 0.2, 0.2)
 
-# The most that a delta may enlarge its anchor: from a stride of 16 to 1000 pixels (Detectron's bound).
-# Paper: silent (Detectron: clamped so). Original: exp() without a bound. Here: clamped, because it overflows to
-# infinity otherwise.
+# The largest dw and dh: they enlarge an anchor from 16 to 1000 pixels (Detectron's bound).
+# Paper: silent (Detectron: clamped to this). Original: exp() without a bound. Here: clamped, because exp() otherwise
+# overflows to infinity.
 MAX_LOG_SCALE = math.log(1000.0 / 16)
 
 
 def box_intersection(a: Tensor, b: Tensor) -> Tensor:
-    """Area that every box of one set shares with every box of the other.
+    """Area of the intersection of every box of one set with every box of the other.
 
     Args:
         a: [..., N, 4] xyxy.
         b: [..., M, 4] xyxy; the leading dimensions broadcast.
 
     Returns:
-        [..., N, M], square pixels; 0 where two boxes are apart.
+        [..., N, M], square pixels; 0 where two boxes do not overlap.
     """
     ax1, ay1, ax2, ay2 = a.unsqueeze(-2).unbind(-1)  # each [..., N, 1]
     bx1, by1, bx2, by2 = b.unsqueeze(-3).unbind(-1)  # each [..., 1, M]
@@ -51,7 +51,7 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
         b: [..., M, 4] xyxy; the leading dimensions broadcast.
 
     Returns:
-        [..., N, M], from 0 (apart) to 1 (equal).
+        [..., N, M], from 0 (disjoint) to 1 (identical).
     """
     intersection = box_intersection(a, b)
     union = (box_area(a).unsqueeze(-1) + box_area(b).unsqueeze(-2)).sub(intersection)
@@ -80,7 +80,7 @@ def encode_boxes(anchors: Tensor, boxes: Tensor) -> Tensor:
     """
     anchor_x, anchor_y, anchor_width, anchor_height = _centre_and_size(anchors)
     x, y, width, height = _centre_and_size(boxes)
-    # Paper: any size. Original: at least one pixel. Here: the original's, because log(0) is no target.
+    # Paper: any size. Original: at least one pixel. Here: the original's, because log(0) is not finite.
     width, height = width.clamp(min=1), height.clamp(min=1)
     std_x, std_y, std_width, std_height = DELTA_STD
     return torch.stack(
@@ -117,12 +117,12 @@ def decode_boxes(anchors: Tensor, deltas: Tensor) -> Tensor:
 
 
 def clip_boxes(boxes: Tensor, height: float, width: float) -> Tensor:
-    """Cut boxes at the borders of an image.
+    """Clip boxes to an image.
 
     Args:
         boxes: [..., 4] xyxy, pixels.
-        height: of the image, pixels.
-        width: of the image, pixels.
+        height: height of the image, pixels.
+        width: width of the image, pixels.
 
     Returns:
         [..., 4]: x within [0, width], y within [0, height].
@@ -132,12 +132,12 @@ def clip_boxes(boxes: Tensor, height: float, width: float) -> Tensor:
 
 
 def xyxy_to_xywh(boxes: Tensor) -> Tensor:
-    """Corners -> corner and size, the form of COCO's files: [..., 4] (x1, y1, x2, y2) -> (x1, y1, width, height)."""
+    """Corners to corner and size, as in COCO's files: [..., 4] (x1, y1, x2, y2) -> (x1, y1, width, height)."""
     return torch.cat([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], dim=-1)
 
 
 def xywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Corner and size -> corners: [..., 4] (x1, y1, width, height) -> (x1, y1, x2, y2)."""
+    """Corner and size to corners: [..., 4] (x1, y1, width, height) -> (x1, y1, x2, y2)."""
     return torch.cat([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], dim=-1)
 
 
@@ -146,7 +146,7 @@ class BBoxTransform(nn.Module):
 
     Args:
         mean: [4] added to the scaled deltas; 0 by default.
-        std: [4] that the deltas are scaled by; `DELTA_STD` by default.
+        std: [4] factors that scale the deltas; `DELTA_STD` by default.
     """
 
     def __init__(self, mean: Tensor | None = None, std: Tensor | None = None):
@@ -161,11 +161,11 @@ class BBoxTransform(nn.Module):
 
 
 class ClipBoxes(nn.Module):
-    """`clip_boxes` as a module, with the original's interface; neither it nor the original uses the two arguments."""
+    """`clip_boxes` as a module, with the original's interface; as there, the constructor's arguments are unused."""
 
     def __init__(self, width: float | None = None, height: float | None = None):
         super().__init__()
 
     def forward(self, boxes: Tensor, img: Tensor) -> Tensor:
-        """Cut boxes [..., 4] xyxy at the borders of images [B, 3, H, W]."""
+        """Clip boxes [..., 4] xyxy to images [B, 3, H, W]."""
         return clip_boxes(boxes, *img.shape[-2:])

@@ -1,9 +1,9 @@
-"""The focal loss and its gradient in one pass: the numbers of `losses.FocalLoss`, several times as fast.
+"""The focal loss and its gradient in one pass: the same numbers as `losses.FocalLoss`, several times as fast.
 
-The plain form makes a dozen tensors of the logits' size. Here every logit is first treated as background, which
-nearly all are, some at a time so that all intermediate results stay in the processor's cache; then the one logit of
-each positive anchor that belongs to its class is corrected. So no one-hot target is ever made, and the only large
-tensor is the gradient, in the logits' own precision. `tests/test_fused_loss.py` checks that both forms agree.
+The plain form creates a dozen tensors of the logits' size. Here every logit is first treated as background, as nearly
+all are, in chunks whose intermediate results stay in the processor's cache. Then the result is corrected for one logit
+per positive anchor: that of its class. So there is no one-hot target, and the only large tensor is the gradient.
+`tests/test_fused_loss.py` checks that both forms agree.
 """
 
 import torch
@@ -14,26 +14,26 @@ from retinanet.boxes import encode_boxes
 from retinanet.losses import FocalLoss, smooth_l1
 from retinanet.matcher import IGNORE
 
-# Logits handled at a time. On a CPU all intermediate results of a chunk then stay in the cache.
+# Logits per chunk. On a CPU, all intermediate results of a chunk then stay in the cache.
 CPU_CHUNK, GPU_CHUNK = 2**17, 2**25
 
 
 def positive_rows(labels: Tensor) -> Tensor:
-    """[B, A] labels -> [N] positions in `labels.flatten()` of at least all positive anchors."""
+    """[B, A] labels -> [N] positions in `labels.flatten()`: those of all positive anchors, and perhaps of others."""
     if labels.device.type == "cpu":
         return (labels.flatten() >= 0).nonzero()[:, 0]
-    # All positions: to count the positive ones would make the host wait for the device.
+    # All positions, because selecting the positive ones would make the host wait for the device.
     return torch.arange(labels.numel(), device=labels.device)
 
 
 def _focal_terms(x: Tensor, alpha: float, gamma: float, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Focal loss of logits `x` whose truth is 0, and its derivative.
+    """Focal loss of logits `x` whose label is 0, and its derivative.
 
     With p = sigmoid(x) the cross entropy is ce = -log(1 - p) = softplus(x), so that
 
         FL = alpha p^gamma ce,    dFL/dx = gamma FL (1 - p) + alpha p^gamma p.
 
-    By symmetry, a truth of 1 with logit x costs what a truth of 0 costs with logit -x.
+    By symmetry, the loss of label 1 and logit x is that of label 0 and logit -x.
     """
     p = torch.sigmoid(x)
     weight = p.pow(gamma).mul_(alpha)
@@ -53,7 +53,7 @@ class _FocalLossSum(torch.autograd.Function):
         num_classes = logits.shape[-1]
         with_grad = ctx.needs_input_grad[0]
         logits_of = logits.detach().reshape(-1, num_classes)  # [B * A, K]
-        # float16 has no room for small gradients, which a gradient scaler enlarges only in the backward pass.
+        # Small gradients underflow in float16, and a gradient scaler enlarges them only in the backward pass.
         dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
         grad = torch.empty_like(logits_of, dtype=dtype) if with_grad else None
         anchor_loss = torch.empty(len(logits_of), dtype=torch.float32, device=logits.device)
@@ -84,7 +84,7 @@ class _FocalLossSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.grad is None:
-            raise RuntimeError("backward of the fused focal loss works only once, even with retain_graph=True")
+            raise RuntimeError("the fused focal loss allows one backward pass only, even with retain_graph=True")
         (kept,) = ctx.saved_tensors
         grad, ctx.grad = ctx.grad, None
         return grad.mul_((kept * grad_output[:, None])[..., None]).to(ctx.dtype), None, None, None
@@ -100,13 +100,13 @@ def fused_focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma:
         gamma: as in `losses.focal_loss`.
 
     Returns:
-        [B] float32: `focal_loss(logits, labels, alpha, gamma).sum(dim=1)`. Its backward works once.
+        [B] float32: `focal_loss(logits, labels, alpha, gamma).sum(dim=1)`. It allows one backward pass only.
     """
     return _FocalLossSum.apply(logits, labels, alpha, gamma)
 
 
 class FusedFocalLoss(FocalLoss):
-    """`FocalLoss`, with the fused class loss, and with smooth L1 for the positive anchors alone."""
+    """`FocalLoss` with the fused class loss and, on a CPU, smooth L1 computed for the positive anchors only."""
 
     def class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """As `FocalLoss.class_loss`."""

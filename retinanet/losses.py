@@ -1,15 +1,15 @@
 """The focal loss, and the criterion that trains the network (RetinaNet, sections 3 and 4.1).
 
-A one-stage detector classifies about a hundred thousand anchors an image, and nearly all of them are easy background.
-Each costs little, but together their cross entropy drowns that of the few objects. The focal loss
+A one-stage detector classifies about a hundred thousand anchors per image, and nearly all of them are easy background.
+Each costs little, but together their cross entropy outweighs that of the few objects. The focal loss
 
-    FL(p_t) = -alpha_t (1 - p_t)^gamma log(p_t),    p_t = the probability given to the truth    (equation 5)
+    FL(p_t) = -alpha_t (1 - p_t)^gamma log(p_t),    p_t = the predicted probability of the true label    (equation 5)
 
 scales the cross entropy by (1 - p_t)^gamma, so that an example counts less and less once it is right: with
 gamma = 2, "an example classified with p_t = 0.9 would have 100x lower loss compared with CE".
 
-This file is the paper as it is written. Training runs `fused_loss.FusedFocalLoss`, which gives the same numbers in
-one pass over the logits.
+This file follows the paper literally. Training uses `fused_loss.FusedFocalLoss`, which computes the same numbers in one
+pass over the logits.
 """
 
 import torch
@@ -24,7 +24,7 @@ from retinanet.matcher import IGNORE, match_anchors
 def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
     """The focal loss of each anchor, summed over the classes (RetinaNet, section 3.2).
 
-    Every class of every anchor is a binary decision of its own, and p_t is p if y = 1, 1 - p otherwise (equation 2).
+    Every class of every anchor is a separate binary decision, and p_t is p if y = 1, 1 - p otherwise (equation 2).
     With logits, p_t = sigmoid(x_t), where x_t is x if y = 1, -x otherwise.
 
     Args:
@@ -53,7 +53,7 @@ def smooth_l1(deltas: Tensor, targets: Tensor, beta: float = 1 / 9) -> Tensor:
     Args:
         deltas: [..., 4] regression outputs.
         targets: [..., 4] from `encode_boxes`.
-        beta: error below which the loss is a parabola and above which it is a line, in units of the targets.
+        beta: error at which the loss changes from quadratic to linear, in units of the targets.
 
     Returns:
         [...] float32.
@@ -63,32 +63,32 @@ def smooth_l1(deltas: Tensor, targets: Tensor, beta: float = 1 / 9) -> Tensor:
 
 
 def check_annotations(annotations: Tensor, num_classes: int) -> None:
-    """Check the shape of annotations [B, G, 5]; on the CPU also that labels are classes and boxes are finite.
+    """Check that annotations are [B, G, 5]; on the CPU, also that labels are classes and boxes are finite.
 
     Raises:
-        ValueError: they are not.
+        ValueError: a check fails.
     """
     if annotations.dim() != 3 or annotations.shape[2] != 5:
-        raise ValueError(f"annotations are [B, G, 5] (x1, y1, x2, y2, label), not {list(annotations.shape)}")
-    if annotations.device.type != "cpu":  # a GPU is not asked, because training would wait for the answer
+        raise ValueError(f"annotations must be [B, G, 5] (x1, y1, x2, y2, label), not {list(annotations.shape)}")
+    if annotations.device.type != "cpu":  # on a GPU, every step would wait for the result
         return
     labels = annotations[..., 4].float()
     wrong = (labels != -1) & ~((labels >= 0) & (labels < num_classes) & (labels % 1 == 0))
     if wrong.any():
-        raise ValueError(f"there is a label {labels[wrong][0]:g}, but the classes are 0 to {num_classes - 1}")
+        raise ValueError(f"annotations have label {labels[wrong][0]:g}, but the classes are 0 to {num_classes - 1}")
     if not annotations[labels >= 0].isfinite().all():
-        raise ValueError("there is a box with coordinates that are not finite")
+        raise ValueError("annotations have a box whose coordinates are not finite")
 
 
 class FocalLoss(nn.Module):
-    """The criterion: assigns anchors to boxes, then scores classes and boxes.
+    """The criterion: it assigns anchors to boxes, then computes the class loss and the box loss.
 
     Args:
         alpha: weight of the positive decisions in the class loss.
         gamma: focusing parameter of the class loss.
-        beta: where smooth L1 turns from a parabola into a line.
-        best_match_iou: also train an anchor that is some box's best, if their IoU is at least this (RPN's rule,
-            which the paper refers to; 0.4 in its authors' code). None, the original's choice, omits it.
+        beta: error at which smooth L1 changes from quadratic to linear.
+        best_match_iou: an anchor that is some box's best is positive, too, if their IoU is at least this (RPN's rule,
+            which the paper refers to; 0.4 in its authors' code). None, the original's choice, turns the rule off.
     """
 
     def __init__(
@@ -109,8 +109,8 @@ class FocalLoss(nn.Module):
             num_classes: K.
 
         Returns:
-            Labels [B, A] int64 (a class, or BACKGROUND, or IGNORE) and boxes [B, A, 4] xyxy (of no meaning where
-            the label is no class).
+            Labels [B, A] int64 (a class, or BACKGROUND, or IGNORE) and boxes [B, A, 4] xyxy (meaningless where the
+            label is not a class).
 
         Raises:
             ValueError: as in `check_annotations`.

@@ -1,8 +1,8 @@
-"""RetinaNet: a backbone, a feature pyramid on it, and two small heads on every level of the pyramid.
+"""RetinaNet: a backbone, a feature pyramid on top of it, and two small heads on every level of the pyramid.
 
 "RetinaNet is a single, unified network composed of a backbone network and two task-specific subnetworks" (section 4).
-The file runs in the order of the paper's Figure 3: (b) the pyramid, (c) the class head, (d) the box head, then the
-whole. (a), the backbone, is in resnet.py.
+The file follows the order of the paper's Figure 3: (b) the pyramid, (c) the class head, (d) the box head, then the
+whole network. Part (a), the backbone, is in resnet.py.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from retinanet import losses, postprocess, sparse_head
 from retinanet.anchors import PYRAMID_LEVELS, Anchors
-from retinanet.boxes import BBoxTransform as BBoxTransform  # these three: names that the original's scripts import
+from retinanet.boxes import BBoxTransform as BBoxTransform  # for the original's scripts, as the next and model_urls
 from retinanet.boxes import ClipBoxes as ClipBoxes
 from retinanet.fused_loss import FusedFocalLoss
 from retinanet.postprocess import Detections
@@ -27,8 +27,8 @@ PRIOR = 0.01  # "every anchor should be labeled as foreground with confidence of
 class PyramidFeatures(nn.Module):
     """The feature pyramid network, P3 to P7 (Lin et al., "Feature Pyramid Networks", 2017).
 
-    A coarse level knows what is there, a fine one where it is: each coarse level is enlarged and added to
-    the finer one below it, so that both know both.
+    Coarse levels know what is in the image, fine ones where it is. So each coarse level is upsampled and added to the
+    finer one below it, which then knows both.
 
     Args:
         C3_size: channels of the backbone's C3; likewise `C4_size` and `C5_size`.
@@ -51,8 +51,8 @@ class PyramidFeatures(nn.Module):
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """C3, C4, C5 -> P3 to P7, each [B, feature_size, H / 2^level, W / 2^level], sizes rounded up."""
         c3, c4, c5 = inputs
-        # Paper and original: nearest, x 2, so sizes must be divisible by 32. Here: nearest, to the size of the
-        # neighbour, because the result is the same where they do, and any size works.
+        # Paper and original: nearest, x 2, so sizes must be divisible by 32. Here: nearest, to the neighbour's size,
+        # because then any size works, and sizes divisible by 32 give the same result.
         p5 = self.P5_1(c5)
         p4 = self.P4_1(c4)
         p4 = p4 + F.interpolate(p5, size=p4.shape[-2:], mode="nearest")
@@ -64,12 +64,12 @@ class PyramidFeatures(nn.Module):
         return [self.P3_2(p3), self.P4_2(p4), p5, p6, p7]
 
     def p6_input(self, c5: Tensor, p5: Tensor) -> Tensor:
-        """What P6 is computed from: C5, as in the paper; other libraries take P5."""
+        """What P6 is computed from: C5, as in the paper; some other libraries use P5."""
         return c5
 
 
 class _Head(nn.Module):
-    """Four 3x3 convolutions, and a fifth for `num_outputs` numbers at each anchor (section 4, both subnets)."""
+    """Four 3x3 convolutions, and a fifth that gives `num_outputs` numbers per anchor (section 4, both subnets)."""
 
     def __init__(self, num_features_in: int, num_anchors: int, num_outputs: int, feature_size: int):
         super().__init__()
@@ -88,7 +88,7 @@ class _Head(nn.Module):
 
 
 class ClassificationModel(_Head):
-    """The class head: one logit for each class at each anchor; `prior` is the probability that it starts from."""
+    """The class head: one logit per class and anchor; `prior` is the probability of every class before training."""
 
     # Paper: "sigmoid activations are attached to output the KA binary predictions per spatial location". Original: the
     # same. Here: without them, because the loss and the ranking of detections are computed on logits.
@@ -105,16 +105,16 @@ class ClassificationModel(_Head):
 
 
 class RegressionModel(_Head):
-    """The box head: four deltas at each anchor, the same whatever the class."""
+    """The box head: four deltas per anchor, shared by all classes."""
 
     def __init__(self, num_features_in: int, num_anchors: int = 9, feature_size: int = 256):
         super().__init__(num_features_in, num_anchors, 4, feature_size)
 
 
 class RetinaNet(Backbone):
-    """The whole detector. The names of its parts are those of the original, whose checkpoints it loads.
+    """The whole detector. Its modules have the original's names, so that it can load the original's weights.
 
-    In training, `net([images, annotations])` gives the two losses; in evaluation, `net(image)` gives the
+    In training mode, `net([images, annotations])` returns the two losses; in evaluation mode, `net(image)` returns the
     scores, labels and boxes of one image, and `detect` those of a batch.
 
     Args:
@@ -122,7 +122,6 @@ class RetinaNet(Backbone):
         block: BasicBlock or Bottleneck.
         layers: number of blocks in each of the four stages of the backbone.
         anchors: the reference boxes; by default the paper's.
-
     """
 
     def __init__(
@@ -135,7 +134,7 @@ class RetinaNet(Backbone):
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, not {num_classes}")
         if anchors is not None and anchors.strides != [2**level for level in PYRAMID_LEVELS]:
-            raise ValueError(f"the pyramid has the levels {PYRAMID_LEVELS}; the anchors' strides are {anchors.strides}")
+            raise ValueError(f"strides of anchors must be {[2**i for i in PYRAMID_LEVELS]}, not {anchors.strides}")
         super().__init__(block, layers)
         self.num_classes = num_classes
         self.anchors = Anchors() if anchors is None else anchors
@@ -154,16 +153,16 @@ class RetinaNet(Backbone):
         nn.init.zeros_(self.regressionModel.output.weight)
         nn.init.zeros_(self.regressionModel.output.bias)
         nn.init.zeros_(self.classificationModel.output.weight)
-        # "b = -log((1 - pi) / pi)": without it the background's loss swamps the first steps.
+        # "b = -log((1 - pi) / pi)": without it, the loss of the background dominates the first steps.
         pi = self.classificationModel.prior
         nn.init.constant_(self.classificationModel.output.bias, -math.log((1 - pi) / pi))
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """[B, 3, H, W] normalised -> P3 to P7, [B, 256, rows, columns] each."""
-        return self.fpn(self.backbone(images.to(self.conv1.weight.dtype)))  # which may be of half or double precision
+        return self.fpn(self.backbone(images.to(self.conv1.weight.dtype)))  # the weights may be half or double
 
     def heads(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The network's raw outputs: what losses, detection and export start from.
+        """The network's raw outputs at all anchors.
 
         Args:
             images: [B, 3, H, W] normalised; any height and width.
@@ -201,24 +200,24 @@ class RetinaNet(Backbone):
 
         Args:
             images: [B, 3, H, W] normalised.
-            score_threshold: this and the next three are the limits of postprocess.py.
-            nms_threshold: IoU.
-            top_k: of each level; None for all.
-            max_detections: of an image; None for all.
-            image_sizes: height and width, pixels, of each image without its padding, where boxes are clipped;
-                by default the size of the batch.
+            score_threshold: scores must be above it.
+            nms_threshold: of two boxes of a class with an IoU above this, the one with the higher score is kept.
+            top_k: candidates per pyramid level; None for all.
+            max_detections: detections per image; None for all.
+            image_sizes: height and width of each image without its padding, pixels; boxes are clipped to them. By
+                default the size of the batch.
 
         Returns:
-            For each image, its Detections, best first; boxes in pixels of the input.
+            The Detections of each image, best first; boxes in pixels of the input.
         """
         pyramid = self.pyramid(images)
         logits = torch.cat([self.classificationModel(level) for level in pyramid], dim=1)
         level_sizes = self.anchors.level_sizes(*images.shape[-2:])
         chosen = [postprocess.best_candidates(x, level_sizes, score_threshold, top_k) for x in logits]  # [N] each
-        counts = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
-        for row, candidates in zip(counts, chosen, strict=True):
+        needed = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
+        for row, candidates in zip(needed, chosen, strict=True):
             row[candidates // self.num_classes] = True
-        plan = sparse_head.Plan(counts, self.anchors.level_shapes(*images.shape[-2:]))
+        plan = sparse_head.Plan(needed, self.anchors.level_shapes(*images.shape[-2:]))
         deltas = sparse_head.run(self.regressionModel, pyramid, plan)
         anchors = self.anchors(images)[0]
         if image_sizes is None:
@@ -229,7 +228,7 @@ class RetinaNet(Backbone):
         ]
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Losses in training, detections of one image in evaluation; the original's interface.
+        """Losses in training mode, detections of one image in evaluation mode; the original's interface.
 
         Args:
             inputs: in training, images [B, 3, H, W] and annotations [B, G, 5] (x1, y1, x2, y2, label; rows of
@@ -240,7 +239,7 @@ class RetinaNet(Backbone):
             [N, 4] (xyxy, pixels of the input), best first.
 
         Raises:
-            ValueError: the inputs are not those of the model's mode, or a label (on the CPU) is not one of its classes.
+            ValueError: the inputs do not fit the model's mode, or `check_annotations` finds an error.
         """
         if self.training:
             if isinstance(inputs, Tensor):
@@ -262,20 +261,20 @@ def resnet(depth: int, num_classes: int, pretrained: bool | str = False, anchors
     Args:
         depth: 18, 34, 50, 101 or 152.
         num_classes: number of classes, without a background class.
-        pretrained: start from torchvision's ImageNet weights, and freeze BatchNorm's statistics; True means the
-            original's, IMAGENET1K_V1, and a string is torchvision's name of others, such as IMAGENET1K_V2.
+        pretrained: start from torchvision's ImageNet weights, and freeze BatchNorm's statistics; True means
+            IMAGENET1K_V1, as in the original, and a string names others, such as IMAGENET1K_V2.
         anchors: the reference boxes; by default the paper's.
 
     Raises:
         ValueError: there is no such depth, or there are no such weights.
-        RuntimeError: the ImageNet weights are not there and cannot be downloaded.
+        RuntimeError: as in `imagenet_weights`.
     """
     if depth not in ARCHITECTURES:
         raise ValueError(f"depth must be one of {', '.join(map(str, ARCHITECTURES))}, not {depth}")
     net = RetinaNet(num_classes, *ARCHITECTURES[depth], anchors)
     if pretrained:
         version = "IMAGENET1K_V1" if pretrained is True else pretrained
-        net.load_state_dict(imagenet_weights(depth, version), strict=False)  # it has no pyramid and no heads
+        net.load_state_dict(imagenet_weights(depth, version), strict=False)  # no pyramid, no heads
         net.freeze_bn()
     return net
 

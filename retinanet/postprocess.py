@@ -10,13 +10,13 @@ from torchvision.ops import batched_nms
 
 from retinanet.boxes import clip_boxes, decode_boxes
 
-# Paper: at most 1000 boxes a level before NMS; Detectron: 100 an image after it. Original: no limits.
-# Here: the paper's, because more costs seconds and gains no AP; None means no limit, as in the original.
+# Paper: at most 1000 boxes per level before NMS (Detectron: 100 per image after it). Original: no limits.
+# Here: the paper's, because more boxes cost seconds and gain no AP; None means no limit, as in the original.
 SCORE_THRESHOLD, NMS_THRESHOLD, TOP_K, MAX_DETECTIONS = 0.05, 0.5, 1000, 100
 
 
 class Detections(NamedTuple):
-    """What was found in one image, best first.
+    """The objects found in one image, best first.
 
     Attributes:
         scores: [N] float32, from 0 to 1.
@@ -32,18 +32,18 @@ class Detections(NamedTuple):
 def best_candidates(
     logits: Tensor, level_sizes: Sequence[int], score_threshold: float = SCORE_THRESHOLD, top_k: int | None = TOP_K
 ) -> Tensor:
-    """The candidates of one image, (anchor, class) pairs: at most the `top_k` best of each level above the threshold.
+    """The candidates of one image: (anchor, class) pairs above the threshold, at most the `top_k` best of each level.
 
     Args:
         logits: [A, K].
         level_sizes: number of anchors of each pyramid level; they sum to A.
         score_threshold: scores must be above it.
-        top_k: candidates of each level; None for all.
+        top_k: candidates per level; None for all.
 
     Returns:
         [N] positions in `logits.flatten()`: anchor x K + class.
     """
-    # A score is above the threshold where its logit is above the threshold's.
+    # A score is above the threshold exactly where its logit is above the threshold's logit.
     p = min(max(score_threshold, 0.0), 1.0)
     logit_threshold = math.log(p / (1 - p)) if 0 < p < 1 else math.copysign(math.inf, p - 0.5)
     candidates, offset = [], 0
@@ -73,13 +73,13 @@ def select_detections(
         logits: [A, K].
         deltas: [A, 4]; only those of candidates count.
         anchors: [A, 4] xyxy, pixels of the padded input.
-        image_size: height and width, pixels, at which boxes are clipped.
-        nms_threshold: of two boxes of a class that overlap by more than this IoU, the better one is kept.
-        max_detections: detections that are returned; None for all.
+        image_size: height and width, pixels, to which boxes are clipped.
+        nms_threshold: of two boxes of a class with an IoU above this, the one with the higher score is kept.
+        max_detections: number of detections to return; None for all.
     """
     anchor_index = candidates // logits.shape[-1]  # [N]
     boxes = clip_boxes(decode_boxes(anchors[anchor_index], deltas[anchor_index]), *image_size)
-    inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # not entirely in the padding, where clipping leaves a line
+    inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # clipping leaves a line of a box in the padding
     candidates, boxes = candidates[inside], boxes[inside]
     scores = logits.flatten()[candidates].float().sigmoid()  # [N]
     labels = candidates % logits.shape[-1]

@@ -18,8 +18,8 @@ from torchvision.models import get_model_weights
 def conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """A convolution and its batch normalisation.
 
-    While BatchNorm's statistics are frozen, it only scales and shifts each channel, so that it can be folded into
-    the convolution: weight * gamma / sigma. It is the same function with the same gradients, and saves a pass over
+    While BatchNorm's statistics are frozen, it only scales and shifts each channel, and can be folded into the
+    convolution: weight * gamma / sigma. This is the same function with the same gradients, and it saves a pass over
     the activations in each direction.
 
     Args:
@@ -35,9 +35,9 @@ def conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 
 def half_resolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Run a convolution of stride 2, in float32 where the map has one column.
+    """Run a convolution of stride 2, in float32 if the feature map has only one column.
 
-    There, on a CPU, torch (2.14) leaves parts of the weight's gradient in bfloat16 uninitialised.
+    For such a map, torch 2.14 leaves parts of the weight's bfloat16 gradient uninitialised on a CPU.
     """
     if x.shape[-1] > 1:
         return conv(x)
@@ -47,7 +47,7 @@ def half_resolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the size of its input, apart from the stride."""
+    """A 3x3 convolution, padded so that only the stride changes the size."""
     return nn.Conv2d(in_planes, out_planes, kernel_size=3, stride=stride, padding=1, bias=False)
 
 
@@ -137,16 +137,16 @@ class Backbone(nn.Module):
         return nn.Sequential(*blocks)
 
     def freeze_bn(self, frozen: bool = True, affine: bool = False) -> None:
-        """Keep BatchNorm's statistics as they are, through every later `train()`.
+        """Freeze BatchNorm's statistics; they stay frozen through every later `train()`.
 
-        Batches of a detector are too small for reliable statistics.
+        A detector's batches are too small for reliable statistics.
 
         Args:
-            frozen: False lets `train()` update them again.
-            affine: fix scale and shift, too.
+            frozen: False lets training update them again.
+            affine: also stop training the scale and the shift.
         """
-        # Paper: silent (Detectron: scale and shift fixed too). Original: statistics fixed until the next train().
-        # Here: until unfrozen, because forgetting the call after a train() costs accuracy without any warning.
+        # Paper: silent (Detectron: scale and shift frozen, too). Original: statistics frozen until the next train().
+        # Here: until unfrozen, because forgetting to repeat the call costs accuracy without any warning.
         self.bn_frozen = frozen
         for module in self.modules():
             if affine and isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
@@ -163,14 +163,14 @@ class Backbone(nn.Module):
         return self
 
     def freeze_stages(self, number: int) -> None:
-        """Stop training conv1 and the first `number` - 1 residual stages, of 0 (none) to 4.
+        """Stop training conv1 and the first `number` - 1 residual stages; `number` is 0 (none) to 4.
 
-        Their weights keep no gradients and their activations are not stored.
+        Their weights get no gradients, and their activations are not stored.
 
         Raises:
-            ValueError: there are not so many.
+            ValueError: `number` is out of range.
         """
-        # Paper: silent. Detectron: conv1 and the first stage (2). Original: none. Here: none, but recipe `paper` 2.
+        # Paper: silent (Detectron: 2, conv1 and the first stage). Original: 0. Here: 0, but 2 in recipe `paper`.
         if not 0 <= number <= 4:
             raise ValueError(f"0 to 4 stages can be frozen, not {number}")
         for stage in [nn.ModuleList([self.conv1, self.bn1]), self.layer1, self.layer2, self.layer3][:number]:
@@ -200,16 +200,16 @@ model_urls = {f"resnet{depth}": get_model_weights(f"resnet{depth}")["IMAGENET1K_
 def imagenet_weights(depth: int, version: str = "IMAGENET1K_V1") -> dict[str, Tensor]:
     """The backbone's weights from torchvision, trained on ImageNet.
 
-    They are downloaded once and kept in torch.hub's folder, where a file placed there by hand is used, too.
+    They are downloaded once and kept in torch.hub's folder; a file placed there by hand is used, too.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        version: torchvision's name of them; the default is the original's. IMAGENET1K_V2, of depth 50 and more, are
-            better classifiers.
+        version: torchvision's name of the weights; the original uses the default. IMAGENET1K_V2, for depth 50 and
+            more, are better classifiers.
 
     Raises:
         ValueError: torchvision has no such weights.
-        RuntimeError: they are damaged, or not there and cannot be downloaded; the message says what to do.
+        RuntimeError: the file is damaged, or is missing and cannot be downloaded; the message says what to do.
     """
     known = get_model_weights(f"resnet{depth}")
     if version not in known.__members__:
@@ -221,7 +221,7 @@ def imagenet_weights(depth: int, version: str = "IMAGENET1K_V1") -> dict[str, Te
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         if file.is_file():
-            raise RuntimeError(f"{file}: is damaged; remove it, or replace it by {weights.url}") from error
+            raise RuntimeError(f"{file}: is damaged; remove it, or replace it with {weights.url}") from error
         raise RuntimeError(
             f"cannot download the ImageNet weights of ResNet-{depth} ({error}). Put {weights.url} into {file.parent}, "
             "or start from random weights: `train.py --weights none --recipe scratch`, or pretrained=False in Python"

@@ -1,8 +1,8 @@
-"""The box head computed only where its answer counts: the numbers of the dense head, at a fraction of its cost.
+"""The box head computed only where its output is needed: the dense head's numbers at a fraction of its cost.
 
-The box loss looks at positive anchors alone, and detection at the candidates above the score threshold alone: a few
-hundred of a hundred thousand anchors. So each level is cut into tiles of 8 x 8 locations, and the head runs on those
-tiles that hold a location that counts:
+The box loss uses only positive anchors, and detection only the candidates above the score threshold: a few hundred of
+a hundred thousand anchors. So each level is divided into tiles of 8 x 8 locations, and the head runs only on the tiles
+that contain a needed location:
 
     an output depends on the 11 x 11 locations around it      +-----------------+
     (five 3x3 convolutions reach 5 locations far), so a tile  |  margin of 5    |
@@ -11,11 +11,10 @@ tiles that hold a location that counts:
     18 -> 16 -> 14 -> 12 -> 10 -> 8.                          |   +---------+   |
                                                               +-----------------+
 
-Where the margin lies outside the level, the dense head sees the zeros that pad each convolution's input: the same
-zeros are put there before each convolution. A tile with its margin costs 2.7 times as much as its share of the dense
-head; where too many tiles count, the whole level is computed as usual, whichever is cheaper. The coarsest level
-always is: it costs next to nothing, and all weights of the head then have a gradient, as DistributedDataParallel
-wants.
+Outside the level, the dense head sees the zeros that pad each convolution's input, so that part of the margin is set to
+zero before each convolution. A tile with its margin costs 2.7 times its share of the dense head, so the dense head
+computes any level where it is cheaper. It always computes the coarsest level, which costs next to nothing: then all
+weights of the head have a gradient, as DistributedDataParallel requires.
 """
 
 from collections.abc import Sequence
@@ -24,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TILE = 8  # locations of a tile's side
-MARGIN = 5  # locations that five 3x3 convolutions reach
+TILE = 8  # side of a tile, in locations
+MARGIN = 5  # how far five 3x3 convolutions reach, in locations
 SIDE = TILE + 2 * MARGIN
-COST = 2.7  # of a tile with its margin, in shares of the dense head
+COST = 2.7  # of a tile with its margin, relative to the tile's share of the dense head
 
 
 def _run_tiles(head: nn.Module, level: Tensor, image: Tensor, corner: Tensor) -> Tensor:
@@ -50,64 +49,64 @@ def _run_tiles(head: nn.Module, level: Tensor, image: Tensor, corner: Tensor) ->
 
 
 def _run_level(head: nn.Module, level: Tensor, image: Tensor, corner: Tensor) -> Tensor:
-    """The head's outputs on a level as the dense head gives them, [B, H * W * num_anchors, 4]; 0 beside the tiles."""
+    """The head's outputs on a level, laid out as the dense head's: [B, H * W * num_anchors, 4]; 0 outside the tiles."""
     outputs = _run_tiles(head, level, image, corner)  # [N, TILE, TILE, num_anchors * 4]
     batch, _, height, width = level.shape
     steps = torch.arange(TILE, device=level.device)
     y, x = corner[:, :1] + steps, corner[:, 1:] + steps  # [N, TILE] each
     inside = (y < height)[:, :, None] & (x < width)[:, None]  # [N, TILE, TILE]
     rows = (image[:, None, None] * height + y[:, :, None]) * width + x[:, None]
-    rows = torch.where(inside, rows, batch * height * width)  # one row more takes what lies outside
+    rows = torch.where(inside, rows, batch * height * width)  # an extra row takes what lies outside
     deltas = outputs.new_zeros(batch * height * width + 1, outputs.shape[-1])
     deltas = deltas.index_copy(0, rows.flatten(), outputs.flatten(0, 2))
     return deltas[:-1].view(batch, -1, head.num_outputs)
 
 
-def _active_tiles(counts: Tensor) -> Tensor:
-    """[B, H, W] bool: the locations that count -> [B, rows, columns] bool: the tiles that hold one of them."""
-    bottom, right = (-side % TILE for side in counts.shape[1:])
-    padded = F.pad(counts, (0, right, 0, bottom))
+def _active_tiles(needed: Tensor) -> Tensor:
+    """[B, H, W] bool, the needed locations -> [B, rows, columns] bool, the tiles that contain one of them."""
+    bottom, right = (-side % TILE for side in needed.shape[1:])
+    padded = F.pad(needed, (0, right, 0, bottom))
     return padded.unflatten(2, (-1, TILE)).unflatten(1, (-1, TILE)).any(dim=(2, 4))
 
 
 def _where(active: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Image [N] and first row and column [N, 2] of the `number` active tiles; nothing waits for a GPU."""
+    """Image [N] and first row and column [N, 2] of the `number` active tiles, without waiting for a GPU."""
     tile = active.flatten().int().argsort(descending=True, stable=True)[:number]  # [N]
     _, rows, columns = active.shape
     return tile // (rows * columns), torch.stack([tile // columns % rows, tile % columns], dim=1) * TILE
 
 
 class Plan:
-    """The tiles to compute. A GPU is asked at once how many there are; only `tiles` waits for the answer.
+    """The tiles to compute. A GPU starts to copy their number to the host at once; only `numbers` waits for it.
 
     Args:
-        counts: [B, A] bool: the anchors whose deltas count.
+        needed: [B, A] bool: the anchors whose deltas are needed.
         level_shapes: rows and columns of each level.
 
     Attributes:
-        levels: [B, rows, columns] bool of each level: the tiles that hold an anchor that counts.
+        levels: [B, rows, columns] bool of each level: the tiles that contain a needed anchor.
     """
 
-    def __init__(self, counts: Tensor, level_shapes: Sequence[tuple[int, int]]):
-        num_anchors = counts.shape[1] // sum(rows * columns for rows, columns in level_shapes)
-        parts = counts.split([rows * columns * num_anchors for rows, columns in level_shapes], dim=1)
+    def __init__(self, needed: Tensor, level_shapes: Sequence[tuple[int, int]]):
+        num_anchors = needed.shape[1] // sum(rows * columns for rows, columns in level_shapes)
+        parts = needed.split([rows * columns * num_anchors for rows, columns in level_shapes], dim=1)
         self.levels = [
             _active_tiles(part.view(len(part), *shape, num_anchors).any(dim=3))
             for part, shape in zip(parts, level_shapes, strict=True)
         ]
         self._numbers, self._arrived = torch.stack([active.sum() for active in self.levels]), None
-        if counts.device.type == "cuda" and torch.cuda.is_available():
+        if needed.device.type == "cuda" and torch.cuda.is_available():
             self._numbers, self._arrived = self._numbers.to("cpu", non_blocking=True), torch.cuda.Event()
             self._arrived.record()
 
     def numbers(self) -> list[int]:
-        """How many tiles each level has."""
+        """Number of tiles to compute on each level."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._numbers.tolist()
 
     def tiles(self) -> list[tuple[Tensor, Tensor] | None]:
-        """Of each level the images [N] and corners [N, 2] of its tiles; None for the dense head."""
+        """For each level the images [N] and corners [N, 2] of its tiles, or None if the dense head computes it."""
         return [
             None if active is self.levels[-1] or number * COST >= active.numel() else _where(active, number)
             for active, number in zip(self.levels, self.numbers(), strict=True)
@@ -115,12 +114,12 @@ class Plan:
 
 
 def run(head: nn.Module, pyramid: Sequence[Tensor], plan: Plan) -> Tensor:
-    """The box head's deltas [B, A, 4]: equal to the dense head's for the anchors that count.
+    """The box head's deltas [B, A, 4]: equal to the dense head's for the needed anchors.
 
     Args:
         head: the box head.
         pyramid: [B, C, H, W] of each level.
-        plan: what to compute.
+        plan: the tiles to compute.
     """
     levels = zip(pyramid, plan.tiles(), strict=True)
     return torch.cat([head(level) if tiles is None else _run_level(head, level, *tiles) for level, tiles in levels], 1)

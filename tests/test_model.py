@@ -195,7 +195,7 @@ def test_nms_leaves_no_pair_of_a_class_overlapping(filled_net):
 
 
 def test_anchors_of_other_levels_are_refused():
-    with pytest.raises(ValueError, match=r"the pyramid has the levels .* strides are \[8, 16, 32\]"):
+    with pytest.raises(ValueError, match=r"strides of anchors must be \[8, .*, 128\], not \[8, 16, 32\]"):
         model.resnet18(2, anchors=Anchors(pyramid_levels=[3, 4, 5]))
 
 

@@ -74,7 +74,7 @@ def test_a_damaged_file_of_imagenet_weights_is_named(content, tmp_path, monkeypa
     file = tmp_path / "checkpoints" / "resnet50-0676ba61.pth"
     file.write_bytes(content)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(RuntimeError, match=f"^{file}: is damaged; remove it, or replace it by https://"):
+    with pytest.raises(RuntimeError, match=f"^{file}: is damaged; remove it, or replace it with https://"):
         imagenet_weights(50)
 
 
