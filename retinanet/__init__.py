@@ -15,7 +15,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """`predict`, `train` and `validate`, imported at first use, so that `import retinanet` stays light."""
+    """Import `predict`, `train` or `validate` at first use, so that `import retinanet` stays fast."""
     if name in ("train", "validate"):
         from retinanet import api
 

@@ -1,4 +1,4 @@
-"""`python -m retinanet COMMAND ...`."""
+"""Runs `python -m retinanet COMMAND ...`."""
 
 import sys
 

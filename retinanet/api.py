@@ -30,18 +30,18 @@ from retinanet.visual import charts
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves."""
+    """The files and scores of a finished run."""
 
     out_dir: Path
     best: Path | None  # best.pt; None without a validation set
     last: Path  # last.pt
     log: Path  # log.jsonl
     metrics: dict[str, float]  # COCO's numbers of `best`; empty without a validation set
-    last_metrics: dict[str, float]  # those of the last validation
+    last_metrics: dict[str, float]  # COCO's numbers of the last validation
 
     @cached_property
     def model(self) -> RetinaNet:
-        """The detector of `best`, or of `last` without it, on the CPU, in evaluation mode."""
+        """The detector from `best`, or from `last` if `best` is None, on the CPU, in evaluation mode."""
         return checkpoint.load_model(self.best or self.last)[0]
 
 
@@ -55,20 +55,20 @@ def train(
 ) -> TrainResult:
     """Train a detector, as train.py does.
 
-    SIGTERM, Ctrl-C and their like finish the step, save, and raise SystemExit; `resume="auto"` then continues. A
-    second Ctrl-C raises KeyboardInterrupt at once. Under torchrun, every process calls this. Python's, NumPy's and
-    torch's random generators are seeded.
+    On SIGTERM, Ctrl-C and similar signals, the step is finished, the run is saved, and SystemExit is raised;
+    `resume="auto"` then continues the run. A second Ctrl-C raises KeyboardInterrupt at once. Under torchrun, every
+    process must call this function. It seeds the random generators of Python, NumPy and torch.
 
     Args:
-        train_set: of any format; without a transform it gets that of the settings, for this training.
-        val_set: likewise, resized alone; None trains without validation.
-        on_log: called on rank 0 with each entry of log.jsonl: of some steps, and of each epoch, which has no `step`.
+        train_set: of any format; if it has no transform, that of the settings is used during this training.
+        val_set: likewise, but only resized; None trains without validation.
+        on_log: called on rank 0 with each entry of log.jsonl: some are of steps, the others, without `step`, of epochs.
         on_validation: called on rank 0 with `epoch` and COCO's numbers after each validation.
         **settings: the flags of train.py, under the same names and with the same defaults: the fields of
             `retinanet.training.settings.Settings`.
 
     Raises:
-        UserError: a setting or the data is wrong; the message lists all that is.
+        UserError: a setting or the data is wrong; the message lists all errors.
     """
     _check_dataset("train_set", train_set)
     if val_set is not None:
@@ -78,7 +78,7 @@ def train(
             raise UserError(f"{name} must be callable with a dict, not {shown(call)}")
     given = [name for name in AUGMENTATIONS if settings.get(name) is not None]
     if train_set.transform is not None and given:
-        raise UserError(f"train_set has its own transform, which {', '.join(given)} would not change; leave one out")
+        raise UserError(f"train_set has its own transform, so {', '.join(given)} would have no effect; give only one")
     settings = check_settings(settings, val_set is not None)
     device = process.choose_device(settings.get("device", "auto"))
     process.init_distributed(device)
@@ -89,7 +89,7 @@ def train(
 
 
 def _result(run: Run) -> TrainResult:
-    """What a run that is over left in its folder; the same on all ranks."""
+    """The result of a finished run, from the files in its folder; the same on all ranks."""
     out_dir, found = Path(run.settings.out_dir), None
     if process.is_main_process():
         scores = [entry for entry in read_log(out_dir / "log.jsonl") if "AP" in entry]
@@ -134,26 +134,26 @@ def validate(
 
     Args:
         model: the path of a checkpoint, the result of `checkpoint.load_model`, or a model with the data set's classes.
-        dataset: without a transform, its images are resized as in the model's training.
+        dataset: if it has no transform, its images are resized as in the model's training.
         out: folder for detections.json, metrics.json, report.html and charts.
-        iou_threshold: IoU from which a box counts as found, for VOC's scores.
+        iou_threshold: smallest IoU at which a box counts as found, for VOC's scores.
         min_precision: also find the lowest scores that have this precision.
-        voc07: VOC's mAP by 11 points instead of the area.
-        analyse: find out which kinds of errors cost how much AP (TIDE).
-        limit: number of images, from the first one; default: all.
-        batch_size: images a batch.
-        workers: processes that read images.
+        voc07: compute VOC's mAP from 11 points instead of the area under the curve.
+        analyse: also find out how much AP each kind of error costs (TIDE).
+        limit: number of images, from the first one; by default all.
+        batch_size: images per batch.
+        workers: number of processes that read images.
         device: as `--device`.
         precision: as `--precision`.
-        score_threshold, nms_threshold, top_k, max_detections: of `RetinaNet.detect`; default: those of the model.
-        tile, tile_overlap: of `retinanet.predict`; 0: no tiles; default: those of the model.
-        save_csv: file that gets a line for each detection, see `write_csv`.
+        score_threshold, nms_threshold, top_k, max_detections: as in `RetinaNet.detect`; by default those of the model.
+        tile, tile_overlap: as in `retinanet.predict`, with 0 for no tiles; by default those of the model.
+        save_csv: file to write one line per detection to, see `write_csv`.
 
     Returns:
-        What metrics.json holds: COCO's numbers by name (`AP`, `AP50`, ...), `mAP`, `classes`, ...
+        The content of metrics.json: COCO's numbers by name (`AP`, `AP50`, ...), `mAP`, `classes`, ...
 
     Raises:
-        UserError: the checkpoint cannot be read, or has other classes than the data set.
+        UserError: the checkpoint cannot be read, its classes are not the data set's, or an argument is wrong.
     """
     _check_dataset("dataset", dataset)
     given = dict(zip(LIMITS, (score_threshold, nms_threshold, top_k, max_detections), strict=True))
@@ -172,7 +172,7 @@ def validate(
     info = {"class_names": list(dataset.labels.values()), **info}
     net, info = match_classes(info.get("path", "the model"), net, info, dataset)
     if net.num_classes != dataset.num_classes():
-        raise UserError(f"the model has {net.num_classes} classes, and {dataset.source} {dataset.num_classes()}")
+        raise UserError(f"the model has {net.num_classes} classes, but {dataset.source} has {dataset.num_classes()}")
     limits = inference.detection_limits(info, given)
     tiles = {"tile": tile, "tile_overlap": tile_overlap}
     tiling = inference.choose_tiling(info, {name: value for name, value in tiles.items() if value is not None})
@@ -197,9 +197,9 @@ def report_scores(
     model: tuple[RetinaNet, dict[str, Any]] | None = None,
     save_csv: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Log the scores, and write files to `out` and `save_csv` if they are given; returns what metrics.json holds.
+    """Log the scores, and write files to `out` and `save_csv` if they are given; returns the content of metrics.json.
 
-    `source` and `model` are those of `write_page`.
+    `source` and `model` are passed to `write_page`.
     """
     dataset, found, folder = evaluation.dataset, evaluation.detections, out and Path(out)
     write_skipped(folder, [dataset])

@@ -1,4 +1,4 @@
-"""Where the original's users import COCO's evaluation from."""
+"""COCO's evaluation, under the original's import path."""
 
 from retinanet.evaluation.coco import evaluate_coco
 

@@ -1,4 +1,4 @@
-"""Where the original's users import the evaluation of CSV data from."""
+"""The evaluation of CSV data, under the original's import path."""
 
 from retinanet.evaluation.voc import compute_overlap, evaluate
 

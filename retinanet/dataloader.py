@@ -1,4 +1,4 @@
-"""Where the original's users import data sets and transforms from."""
+"""Data sets and transforms, under the original's import path."""
 
 from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset

@@ -1,4 +1,4 @@
-"""A detector over batches, data sets and streams of images, which may be cut into tiles; `predict` says on what."""
+"""Run a detector over batches, data sets and streams of images, whole or in tiles; `inference.predict` is for users."""
 
 import contextlib
 import itertools
@@ -24,7 +24,7 @@ from retinanet.process import autocast, gather_objects, progress
 
 @contextlib.contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode; afterwards in its own mode again."""
+    """Within the context, the model is in evaluation mode; afterwards, its mode is restored."""
     was_training = model.training
     model.eval()
     try:
@@ -44,16 +44,16 @@ def detect(
     """Run a detector over a data set.
 
     Args:
-        model: has `detect`; it keeps its mode.
-        loader: from `make_loader`, of samples from Resizer and of tiles; under torchrun, this rank's share of them.
+        model: has a method `detect`; its mode is restored.
+        loader: from `make_loader`, with samples from Resizer or with tiles; under torchrun, this rank's share of them.
         device: where the model is.
         precision: of the network's arithmetic.
-        stop: called before every batch; where it returns True, detection ends with what was found so far.
-        **limits: arguments of `RetinaNet.detect`, and `class_thresholds` [K], which scores of each class must be above.
+        stop: called before every batch; if it returns True, detection ends with what was found so far.
+        **limits: arguments of `RetinaNet.detect`, and `class_thresholds`, a limit [K] for the scores of each class.
 
     Returns:
-        The Detections of each sample index of all ranks, on the CPU, boxes in pixels of the original image;
-        the same on every rank.
+        Sample index -> Detections, of all ranks and the same on every rank; on the CPU, boxes in pixels of the
+        original image.
     """
     found, tiled = {}, {}
     with _evaluation_mode(model), explained(loader, precision) as seen:
@@ -62,7 +62,7 @@ def detect(
                 break
             seen["shape"] = tuple(batch["img"].shape)
             if not batch.keys() >= {"scale", "size"}:
-                raise UserError("samples of a transform that resizes need scale and size: end it with Resizer")
+                raise UserError("the samples have no scale and size: end the data set's transform with Resizer")
             detections = detect_batch(model, batch, device, precision, **limits)
             if "tile" in batch:
                 tiled.setdefault(batch["index"][0], _TileDetections()).add(batch["tile"], detections)
@@ -96,10 +96,9 @@ def detect_batch(
 
 
 class _TileDetections:
-    """What is found in the tiles of one image, row by row, until it is merged.
+    """The detections in the tiles of one image, collected until they are merged.
 
-    It is kept in one block, because small tensors of every batch would lie scattered through the memory that large
-    batches need again.
+    They are kept in one array, because small tensors of every batch would fragment the memory that large batches need.
     """
 
     def __init__(self):
@@ -107,7 +106,7 @@ class _TileDetections:
         self.rows = array("f")  # tile, score, label, x1, y1, x2, y2 of each detection, pixels of its tile
 
     def add(self, tiles: np.ndarray, found: Sequence[Detections]) -> None:
-        """Add the detections in some tiles, [B, 4] xyxy, pixels of the image."""
+        """Add the detections in `tiles`, [B, 4] xyxy, pixels of the image."""
         for tile, (scores, labels, boxes) in zip(tiles.tolist(), found, strict=True):
             first = torch.stack([torch.full_like(scores, len(self.tiles)), scores, labels.float()], dim=1)
             self.rows.frombytes(torch.cat([first, boxes], dim=1).numpy().tobytes())
@@ -116,7 +115,7 @@ class _TileDetections:
     def merge(
         self, nms_threshold: float = NMS_THRESHOLD, max_detections: int | None = MAX_DETECTIONS, **_: Any
     ) -> Detections:
-        """The Detections of the image: cut boxes are joined or dropped, then NMS within each class finds repeated ones.
+        """The Detections of the image: cut boxes are joined or dropped, then NMS within each class removes duplicates.
 
         The limits are those of `detect`: `top_k` was applied to each tile, `max_detections` is applied to the image.
         """
@@ -149,11 +148,11 @@ def detect_images(
     tiling: Tiling | None = None,
     **limits: Any,
 ) -> Iterator[tuple[np.ndarray, Detections]]:
-    """Run a detector over a stream of images; with a `tiling`, over the tiles of those that are larger than a tile.
+    """Run a detector over a stream of images; with a `tiling`, images larger than a tile are processed in tiles.
 
-    Only consecutive images of the same size share a batch: none is padded, so the others do not affect its detections.
-    Yields each image, [H, W, 3] uint8, and its Detections, on the CPU, boxes in pixels of the image; the model keeps
-    its mode, and the limits are those of `detect`.
+    Only consecutive images of the same size share a batch, so that no image is padded to the size of another, which
+    could change its detections. Yields each image, [H, W, 3] uint8, and its Detections, on the CPU, boxes in pixels of
+    the image. The model's mode is restored; the limits are those of `detect`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
@@ -162,7 +161,7 @@ def detect_images(
         if tiling and not tiling.fits(height, width):
             for image in same_size:
                 yield image, _detect_tiles(net, image, tiling, batch_size, precision, **limits)
-        # Copies: the caller may read the next image into the same memory.
+        # Copied, because the caller may read the next image into the same memory.
         for group in _batches((np.array(image[:height, :width]) for image in same_size), batch_size):
             batch = collater([resizer({"img": image, "annot": np.zeros((0, 5))}) for image in group])
             with _evaluation_mode(net):
@@ -172,7 +171,7 @@ def detect_images(
 
 
 def _batches(images: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
-    """At most `size` images at once; where one cannot be read or decoded, those before it come first."""
+    """Groups of at most `size` images; if an image cannot be read, those before it are yielded before the error."""
     group = []
     try:
         for image in images:
@@ -189,7 +188,7 @@ def _batches(images: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarra
 
 
 def detect_dataset(model: nn.Module, dataset: DetectionDataset, **limits: float | None) -> dict[int, Detections]:
-    """Run a model, perhaps within DataParallel, over a data set with a Resizer, on the model's device."""
+    """Run a model, which may be wrapped in DataParallel, over a data set with a Resizer, on the model's device."""
     net = getattr(model, "module", model)
     device = next(net.parameters()).device
     return detect(net, make_loader(dataset, batch_size=1, device=device), device, **limits)

@@ -37,12 +37,12 @@ class Prediction(NamedTuple):
     def to_coco(
         self, image_id: int, category_ids: Mapping[int, int] | Sequence[int] | None = None
     ) -> list[dict[str, Any]]:
-        """The detections in COCO's results format, which JSON can hold and `validate.py --detections` reads.
+        """The detections in COCO's results format, ready for JSON and for `validate.py --detections`.
 
         Args:
-            image_id: the image's, in COCO's annotations; in all other data its number, from 0.
-            category_ids: the id of each label, such as `coco_labels` of a data set; by default the labels themselves,
-                which are the ids in all data but COCO's.
+            image_id: the image's id in COCO's annotations; for other formats, its index in the data set.
+            category_ids: the id of each label, such as a data set's `coco_labels`; by default the labels themselves,
+                which are the ids in all formats but COCO's.
         """
         rows = zip(self.scores.tolist(), self.labels.tolist(), xyxy_to_xywh(self.boxes).tolist(), strict=True)
         return [
@@ -56,7 +56,7 @@ class Prediction(NamedTuple):
         ]
 
     def to_supervision(self) -> Any:
-        """The detections as `supervision.Detections`, with the names as its data `class_name`.
+        """The detections as `supervision.Detections`, with the class names in its `data["class_name"]`.
 
         Raises:
             UserError: supervision is not installed.
@@ -91,43 +91,43 @@ def predict(
 ) -> list[Prediction] | Iterator[Prediction]:
     """Find objects in images.
 
-    A file is turned upright as its EXIF orientation says. Everything else is taken as it is: an array is
-    [H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA, a tensor the same with the channels first. uint8 is taken as it is;
-    other numbers are scaled by the pixel range, as those of files are. Without one, floating-point numbers of arrays
-    must be from 0 to 1.
+    Files are turned upright according to their EXIF orientation; other images are not turned. An array is [H, W] grey,
+    [H, W, 3] RGB or [H, W, 4] RGBA; a tensor is the same with the channels first. uint8 values are used as they are;
+    others are scaled by the pixel range, like those of files. Without a range, floating-point arrays must hold numbers
+    from 0 to 1.
 
     Args:
-        model: the path of a checkpoint, or the result of `checkpoint.load_model` (to read it only once), or
-            a bare model, also within DataParallel.
-        images: an image, or several of any kinds and sizes, also from an iterator; or the path of a video.
-        score_threshold: scores must be above it; `best`: above those of the best F1 in validation, of each class its
-            own; by default that, where the checkpoint has them, or 0.5.
-        max_detections: detections an image; None for all; by default as in training, or 100.
-        batch_size: images of the same size that go through the network together.
+        model: the path of a checkpoint, the result of `checkpoint.load_model` (to read the file only once), or a bare
+            model, which may be wrapped in DataParallel.
+        images: an image, an iterable of images of any kinds and sizes, or the path of a video.
+        score_threshold: scores must be above it; `best` means each class's score of the best F1 in validation. The
+            default is `best` if the checkpoint has these scores, otherwise 0.5.
+        max_detections: detections per image; None for all; by default as in training, or 100.
+        batch_size: number of images of the same size that go through the network together.
         min_side: pixels of the resized short side; by default as in training.
         max_side: limit of the resized long side, pixels; by default as in training.
         class_names: name of each label; by default the checkpoint's.
         device: as `--device`; by default where the model is, or `auto` for a path.
         precision: of the network's arithmetic; also as `--precision`. A model whose weights are not float32 computes
             in their precision.
-        nms_threshold: of two boxes of a class that overlap by more than this IoU, the better one is kept; by default as
-            in training, or 0.5.
-        top_k: candidates of each pyramid level, also of a tile's; None for all; by default as in training, or 1000.
-        tile: images larger than this, pixels, are cut into tiles of this side, at full resolution, in which objects are
-            found and then merged; None for no tiles; by default as in training, or None.
-        tile_overlap: share of the tile's side that neighbours have in common, more than the objects' size; by default
-            as in training, or 0.25.
-        stream: give an iterator, which reads the images as it goes, at most one batch ahead.
-        pixel_range: the values that become black and white in images of more than 8 bits; by default those of training,
-            or where the training images had 8 bits, those that the file declares or the image holds, see `data.pixels`.
-        pixel_limit: millions of pixels that an image file may have.
+        nms_threshold: of two boxes of a class with an IoU above this, the one with the higher score is kept; by default
+            as in training, or 0.5.
+        top_k: candidates per pyramid level, of an image or of a tile; None for all; by default as in training, or 1000.
+        tile: images larger than this, pixels, are processed in tiles of this side at full resolution, and the
+            detections are merged; None for no tiles; by default as in training, or None.
+        tile_overlap: share of the tile's side that neighbours have in common; it should be larger than the objects. By
+            default as in training, or 0.25.
+        stream: return an iterator, which reads the images as it goes, at most one batch ahead.
+        pixel_range: the values that become black and white in images of more than 8 bits; by default those of training
+            or, if the training images had 8 bits, those that the file declares or the image holds (see `data.pixels`).
+        pixel_limit: largest number of pixels of an image file, in millions.
 
     Returns:
-        One Prediction an image, in order; of a video, one a frame.
+        One Prediction per image, in order, or one per frame of a video.
 
     Raises:
         UserError: a file cannot be read, a number is out of range, or the checkpoint has no `best` scores.
-        ValueError: an array or a tensor is not an image, or `class_names` are not as many as the classes.
+        ValueError: an array or a tensor is not an image, or `class_names` does not have one name per class.
     """
     device = device or ("auto" if isinstance(model, str | Path) else None)
     net, info = open_model(model)
@@ -140,7 +140,7 @@ def predict(
     names = info.get("class_names") if class_names is None else class_names
     names = [str(label) for label in range(net.num_classes)] if names is None else names
     if isinstance(names, str) or len(names) != net.num_classes:
-        raise ValueError(f"class_names must be {net.num_classes} names, as many as the model's classes: {shown(names)}")
+        raise ValueError(f"class_names must be {net.num_classes} names, one for each class, not {shown(names)}")
     given = dict(zip(LIMITS, (score_threshold, nms_threshold, top_k, max_detections), strict=True))
     given = {name: value for name, value in given.items() if value != "auto"}
     numbers = {"batch_size": batch_size, "min_side": min_side, "max_side": max_side, "precision": precision, **given}
@@ -164,7 +164,7 @@ def predict(
 def open_model(
     model: str | Path | RetinaNet | tuple[RetinaNet, dict[str, Any]],
 ) -> tuple[RetinaNet, Mapping[str, Any]]:
-    """The model of `predict`'s argument, and what is known of it; a UserError if it is none."""
+    """The model that `predict` is given, and its info from `load_model`; a UserError if it is not a model."""
     if isinstance(model, str | Path):
         model = load_model(model)
     net, info = model if isinstance(model, tuple) and len(model) == 2 else (model, {})
@@ -176,10 +176,10 @@ def open_model(
 
 
 def detection_limits(info: Mapping[str, Any], given: Mapping[str, Any], for_use: bool = False) -> dict[str, Any]:
-    """The limits of a model's detections, as arguments of `detect`: those that are given, or those of its `info`.
+    """The limits of a model's detections, as arguments of `detect`: those in `given`, otherwise those of its `info`.
 
-    The score threshold may be `best`, see `predict`; where none is given, it is that of `predict` if it is `for_use`,
-    and otherwise that of validation.
+    The score threshold may be `best`, see `predict`. If none is given, it is the default of `predict` when the
+    detections are `for_use`, and that of `info` when they are scored.
     """
     limits, best = {**info.get("limits", LIMITS), **given}, info.get("score_thresholds")
     if for_use and "score_threshold" not in given:
@@ -187,7 +187,7 @@ def detection_limits(info: Mapping[str, Any], given: Mapping[str, Any], for_use:
     if limits["score_threshold"] == "best":
         if not best:
             raise UserError(
-                "score threshold best: the checkpoint holds no scores of the best F1, which train.py stores in best.pt"
+                "score threshold best: the checkpoint holds no scores of the best F1; train.py stores them in best.pt"
             )
         scores = [best["classes"].get(name, best["all"]) for name in info["class_names"]]
         limits |= {"score_threshold": min(scores), "class_thresholds": scores}
@@ -195,16 +195,16 @@ def detection_limits(info: Mapping[str, Any], given: Mapping[str, Any], for_use:
 
 
 def make_resizer(info: Mapping[str, Any], min_side: int | None = None, max_side: int | None = None) -> Resizer:
-    """The Resizer of a model, from its `info` of `load_model`, unless sides are given.
+    """The Resizer of a model: to the sides in its `info` from `load_model`, unless others are given.
 
-    A model that was trained on tiles has seen no enlarged images, and gets none.
+    It does not enlarge images for a model that was trained on tiles, because such a model has seen no enlarged images.
     """
     sides = min_side or info.get("min_side", 608), max_side or info.get("max_side", 1024)
     return Resizer(*sides, enlarge=not info.get("tile"))
 
 
 def choose_tiling(info: Mapping[str, Any], given: Mapping[str, Any]) -> Tiling | None:
-    """The tiles of a model: `tile` (None or 0: no tiles) and `tile_overlap` as they are given, or those of its `info`.
+    """The tiles of a model: `tile` (None or 0 for none) and `tile_overlap` in `given`, otherwise those of its `info`.
 
     A value out of range, or an overlap without tiles, is a UserError.
     """
@@ -212,7 +212,7 @@ def choose_tiling(info: Mapping[str, Any], given: Mapping[str, Any]) -> Tiling |
     if chosen["tile"] is not None and chosen["tile"] != 0:
         return Tiling(chosen["tile"], chosen["tile_overlap"])
     if "tile_overlap" in given:
-        raise UserError("an overlap of tiles (tile_overlap) needs the side of the tiles (tile)")
+        raise UserError("an overlap of tiles (tile_overlap) needs a side of the tiles (tile)")
     return None
 
 
@@ -228,17 +228,17 @@ def as_array(image: AnyImage, pixel_range: PixelRanges = None, pixel_limit: floa
         image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
     kind = f"{type(image).__name__} {getattr(image, 'shape', '')}"
     if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or not image.size:
-        raise ValueError(f"an image is a path, an array, a Pillow image or a tensor [3, H, W], not {kind}")
+        raise ValueError(f"an image must be a path, an array, a Pillow image or a tensor [3, H, W], not {kind}")
     image = image[:, :, None] if image.ndim == 2 else image
     if image.shape[2] not in (1, 3, 4):
-        raise ValueError(f"an image has 1, 3 or 4 channels: last in an array, first in a tensor; not {kind}")
+        raise ValueError(f"an image must have 1, 3 or 4 channels, last in an array and first in a tensor, not {kind}")
     pixel_range = range_of(pixel_range, image.dtype)
     if image.dtype.kind not in ("uif" if pixel_range else "f") and image.dtype not in (np.uint8, np.uint16):
-        text = "an image holds uint8, uint16 or floating-point numbers, others with pixel_range alone"
-        raise ValueError(f"{text}, not {image.dtype}")
+        text = "an image must hold uint8, uint16 or floating-point numbers"
+        raise ValueError(f"{text}, not {image.dtype}; other types need a pixel_range")
     if image.dtype.kind == "f" and pixel_range is None:
         pixel_range = 0, 1
         if not (image.min() >= 0 and image.max() <= 1):
-            text = "a floating-point image holds numbers from 0 to 1, or has a pixel_range; normalised ones are for "
-            raise ValueError(f"{text}net.detect")
+            text = "a floating-point image must hold numbers from 0 to 1 or have a pixel_range"
+            raise ValueError(f"{text}; normalised images are for net.detect")
     return RawImage(image[:, :, :3]).decode(pixel_range)

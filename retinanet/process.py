@@ -1,4 +1,4 @@
-"""What a program needs to run: exit statuses, messages, seeds, devices, and the ranks of a torchrun job."""
+"""The process around the work: exit statuses, messages, seeds, devices, and the ranks of a torchrun job."""
 
 import contextlib
 import functools
@@ -25,16 +25,16 @@ LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pi
 
 
 class UsageError(UserError):
-    """Flags that this machine cannot follow: the scripts exit with 2."""
+    """The flags ask for something that this machine cannot do; the scripts exit with 2."""
 
 
 def script(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Decorate a script's `main`: it returns the exit status; a UserError becomes one message, without traceback."""
+    """Decorate a script's `main` to return the exit status; a UserError becomes one message without a traceback."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
         for name in ("stdout", "stderr"):
-            if getattr(sys, name) is None:  # closed; a file that is opened later must not get its number, 1 or 2
+            if getattr(sys, name) is None:  # it is closed: a file that is opened later must not get descriptor 1 or 2
                 setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, open until the end
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
@@ -65,13 +65,13 @@ def script(main: Callable[..., int | None]) -> Callable[..., int]:
 
 def _say_error(message: str) -> None:
     rank = f"rank {get_rank()}: " if get_world_size() > 1 else ""
-    with contextlib.suppress(OSError):  # nobody reads it
+    with contextlib.suppress(OSError):  # stderr may be closed
         sys.stderr.write(printable(f"error: {rank}{message}\n"))
         sys.stderr.flush()
 
 
 class _Handler(logging.StreamHandler):
-    """Writes `printable` messages; once nobody reads them, as after `| head`, they go nowhere: the program goes on."""
+    """Writes `printable` messages; if their reader has ended, as after `| head`, they are dropped without an error."""
 
     def __init__(self):
         logging.Handler.__init__(self)
@@ -85,7 +85,7 @@ class _Handler(logging.StreamHandler):
         return printable(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if isinstance(sys.exc_info()[1], OSError | ValueError):  # ValueError: it was closed
+        if isinstance(sys.exc_info()[1], OSError | ValueError):  # ValueError: the stream is closed
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         else:
@@ -93,17 +93,17 @@ class _Handler(logging.StreamHandler):
 
 
 def setup_logging() -> None:
-    """Log plain messages to standard output, on rank 0 alone."""
+    """Log plain messages to standard output, on rank 0 only (other ranks log errors)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a console may lack a letter of a name
+            stream.reconfigure(errors="backslashreplace")  # the console's encoding may lack letters of a name
     log.handlers = [_Handler()]
     log.propagate = False
     log.setLevel(logging.INFO if is_main_process() else logging.ERROR)
 
 
 def show_log() -> None:
-    """Log as `setup_logging` does, unless the program has set up logging: for functions that print a table."""
+    """Set up logging for a function that logs results, unless the calling program has set up its own."""
     if not log.hasHandlers():
         setup_logging()
 
@@ -115,7 +115,7 @@ def shows_progress() -> bool:
 
 
 def progress(items: Iterable, description: str, total: int | None = None, initial: int = 0) -> auto.tqdm:
-    """Show a progress bar over `items`, where `shows_progress`."""
+    """Show a progress bar over `items`, if `shows_progress()`."""
     hidden = not shows_progress()
     return auto.tqdm(items, description, total, initial=initial, disable=hidden, leave=False, dynamic_ncols=True)
 
@@ -143,7 +143,7 @@ def random_states() -> dict[str, Any]:
 def set_random_states(states: dict[str, Any]) -> None:
     """Restore the result of `random_states`."""
     name, keys, *rest = states["numpy"]
-    if not 0 <= rest[0] <= len(keys) or not isinstance(states["python"][2], float | None):  # they are not checked there
+    if not 0 <= rest[0] <= len(keys) or not isinstance(states["python"][2], float | None):  # not checked by the setters
         raise ValueError("the state of a random generator is out of range")
     random.setstate(states["python"])
     np.random.set_state((name, keys.numpy(), *rest))
@@ -164,7 +164,7 @@ def seeded(*seed: int) -> Iterator[None]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `--device` means: `auto` is this process's GPU, as is `cuda`, or Apple's (mps), or the CPU.
+    """The device that `--device` means: `cuda` is this process's GPU; `auto` is that, or Apple's (mps), or the CPU.
 
     Raises:
         UserError: the device does not exist here.
@@ -181,13 +181,13 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name}: only cpu, cuda and mps are supported")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {name}: torch sees no GPU of Apple's; try --device cpu")
+        raise UserError(f"--device {name}: torch finds no Apple GPU; try --device cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch sees no CUDA device; try --device cpu")
+        raise UserError(f"--device {name}: torch finds no CUDA device; try --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"--device {name}: GPU {device.index} does not exist, as this machine has {torch.cuda.device_count()}: "
-            "choose another, or lower --nproc_per_node"
+            f"--device {name}: there is no GPU {device.index}, because this machine has {torch.cuda.device_count()}, "
+            "numbered from 0; choose another one, or lower --nproc_per_node"
         )
     return device
 
@@ -206,9 +206,9 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         else:
             name = "fp32"
     if device.type == "mps" and name != "fp32":
-        raise UsageError(f"--precision {name}: on mps, only fp32 is supported")
+        raise UsageError(f"--precision {name}: mps supports only fp32")
     if device.type == "cpu" and name == "fp16":
-        raise UsageError("--precision fp16: for GPUs alone, as few CPUs compute it; use bf16 or fp32, or --device cuda")
+        raise UsageError("--precision fp16: this needs a GPU, as few CPUs support it; use bf16, fp32 or --device cuda")
     return PRECISIONS[name]
 
 
@@ -233,20 +233,20 @@ def get_world_size() -> int:
 
 
 def init_distributed(device: torch.device) -> None:
-    """Join the other processes of a torchrun job, if this is one; `device` is the one that this process computes on."""
+    """Join the other processes of a torchrun job, if there is one; `device` is the one that this process uses."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "TORCHELASTIC_RUN_ID" not in os.environ or distributed.is_initialized():
         return
     if device.type == "mps":
-        raise UserError("torchrun's processes cannot share the gradients of mps: use one process, or --device cpu")
-    # Objects are exchanged by gloo, gradients by the device's own backend.
+        raise UserError("torchrun does not support mps, which cannot share gradients; use one process or --device cpu")
+    # gloo exchanges objects, the device's own backend exchanges gradients.
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     end_with_parent()
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The values of all ranks in their order, on every rank."""
+    """The values of all ranks, in the order of the ranks, on every rank."""
     if get_world_size() == 1:
         return [value]
     values = [None] * get_world_size()

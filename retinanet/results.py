@@ -1,4 +1,4 @@
-"""Where results go: tables for spreadsheets and geographic information systems, and report.html."""
+"""Files with results: CSV tables for spreadsheets and geographic information systems, and report.html."""
 
 import contextlib
 import csv
@@ -21,14 +21,14 @@ COLUMNS = ("file", "class", "score", "x1", "y1", "x2", "y2")
 
 
 def counts_path(path: str | Path) -> Path:
-    """The second file of `--save_csv`: trees.csv has trees_counts.csv beside it."""
+    """The second file of `--save_csv`: for trees.csv, trees_counts.csv beside it."""
     return Path(path).with_name(f"{Path(path).stem}_counts{Path(path).suffix}")
 
 
 def check_csv(path: str | Path) -> None:
-    """Make the folder of `--save_csv`, before anything is computed.
+    """Create the folder of `--save_csv`, before anything is computed.
 
-    A UserError, if the file exists and is none of `write_csv`, such as annotations, or if no file can be there.
+    A UserError if no file can be written there, or if it exists and is not from `write_csv`: annotations, for example.
     """
     for file in map(output_file, (path, counts_path(path))):
         try:
@@ -43,10 +43,10 @@ def check_csv(path: str | Path) -> None:
 
 
 def write_csv(path: str | Path, found: Iterable[tuple[str, Detections]], class_names: Sequence[str]) -> None:
-    """Write a line for each detection, and to `counts_path` a line for each image, also for those without any.
+    """Write a line for each detection to `path`, and a line for each image, even without detections, to `counts_path`.
 
-    `found` names the file of each image, and its detections, boxes in its pixels. Where the tables cannot be written, a
-    UserError says so, and the files before them are intact.
+    `found` holds the file of each image and its detections, boxes in pixels of the image. If a table cannot be written,
+    it is a UserError, and an earlier file stays intact.
     """
     lines: list[Sequence[Any]] = [COLUMNS]
     counts: list[Sequence[Any]] = [("file", *class_names, "all")]
@@ -65,14 +65,14 @@ def write_csv(path: str | Path, found: Iterable[tuple[str, Detections]], class_n
 def write_page(path: Path, evaluation: Evaluation, source: str, model: tuple[RetinaNet, dict[str, Any]] | None) -> None:
     """Write report.html and its images, see `web_report.write`.
 
-    `source` is the file of the detector or, without a `model`, the result of `checkpoint.load_model`, of the
-    detections; a log.jsonl beside that of a detector is the one of its run.
+    `model` is the result of `checkpoint.load_model`, and `source` its file; a log.jsonl beside it is taken for the
+    log of its run. Without a `model`, `source` is the file of the detections.
     """
     log_file, training, anchors = Path(source).with_name("log.jsonl"), [], None
     if model:
         net, info = model
         sides = (None, None) if info.get("tile") else (info.get("min_side", 608), info.get("max_side", 1024))
-        with contextlib.suppress(UserError, OSError):  # an image is gone
+        with contextlib.suppress(UserError, OSError):  # an image may be missing
             fit = anchor_fit.measure(evaluation.scored, net.anchors, *sides, info.get("best_match_iou"))
             coverage = anchor_report.as_dict(fit, fit, evaluation.scored)["coverage"] if len(fit.iou) else {}
             anchors = {"summary": anchor_report.summary(fit), "coverage": coverage}

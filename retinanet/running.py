@@ -1,4 +1,4 @@
-"""A whole training run: data sets -> checks, loaders, model, epochs, validation -> files; what train.py calls."""
+"""A whole training run, as train.py starts it: checks, loaders, model, epochs, validation, and the files it leaves."""
 
 import contextlib
 import copy
@@ -49,16 +49,16 @@ def run_training(
     on_validation: Callable[[dict[str, float]], object] | None = None,
     in_program: bool = False,
 ) -> Run:
-    """Train with resolved settings; the rest is as in `retinanet.train` and StopSignals. Returns the run at its end."""
+    """Train with resolved settings and return the finished run; see `retinanet.train`, and StopSignals for the rest."""
     process.seed_everything(settings.seed)
     if val_set is train_set:
         val_set = copy.copy(val_set)  # it needs another transform
     if train_set.transform is not None:
-        settings = replace(settings, jitter=None)  # which a recipe may say
+        settings = replace(settings, jitter=None)  # it may come from the recipe
         log.info("%s: trained with its own transform; the settings' sizes are those of validation", train_set.source)
     resizer, by_parts = Resizer(*settings.sides, enlarge=not settings.tile), bool(settings.tile)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))  # with gradients, too, whatever the caller has switched off
+        stack.enter_context(torch.inference_mode(False))  # this enables gradients, too, if the caller disabled them
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         stack.enter_context(transformed(train_set, training_transform(settings), by_parts))
@@ -93,7 +93,7 @@ def run_training(
 
 
 def _make_run(settings: Settings, device: torch.device, train_set: DetectionDataset) -> Run:
-    """A new run, or the one that `resume` means."""
+    """A new run, or the one that `resume` continues."""
     path = find_checkpoint(settings)
     if path is None:
         classes, anchors = list(train_set.labels.values()), anchors_from_settings(settings)
@@ -112,7 +112,7 @@ def _make_run(settings: Settings, device: torch.device, train_set: DetectionData
 
 
 def _log_header(run: Run, train_set: DetectionDataset) -> None:
-    """Log in one line what is trained, on what, and how."""
+    """Log in one line the data, the model and the settings."""
     settings, recipe = run.settings, RECIPES[run.settings.recipe]
     sizes = f"{' to '.join(map(str, settings.jitter or [settings.min_side]))} / {settings.max_side}"
     if settings.tile:
@@ -166,10 +166,10 @@ def _begin(
 def _validate(
     run: Run, loader: DataLoader, dataset: DetectionDataset, stop: StopSignals
 ) -> tuple[dict[str, float], dict[int, Detections]]:
-    """COCO's numbers of the detector, computed by all ranks together, and what it finds, on rank 0."""
+    """Validate the detector on all ranks together: COCO's numbers, and the detections by sample index."""
     settings = run.settings
-    process.broadcast_buffers(run.detector)  # each rank has BatchNorm statistics of its own
-    with process.seeded(settings.seed):  # what a loader draws here must not change the training
+    process.broadcast_buffers(run.detector)  # because each rank has its own BatchNorm statistics
+    with process.seeded(settings.seed):  # random numbers that the loader draws must not change the training
         stopped, limits = (lambda: bool(stop.signum)), settings.limits
         found = detection.detect(run.detector, loader, run.device, settings.dtype, stopped, **limits)
     signum = max(process.gather_objects(stop.signum))
@@ -190,7 +190,7 @@ def _validate(
 
 @contextlib.contextmanager
 def _drawing(run: Run, what: str) -> Iterator[None]:
-    """Within the context, `what` is drawn. No image is worth a run: an error is a warning, once."""
+    """Within the context, `what` is drawn. An error must not end the run, so it becomes a warning, once."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -207,9 +207,9 @@ def _train(
     val_set: DetectionDataset | None,
     stop: StopSignals,
 ) -> dict[int, Detections] | None:
-    """Train and validate, epoch by epoch, until the run is over or a signal comes.
+    """Train and validate, epoch by epoch, until the run is over or a signal arrives.
 
-    Returns what best.pt finds in the validation set, if this process wrote it.
+    Returns the detections of best.pt in the validation set, or None if best.pt is from before this call.
     """
     settings, of_best = run.settings, None
     model = run.net
@@ -233,7 +233,7 @@ def _train(
         if val_loader is not None and ((epoch + 1) % settings.val_every == 0 or is_last):
             run.metrics, found = _validate(run, val_loader, val_set, stop)
         run.end_epoch(statistics)
-        if run.metrics and not run.stale:  # best.pt is of this epoch
+        if run.metrics and not run.stale:  # best.pt is from this epoch
             of_best = found
         if run.log and (run.metrics or is_last):
             with _drawing(run, "curves.png"):
@@ -250,9 +250,9 @@ def _report(
     stop: StopSignals,
     found: dict[int, Detections] | None,
 ) -> None:
-    """Write report.html, of best.pt on the validation set, unless it is there.
+    """Write report.html, about best.pt on the validation set, unless there is a current one.
 
-    If this process did not write best.pt, `found` is None, and all ranks detect together what it finds.
+    `found` are the detections of best.pt; if it is None, all ranks run the detector together.
     """
     settings, best = run.settings, Path(run.settings.out_dir) / "best.pt"
     page = best.with_name("report.html")
@@ -276,7 +276,7 @@ def _report(
 
 @contextlib.contextmanager
 def _saving(run: Run, train_set: DetectionDataset, stop: StopSignals) -> Iterator[None]:
-    """Within the context, a batch without finite losses is saved, as is the run when a signal takes its workers."""
+    """Within the context, a batch without finite losses is saved, as is the run if a signal kills its workers."""
     try:
         yield
     except NotFiniteError as error:
@@ -289,8 +289,8 @@ def _saving(run: Run, train_set: DetectionDataset, stop: StopSignals) -> Iterato
     except (RuntimeError, WorkerDiedError) as error:
         if not stop.signum:
             raise
-        # The signal went to workers and peers as well. What the last step left is complete, except for BatchNorm's
-        # statistics, which the forward pass of this one may have changed.
+        # The signal went to workers and other ranks as well. The state after the last step is complete, except for
+        # BatchNorm's statistics, which the forward pass of the interrupted step may have changed.
         log.warning("%s", error)
         if not RECIPES[run.settings.recipe].train_bn:
             run.save_last()

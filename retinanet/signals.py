@@ -1,4 +1,4 @@
-"""Signals, and processes that start and end with others: the ranks of a torchrun job, data-loading workers."""
+"""Signals, and processes that must end with their parents: the ranks of a torchrun job, and data-loading workers."""
 
 import contextlib
 import multiprocessing
@@ -12,15 +12,15 @@ from types import FrameType
 
 
 class StopSignals:
-    """A context in which the first signal, `signum`, asks the program to stop soon; a second one stops it at once.
+    """A context in which the first signal sets `signum`, so that the program stops soon; a second one stops it at once.
 
-    With `in_program`, a second Ctrl-C, or the stop button of a notebook, raises KeyboardInterrupt instead: the program
-    is the caller's.
+    With `in_program`, a second Ctrl-C, or press of a notebook's stop button, raises KeyboardInterrupt instead, because
+    the program is the caller's.
     """
 
     NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
     HANDLED = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
-    # Ctrl-C reaches a torchrun job twice, from the terminal and from torchrun: that counts as one.
+    # Ctrl-C reaches a torchrun job twice, from the terminal and from torchrun; both count as one request.
     SAME_REQUEST_SECONDS = 2.0
 
     def __init__(self, in_program: bool = False):
@@ -28,10 +28,10 @@ class StopSignals:
         self.signum, self.since = 0, 0.0
 
     def __enter__(self) -> "StopSignals":
-        # nohup ignores SIGHUP, and is not to be overruled.
-        if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+        if threading.current_thread() is not threading.main_thread():  # Python allows handlers only in the main thread
             self.before = {}
             return self
+        # An ignored SIGHUP, as under nohup, stays ignored.
         ignored = {signum for signum in self.HANDLED[3:] if signal.getsignal(signum) == signal.SIG_IGN}
         self.before = {signum: signal.signal(signum, self._handle) for signum in self.HANDLED if signum not in ignored}
         return self
@@ -43,8 +43,8 @@ class StopSignals:
     def _handle(self, signum: int, _: FrameType | None) -> None:
         if not self.signum:
             self.signum, self.since = signum, time.monotonic()
-            text = f"{signal.Signals(signum).name}: stopping after this step; once more stops at once\n"
-            with contextlib.suppress(OSError):  # the terminal may be gone, or the pipe's reader have got the signal too
+            text = f"{signal.Signals(signum).name}: stopping after this step; send it again to stop at once\n"
+            with contextlib.suppress(OSError):  # the terminal may be gone, or the signal may have ended the reader
                 os.write(sys.stderr.fileno(), text.encode())  # a handler must not touch buffered files
         elif time.monotonic() - self.since > self.SAME_REQUEST_SECONDS:
             if self.in_program and signum == signal.SIGINT:
@@ -53,7 +53,7 @@ class StopSignals:
 
 
 def _wait_for_parent(pause: Callable[[], bool], end: Callable[[], None]) -> None:
-    """Call `end`, in a thread, when the parent process is gone or `pause`, called again and again, gives True."""
+    """Call `end`, in a thread, when the parent process is gone or `pause`, called repeatedly, returns True."""
     parent = os.getppid()
 
     def wait() -> None:
@@ -65,7 +65,7 @@ def _wait_for_parent(pause: Callable[[], bool], end: Callable[[], None]) -> None
 
 
 def end_with_parent() -> None:
-    """Stop this rank, as SIGTERM does, when torchrun's own process is gone: nothing else would."""
+    """Stop this rank, as SIGTERM does, when torchrun's own process is gone, because nothing else would."""
 
     def end() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -77,7 +77,7 @@ def end_with_parent() -> None:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Within the context, signals that stop the program wait; for processes that start here, until they take them."""
+    """Within the context, signals that stop the program are blocked; processes that start here inherit the block."""
     signals = StopSignals.HANDLED if hasattr(signal, "sigtimedwait") else ()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals) if signals else ()
     try:
@@ -88,9 +88,9 @@ def held() -> Iterator[None]:
 
 
 def guard_worker(_: int = 0) -> None:
-    """Let a data-loading worker, started within `held`, end only when its parent asks for it or is gone.
+    """Let a data-loading worker, started within `held`, end only when its parent process asks for it or is gone.
 
-    A signal to all processes of a job must not end it: the main process decides, and needs it for the step to finish.
+    A signal to all processes of a job must not end the worker: the main process needs it to finish the step.
     """
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # away from the terminal's Ctrl-C
@@ -105,14 +105,14 @@ def guard_worker(_: int = 0) -> None:
 
 
 def resume_workers() -> None:
-    """Let data-loading workers that somebody stopped go on, or at least end."""
+    """Let data-loading workers that are suspended continue, so that they can end."""
     for worker in multiprocessing.active_children() if hasattr(signal, "SIGCONT") else ():
         os.kill(worker.pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Within the context, the death of a data-loading worker does not raise its error, which could come at any line."""
+    """Within the context, the death of a data-loading worker raises no error, which could occur at any line."""
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         yield
         return

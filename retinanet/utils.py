@@ -1,4 +1,4 @@
-"""Where the original's users import building blocks from."""
+"""Building blocks of the network, under the original's import path."""
 
 from retinanet.boxes import BBoxTransform, ClipBoxes
 from retinanet.resnet import BasicBlock, Bottleneck, conv3x3

@@ -99,7 +99,7 @@ def test_the_header_says_to_which_sizes_tiles_are_resized(tmp_path, caplog):
 
 def test_settings_that_a_sets_own_transform_leaves_without_effect_are_an_error(tmp_path):
     dataset = ShapesDataset(2, seed=1, transform=Resizer(32))
-    with pytest.raises(UserError, match="its own transform, which flip, rotate90 would not change"):
+    with pytest.raises(UserError, match="its own transform, so flip, rotate90 would have no effect"):
         retinanet.train(dataset, out_dir=tmp_path, flip="both", rotate90=True, jitter=None)
 
 
@@ -181,7 +181,7 @@ def test_what_is_no_data_set_is_one_message():
         ({"model": (resnet18(3),)}, "model must be a path"),
         ({"score_threshold": 2}, "score_threshold must be from 0 to 1, not 2"),
         ({"model": 3}, "model must be a path, a RetinaNet or the result of load_model, not int"),
-        ({"model": resnet18(5)}, "the model has 5 classes, and ShapesDataset 3"),
+        ({"model": resnet18(5)}, "the model has 5 classes, but ShapesDataset has 3"),
         ({"dataset": "val.csv"}, "dataset must be a DetectionDataset, such as CSVDataset, not str"),
     ],
 )

@@ -284,8 +284,8 @@ def test_grey_alpha_and_16_bits():
         (np.zeros((4, 5, 3), dtype=np.int64), "int64"),
         (np.zeros((4, 5, 2), dtype=np.uint8), "channels"),
         (torch.zeros(8, 5, 3), "first in a tensor"),
-        (np.zeros((0, 5, 3), dtype=np.uint8), "an image is"),
-        (42, "an image is"),
+        (np.zeros((0, 5, 3), dtype=np.uint8), "an image must be"),
+        (42, "an image must be"),
     ],
 )
 def test_what_is_not_an_image_is_refused(image, message):

@@ -218,11 +218,11 @@ def test_auto_is_this_processs_gpu_or_apples_or_else_the_cpu(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "gpus", "message"),
     [
-        ("cuda", 0, r"--device cuda: torch sees no CUDA device; try --device cpu"),
+        ("cuda", 0, r"--device cuda: torch finds no CUDA device; try --device cpu"),
         ("toaster", 0, "--device toaster: "),
         ("meta", 0, "--device meta: only cpu, cuda and mps"),
-        ("mps", 0, "--device mps: torch sees no GPU of Apple's; try --device cpu"),
-        ("cuda:2", 2, r"GPU 2 does not exist, as this machine has 2: .*--nproc_per_node"),
+        ("mps", 0, "--device mps: torch finds no Apple GPU; try --device cpu"),
+        ("cuda:2", 2, r"there is no GPU 2, because this machine has 2, .*--nproc_per_node"),
     ],
 )
 def test_a_device_that_does_not_exist_is_an_error(monkeypatch, name, gpus, message):
@@ -254,7 +254,7 @@ def test_auto_precision_is_bf16_where_the_gpu_has_it_or_else_fp16(monkeypatch, n
 
 def test_precisions_that_a_device_has_not_are_usage_errors():
     assert process.choose_precision("auto", torch.device("mps")) == torch.float32
-    for device, name, reason in (("cpu", "fp16", "for GPUs alone"), ("mps", "bf16", "on mps, only fp32")):
+    for device, name, reason in (("cpu", "fp16", "needs a GPU"), ("mps", "bf16", "mps supports only fp32")):
         with pytest.raises(process.UsageError, match=f"^--precision {name}: {reason}"):
             process.choose_precision(name, torch.device(device))
 
