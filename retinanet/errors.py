@@ -1,4 +1,4 @@
-"""Errors that users can fix, and what their messages are made of."""
+"""UserError, for mistakes that users can fix, and helpers for its messages."""
 
 import difflib
 import itertools
@@ -7,14 +7,15 @@ import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 
-# Control characters, line breaks, halves of surrogate pairs, and what is invisible or turns the direction of writing.
+# Control characters, line breaks, halves of surrogate pairs, and characters that are invisible or change the direction
+# of the text.
 UNSAFE = re.compile(
     r"[\0-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\uffff]"
 )
 
 
 class UserError(ValueError):
-    """A mistake that the user can fix: the scripts print its message, which says where and how, and exit with 1."""
+    """A mistake that the user can fix: the message says where and how; the scripts print it and exit with status 1."""
 
 
 def shown(value: object) -> str:
@@ -27,31 +28,31 @@ def shown(value: object) -> str:
 
 
 def escaped(text: str) -> str:
-    """A name or path as a line of a terminal may hold it: what is UNSAFE as Python escapes it."""
+    """A name or path that is safe to print on one line of a terminal: UNSAFE characters are escaped as in Python."""
     return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def shortened(name: str, length: int = 40) -> str:
-    """A name, `escaped`, for a column of a table."""
+    """A name for a column of a table: `escaped`, and cut to at most `length` characters."""
     text = escaped(name)
     return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def printable(text: str) -> str:
-    """A message as a terminal may get it: each of its lines `escaped`."""
+    """A message that is safe to print in a terminal: each line is `escaped`."""
     return "\n".join(map(escaped, text.split("\n")))
 
 
 def output_file(path: str | Path) -> Path:
-    """A file that may be written; a UserError if a link, which may lead anywhere, a FIFO or a folder lies there."""
+    """The path of a file to write; a UserError if it is a folder, a FIFO or a link, which may lead anywhere."""
     path = Path(path)
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise UserError(f"{path}: exists and is not a regular file; remove it, or choose another folder")
+        raise UserError(f"{path}: exists and is not a regular file; remove it or choose another folder")
     return path
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """The end of a message: the known word that a misspelt one probably meant; empty if none is similar."""
+    """The end of a message that suggests the most similar known word; empty if none is similar."""
     folded = {name.lower(): name for name in itertools.islice(known, 1000)}
     near = difflib.get_close_matches(word.strip().lower()[:100], folded, n=1)
     return f"; did you mean {shown(folded[near[0]])}?" if near else ""

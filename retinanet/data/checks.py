@@ -1,7 +1,7 @@
-"""What is wrong with a data set beyond its annotation files: `python -m retinanet check`.
+"""Checks of a data set that go beyond its annotation files: `python -m retinanet check`.
 
-The readers of the formats report what is wrong within the annotation files. Here the annotations are compared with
-their images, and the training set with the validation set; `train.py` does the cheap part before its first step.
+The readers of the formats report what is wrong within the annotation files. This module compares the annotations with
+their images, and the training set with the validation set. `train.py` runs the cheap checks before its first step.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ from retinanet.data.report import MIN_SIDE, FileError, Report, counted
 from retinanet.errors import UserError, output_file, shown
 from retinanet.process import from_main_process, is_main_process, log, progress
 
-# How closely images are checked: whether the files exist; some headers, and those of images whose sizes the
-# annotations do not declare; all headers; every pixel.
+# How thoroughly images are checked. none: whether the files exist; quick: also some headers, and those of images whose
+# sizes the annotations do not declare; headers: all headers; decode: every pixel.
 DEPTHS = ("none", "quick", "headers", "decode")
 NOT_READ = ImageHeader(0, 0, 1)  # height, width and orientation of an image whose header is not read
-MARGIN = 1  # pixels by which a box may exceed its image without being reported; annotation tools round
+MARGIN = 1  # pixels by which a box may exceed its image without being reported, because annotation tools round
 
 
 def check_before_training(train_set: DetectionDataset, val_set: DetectionDataset | None, strict: bool) -> None:
-    """Check the data of a training run, cheaply: log warnings, and raise what is fatal; with `strict`, all is."""
+    """Run the cheap checks before training: log warnings and raise fatal problems; with `strict`, all are fatal."""
     report = check_dataset(train_set)
     if val_set is not None:
         report.merge(check_dataset(val_set, training=False))
@@ -42,9 +42,9 @@ def check_before_training(train_set: DetectionDataset, val_set: DetectionDataset
 
 
 def check_dataset(dataset: DetectionDataset, depth: str = "quick", training: bool = True, workers: int = 1) -> Report:
-    """What is wrong with a data set, its annotation files included, at one of DEPTHS; `workers` threads decode images.
+    """Report what is wrong with a data set and its annotation files; `workers` threads decode images.
 
-    For `training`, classes without boxes are reported, too.
+    `depth` is one of DEPTHS. With `training`, classes without boxes are reported, too.
     """
     report = Report(skip_bad=dataset.report.skip_bad)
     if dataset.in_files:
@@ -65,7 +65,7 @@ def check_dataset(dataset: DetectionDataset, depth: str = "quick", training: boo
 
 
 def compare_sets(train_set: DetectionDataset, val_set: DetectionDataset, same_content: bool, report: Report) -> None:
-    """Report classes that the two sets do not share, and images that they do, by file or by `same_content`."""
+    """Report classes that the two sets do not share, and images that they do: the same file or, if asked, content."""
     names, val_names = list(train_set.labels.values()), list(val_set.labels.values())
     if difference := class_difference("the training set", names, "the validation set", val_names):
         report.add("different classes", val_set.source, difference)
@@ -81,7 +81,7 @@ def compare_sets(train_set: DetectionDataset, val_set: DetectionDataset, same_co
 
 
 def _check_repeated(dataset: DetectionDataset, report: Report) -> None:
-    """Report images that are listed under two names: the boxes of one are background of the other."""
+    """Report images that are listed under two names: the boxes of one are background in the other."""
     first: dict[Hashable, int] = {}
     for index, key in _keys(dataset, False):
         if (other := first.setdefault(key, index)) != index:
@@ -90,7 +90,7 @@ def _check_repeated(dataset: DetectionDataset, report: Report) -> None:
 
 
 def _keys(dataset: DetectionDataset, same_content: bool) -> Iterator[tuple[int, Hashable]]:
-    """Index of each image whose file exists, and what distinguishes it: the file behind all links, or its content."""
+    """The index of each image whose file exists, with a key: the file behind all links, or a hash of its content."""
     for index in range(len(dataset) if dataset.in_files else 0):
         with contextlib.suppress(OSError):  # reported as unreadable
             if (path := dataset.find_image(index)) is None:
@@ -98,7 +98,7 @@ def _keys(dataset: DetectionDataset, same_content: bool) -> Iterator[tuple[int, 
             if same_content:
                 digest = hashlib.blake2b()
                 with open(path, "rb") as file:
-                    while block := file.read(2**20):  # orthophotos may be as large as the memory
+                    while block := file.read(2**20):  # an orthophoto may be as large as the memory
                         digest.update(block)
                 yield index, digest.digest()
             else:
@@ -107,7 +107,11 @@ def _keys(dataset: DetectionDataset, same_content: bool) -> Iterator[tuple[int, 
 
 
 def leave_out_bad_images(dataset: DetectionDataset, workers: int) -> None:
-    """Decode all images, and leave out those that are missing, unreadable or not the annotated ones, unless all are."""
+    """Decode all images and leave out those that are missing, unreadable or not the annotated ones.
+
+    Raises:
+        UserError: none would be left.
+    """
     if dataset.in_files:
         bad = _check_images(dataset, "decode", workers, dataset.report)
         if (bad := bad | dataset.misfit).all():
@@ -116,7 +120,7 @@ def leave_out_bad_images(dataset: DetectionDataset, workers: int) -> None:
 
 
 def write_skipped(folder: Path | None, datasets: Iterable[DetectionDataset | None]) -> None:
-    """Log how much was left out of data sets, and list it in `skipped.csv` of a folder."""
+    """List what was left out of data sets in `skipped.csv` in a folder, and log how much that is."""
     rows = [(dataset.source, *problem) for dataset in datasets if dataset for problem in dataset.report.skipped]
     if not rows:
         return
@@ -130,7 +134,7 @@ def write_skipped(folder: Path | None, datasets: Iterable[DetectionDataset | Non
 
 
 def _look_at(dataset: DetectionDataset, index: int, header: bool, pixels: bool) -> tuple[str, str, ImageHeader]:
-    """The kind of what is wrong with an image, why, and its header."""
+    """What kind of problem an image has ("" for none), the reason, and the image's header."""
     if (path := dataset.find_image(index)) is None:
         return "missing image", "", NOT_READ
     try:
@@ -143,13 +147,13 @@ def _look_at(dataset: DetectionDataset, index: int, header: bool, pixels: bool) 
 
 
 def _check_images(dataset: DetectionDataset, depth: str, workers: int, report: Report) -> np.ndarray:
-    """Check the image files; returns [I] bool: the bad ones."""
+    """Check the image files; returns [I] bool: which are bad."""
     number, pixels = len(dataset), depth == "decode"
-    wanted = np.full(number, depth != "none") & ~(dataset.headers_read & (not pixels))  # headers
+    wanted = np.full(number, depth != "none") & ~(dataset.headers_read & (not pixels))  # headers to read
     if depth == "quick":
         wanted &= ~dataset.known_sizes.all(axis=1) | np.isin(np.arange(number), evenly(range(number), SOME_IMAGES))
     looks = []
-    if is_main_process():  # Only decoding gains from threads: the rest is Python.
+    if is_main_process():  # Only decoding gains from threads: the rest is pure Python.
         with ThreadPoolExecutor(max(workers, 1) if pixels else 1) as pool:
             looks = pool.map(lambda index: _look_at(dataset, index, wanted[index], pixels), range(number))
             looks = list(progress(looks, "checking images", number))
@@ -167,7 +171,7 @@ def _check_images(dataset: DetectionDataset, depth: str, workers: int, report: R
 
 
 def _check_borders(dataset: DetectionDataset, report: Report) -> None:
-    """Report boxes outside their images, and what their numbers may mean instead."""
+    """Report boxes outside their images, and whether another box format would explain the numbers."""
     sizes = dataset.known_sizes
     known = np.flatnonzero(sizes[dataset.image_index].all(axis=1))
     boxes, limits = dataset.annotations[known, :4], sizes[dataset.image_index[known]]  # limits: height, width
@@ -189,12 +193,12 @@ def _check_borders(dataset: DetectionDataset, report: Report) -> None:
     few, far = max(2, len(boxes) / 20), exceeds(boxes, limits)
     if far.sum() <= few:
         return
-    # Objects at a border may be drawn beyond it, but hardly so that more than half of a box is outside.
+    # Annotators may draw a box beyond the border, but hardly one that lies outside by more than half of its area.
     lost = sides.prod(axis=1) < (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) / 2
     readings = [("looks swapped", boxes[:, [1, 0, 3, 2]], "with x and y swapped: is y written first?")]
     if dataset.box_format == "xywh" and dataset.affine is None:
         corners = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-        message = "if bbox is x1, y1, x2, y2; it must be x, y, width, height"
+        message = "if bbox is read as x1, y1, x2, y2; it must be x, y, width, height"
         readings.append(("looks like x1, y1, x2, y2", corners, message))
     count = f"{far.sum():,} of {len(boxes):,} boxes exceed the borders of their images, but none does"
     is_guess = bool(lost.sum() <= few)
@@ -204,7 +208,7 @@ def _check_borders(dataset: DetectionDataset, report: Report) -> None:
 
 
 def summary(dataset: DetectionDataset) -> str:
-    """The numbers of images and boxes, in all and of each class."""
+    """The numbers of images and boxes, in total and for each class."""
     per_image, labels = np.diff(dataset.offsets), dataset.annotations[:, 4].astype(np.int64)
     boxes = np.bincount(labels, minlength=dataset.num_classes())
     images = np.bincount(np.unique(dataset.image_index * len(boxes) + labels) % len(boxes), minlength=len(boxes))

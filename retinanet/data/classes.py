@@ -1,4 +1,4 @@
-"""Class names: lists of them in files, and messages about those that differ."""
+"""Class names: lists of them in files, and messages about names that differ."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,24 +11,24 @@ from retinanet.errors import UserError, shown, suggestion
 
 
 def placeholder_names(num_classes: int) -> list[str]:
-    """Class names for weights that come without: `class 0`, `class 1`, ..."""
+    """Class names for weights that come without any: `class 0`, `class 1`, ..."""
     return [f"class {label}" for label in range(num_classes)]
 
 
 def read_class_list(path: Path) -> list[str] | None:
-    """The class names of a file such as classes.txt, one a line; None where the file does not exist."""
+    """The class names in a file such as classes.txt, one per line; None if the file does not exist."""
     if not path.is_file():
         return None
     names = [line.strip() for line in read_text(path).rstrip().splitlines()]
     if "" in names:
-        raise UserError(f"{path}:{names.index('') + 1}: is blank, but the lines count the classes; remove it")
+        raise UserError(f"{path}:{names.index('') + 1}: is blank, but line numbers are class ids; remove it")
     if not names or len(set(names)) < len(names):
-        raise UserError(f"{path}: needs one class name a line, each once")
+        raise UserError(f"{path}: needs one class name per line, without repeats")
     return names
 
 
 def read_class_ids(path: Path, report: Report) -> list[str]:
-    """Class names in the order of their ids, from `class_name,id` lines; what is wrong with them is a DataError."""
+    """Class names in the order of their ids, from lines `class_name,id`; a DataError lists all that is wrong."""
     names: dict[int, str] = {}
     taken: set[str] = set()
     for numbers, rows in read_rows(path, 2, report):
@@ -41,12 +41,12 @@ def read_class_ids(path: Path, report: Report) -> list[str]:
                 report.add("class list", where, f"expected `class_name,id`, found {len(row)} columns")
             elif not (class_id.isascii() and class_id.isdecimal() and len(class_id) < 10):
                 if not names and not report.errors() and class_id.lower() in ("id", "class_id", "label", "index"):
-                    report.add("header row", where, f"{shown(','.join(row))} are column names: line skipped")
+                    report.add("header row", where, f"the column names {shown(','.join(row))} are skipped")
                     continue
                 hint = " (are the two columns swapped?)" if name.isdecimal() else ""
                 report.add("class list", where, f"the class id must be a whole number, not {shown(class_id)}{hint}")
             elif not name or name in taken or int(class_id) in names:
-                message = f"class {shown(name)} or its id {class_id} is repeated, or the class has no name"
+                message = f"class {shown(name)} or its id {class_id} is repeated, or the name is empty"
                 report.add("class list", where, message)
             else:
                 names[int(class_id)] = name
@@ -64,7 +64,7 @@ def unknown_class(name: str, known: Sequence[str]) -> str:
 
 
 def class_difference(owner: str, names: Sequence[str], other: str, others: Sequence[str]) -> str:
-    """The message about classes that two owners do not share, or have in another order; empty if there are none."""
+    """The message about classes that two owners do not share or have in different orders; empty if they agree."""
     texts = []
     for who, own, wanted in ((owner, set(names), others), (other, set(others), names)):
         if missing := [shown(name) for name in wanted if name not in own]:
@@ -77,7 +77,10 @@ def class_difference(owner: str, names: Sequence[str], other: str, others: Seque
 
 
 def check_classes(owner: str, class_names: list[str], dataset: DetectionDataset) -> None:
-    """Raise a UserError if a model (`owner`) and a data set have other classes; placeholders need only be as many."""
+    """Raise a UserError if a model (`owner`) and a data set have different classes.
+
+    If the model has placeholder names, only the number of classes must agree.
+    """
     names = list(dataset.labels.values())
     difference = class_difference(owner, class_names, dataset.source, names)
     if difference and class_names != placeholder_names(len(names)):

@@ -1,12 +1,12 @@
-"""COCO's annotation file: the data set that it describes.
+"""Data sets in COCO's format.
 
     {"images":      [{"id": 7, "file_name": "a.jpg", "height": 480, "width": 640}, ...],
      "categories":  [{"id": 3, "name": "car"}, ...],
      "annotations": [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [x, y, width, height],
                       "area": 1200.0, "iscrowd": 0}, ...]}
 
-Parsing the JSON takes nearly all the time. Annotations are then read as columns; only where a column holds something
-unexpected are they checked one by one.
+Parsing the JSON takes nearly all the time. Annotations are then read as columns, and checked one by one only if a
+column holds something unexpected.
 """
 
 import os
@@ -25,24 +25,24 @@ from retinanet.data.report import Report
 from retinanet.errors import UserError, shown
 from retinanet.process import log
 
-# Where a set's annotation file may be, and its images: in the first folder that holds some of them.
+# Where a set's annotation file may be, and the folders of its images: the first that holds some of them is used.
 ROBOFLOW = "_annotations.coco.json"
 FILES = ("annotations/instances_{}.json", "annotations/{}.json", f"{{}}/{ROBOFLOW}", "{}.json")
 IMAGE_FOLDERS = ("images/{}", "{}", "images", ".")
-MANY_CROWDS = 0.02  # of all annotations; COCO has half as many
+MANY_CROWDS = 0.02  # share of all annotations; COCO's is half of that
 
 
 class CocoDataset(DetectionDataset):
-    """A data set in COCO's layout, in Roboflow's, or of any file in COCO's format and a folder of images.
+    """A data set in COCO's or Roboflow's layout, or any file in COCO's format with a folder of images.
 
-    Crowd regions are difficult boxes; the categories, in the order of their ids, become the labels 0, 1, 2, ...
+    Crowd regions count as difficult boxes. The categories, in the order of their ids, become the labels 0, 1, 2, ...
 
     Args:
-        root_dir: holds the annotation file in one of FILES, and the images in one of IMAGE_FOLDERS.
+        root_dir: holds the annotation file at one of FILES, and the images in one of IMAGE_FOLDERS.
         set_name: such as `train2017`; or the path of the annotation file, which ends with `.json`.
         transform: sample -> sample.
-        crowds_are_objects: crowd regions are objects, too.
-        report: gets what is wrong.
+        crowds_are_objects: treat crowd regions as objects.
+        report: collects the problems.
     """
 
     box_format = "xywh"
@@ -85,24 +85,24 @@ class CocoDataset(DetectionDataset):
             [image["id"] for image in images],
         )
         self._report_crowds()
-        # Boxes that are not finite or inverted are left out of evaluation, too, where they are not fatal.
+        # Boxes that are inverted or not finite, if they are not fatal, are left out of evaluation, too.
         self._truth = truth.select(np.isfinite(corners).all(axis=1) & (truth.boxes_xywh[:, 2:] >= 0).all(axis=1))
         self.coco_labels = {label: category["id"] for label, category in enumerate(categories)}
         self.coco_labels_inverse = {category_id: label for label, category_id in self.coco_labels.items()}
 
     def _report_crowds(self) -> None:
-        """Report images that have only crowds, and so many crowds that they are probably objects."""
+        """Report images that have only crowds, and data sets with so many crowds that these are probably objects."""
         index, is_crowd = self._truth.image_index, self._truth.is_crowd
         if (crowds := int(is_crowd.sum())) > MANY_CROWDS * len(is_crowd):
             message = (
                 f"{crowds:,} of {len(is_crowd):,} annotations are crowds (iscrowd 1), which are not trained on; "
-                "CVAT and other tools mark masks as crowds: --crowds_are_objects reads them as objects"
+                "CVAT and other tools mark masks as crowds: use --crowds_are_objects to read them as objects"
             )
             self.report.add("crowds", self.source, message)
         crowd_only = np.setdiff1d(index[is_crowd], index[~is_crowd])
 
         def explain(image: int) -> str:
-            return f"{shown(str(self.image_files[image]))} has crowds only, and is trained on as empty"
+            return f"{shown(str(self.image_files[image]))} has only crowds, so training takes it as empty"
 
         self.report.add_rows("crowd-only image", crowd_only, self.image_name, explain, cause="")
 
@@ -115,7 +115,7 @@ class CocoDataset(DetectionDataset):
         return self._truth.boxes_xywh[row]
 
     def ground_truth(self) -> GroundTruth:
-        """The file's annotations, those that training drops included, moved as those of training are."""
+        """The file's annotations, including those that training drops, moved as the training boxes are."""
         truth = self._truth
         if "annotation ids" in self.report.counts:
             truth = truth._replace(ids=np.arange(1, len(truth.ids) + 1))
@@ -127,7 +127,7 @@ class CocoDataset(DetectionDataset):
         return truth._replace(boxes_xywh=np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]), areas=areas)
 
     def select_images(self, keep: np.ndarray) -> None:
-        """Leave all other images out, with their annotations; `keep` is [I] bool."""
+        """Keep only some images, with their annotations; `keep` is [I] bool."""
         super().select_images(keep)
         truth = self._truth.select(keep[self._truth.image_index])
         self._truth = truth._replace(image_index=(np.cumsum(keep) - 1)[truth.image_index])
@@ -142,7 +142,7 @@ class CocoDataset(DetectionDataset):
 
 
 def _find_file(root: Path, set_name: str, report: Report) -> tuple[Path, str]:
-    """The annotation file of a set, and the set's name as the file has it."""
+    """The annotation file of a set, and the set's name in the path of that file."""
     if set_name.endswith(".json"):
         paths = [Path(set_name), root / set_name]
         return next((path for path in paths if path.is_file()), paths[0]), Path(set_name).stem
@@ -154,7 +154,7 @@ def _find_file(root: Path, set_name: str, report: Report) -> tuple[Path, str]:
     if not sets:
         raise refused(root, " or ".join(FILES[::2]).format(*[set_name] * 2))
     path, *others = find_set(root, set_name, sets)
-    report.add_rows("other source", others, str, f"is not read as the set {shown(set_name)}, but {path} is")
+    report.add_rows("other source", others, str, f"is ignored: the set {shown(set_name)} is read from {path}")
     return path, names[path]
 
 
@@ -189,16 +189,16 @@ def read_coco(path: Path, report: Report) -> tuple[list[dict], list[dict], Groun
     truth = from_coco(content["annotations"])
     if truth is None:
         truth = from_coco(_good_entries(path, content["annotations"], "annotations", report))
-    # Roboflow's first category is the name of all of them together.
+    # Roboflow's first category is a name for all of them together.
     if path.name == ROBOFLOW and len(categories) > 1 and categories[0]["id"] == 0 and truth.labels.all():
-        log.info("%s: category %s, which has no boxes, is left out", path, shown(categories.pop(0)["name"]))
+        log.info("%s: category %s is left out, because it has no boxes", path, shown(categories.pop(0)["name"]))
 
     def where(row: int) -> str:
         return f"{path}: annotation {truth.ids[row]}"
 
     _, first, counts = np.unique(truth.ids, return_index=True, return_counts=True)
-    unusable = first[(counts > 1) | (truth.ids[first] == 0)]  # pycocotools confuses them, and takes 0 for none
-    report.add_rows("annotation ids", unusable, where, "the id is 0 or repeated; evaluation renumbers all")
+    unusable = first[(counts > 1) | (truth.ids[first] == 0)]  # pycocotools mixes up repeats, and takes 0 for no match
+    report.add_rows("annotation ids", unusable, where, "the id is 0 or repeated, so evaluation renumbers all")
     image_index = _find_ids("unknown image", "image", truth.image_index, images, where, report)
     labels = _find_ids("unknown class", "category", truth.labels, categories, where, report)
     found = truth._replace(image_index=image_index, labels=labels).select((image_index >= 0) & (labels >= 0))
@@ -206,7 +206,7 @@ def read_coco(path: Path, report: Report) -> tuple[list[dict], list[dict], Groun
 
 
 def _is_id(value: Any) -> bool:
-    """A whole number, which some tools write as 1.0."""
+    """Whether a value is a whole number, which some tools write as 1.0."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_ID and value % 1 == 0
 
 
@@ -215,11 +215,11 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_box(value: Any) -> bool:
-    """NaN and infinity are reported with the boxes."""
+    """Whether a value is four numbers; NaN and infinity pass, because `check_boxes` reports them."""
     return isinstance(value, list) and len(value) == 4 and all(isinstance(x, float) or _is_id(x) for x in value)
 
 
-# What an entry of each list must have, and what it must be.
+# The keys that an entry of each list needs, each with a check of its value and what the value must be.
 _ID = (_is_id, "a whole number")
 ENTRY_CHECKS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
     "images": {"id": _ID, "file_name": (_is_name, "a path")},
@@ -257,7 +257,7 @@ def _good_entries(path: Path, entries: list[Any], name: str, report: Report) -> 
 def _find_ids(
     kind: str, what: str, ids: np.ndarray, entries: list[dict], where: Callable[[int], str], report: Report
 ) -> np.ndarray:
-    """The position of each id among entries that are sorted by theirs; -1, which is reported, where it has none."""
+    """The position of each id among entries, which are sorted by id; unknown ids are reported and get -1."""
     known = np.array([entry["id"] for entry in entries])
     found = np.searchsorted(known, ids).clip(max=len(known) - 1)
     found[known[found] != ids] = -1
@@ -267,13 +267,13 @@ def _find_ids(
 
 
 def _declared_sizes(path: Path, images: list[dict], report: Report) -> np.ndarray:
-    """[I, 2] height and width, 0 where an image declares none, or an invalid one."""
+    """[I, 2] height and width; 0 if an image declares none, or invalid ones."""
     sizes = []
     for image in images:
         size = image.get("height"), image.get("width")
         is_valid = all(_is_id(side) and 0 < side < 2**31 for side in size)
         if not is_valid and size != (None, None):
-            message = f"height and width {shown(size)} are invalid; those of the image file are used"
+            message = f"height and width {shown(size)} are invalid, so those of the image file are used"
             report.add("declared size", f"{path}: image {image['id']}", message)
         sizes.append(size if is_valid else (0, 0))
     return np.array(sizes).astype(np.int64)

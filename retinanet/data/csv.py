@@ -1,4 +1,4 @@
-"""CSV files of boxes, one a line: path, x1, y1, x2, y2, class name; or columns that a header names.
+"""CSV files with one box per line: path, x1, y1, x2, y2, class name; or with columns that a header names.
 
     images/a.jpg,10,20,110,220,car
     images/a.jpg,30,40,60,90,person
@@ -23,14 +23,14 @@ from retinanet.errors import shown
 
 
 class CSVDataset(DetectionDataset):
-    """A data set in a CSV file, as keras-retinanet and the original, TensorFlow, Roboflow or DeepForest write it.
+    """A data set in a CSV file, in the format of keras-retinanet, the original, TensorFlow, Roboflow or DeepForest.
 
     Args:
-        train_file: the file. Relative paths start at its folder, or else at the working directory.
-        class_list: file of the classes, one a line, `class_name,id`, ids from 0.
+        train_file: the file. Relative paths in it start at its folder, or else at the working directory.
+        class_list: a file of the classes with lines `class_name,id`, ids from 0.
         transform: sample -> sample.
-        class_names: in place of `class_list`; default: the classes of `train_file`, sorted.
-        report: gets what is wrong.
+        class_names: used instead of `class_list`; default: the classes of `train_file`, sorted.
+        report: collects the problems.
     """
 
     per_image = (*DetectionDataset.per_image, "image_lines")
@@ -66,7 +66,7 @@ class CSVDataset(DetectionDataset):
         if not table.has_header:
             _check_corners(path, table.boxes[table.has_box], report)
         sizes = np.zeros((len(image_files), 2), dtype=np.int64)
-        sized = np.flatnonzero((table.sizes > 0).all(axis=1))[::-1]  # the first one of an image is written last
+        sized = np.flatnonzero((table.sizes > 0).all(axis=1))[::-1]  # reversed, so that an image's first row wins
         sizes[image_index[sized]] = table.sizes[sized]
         self.image_lines = table.lines[first]
         super().__init__(
@@ -86,14 +86,14 @@ class CSVDataset(DetectionDataset):
         return self.annotation_format.format(self.train_file, self.image_lines[index])
 
     def explain_missing(self, index: int) -> str:
-        """Why `find_image` finds nothing."""
+        """Why `find_image` finds nothing, for messages."""
         folder = self.image_folders[0]
         start = f"relative paths start at {folder}, or else at the working directory"
         return f"{explain_missing(str(self.image_files[index]), folder)} ({start})"
 
 
 def _find_labels(table: Table, class_names: Sequence[str], report: Report) -> np.ndarray:
-    """[N] the label of each row; -1 for classes that are not known, which are reported where they have a box."""
+    """[N] the label of each row; -1 for unknown classes, which are reported if they have a box."""
     rows, codes = np.flatnonzero(table.has_box), table.class_codes
     _check_texts(table.classes, codes[rows], lambda row: table.where(rows[row]), report)
     names = [text.strip() for text in table.classes]
@@ -110,9 +110,9 @@ def _find_labels(table: Table, class_names: Sequence[str], report: Report) -> np
 
 
 def _find_images(table: Table, report: Report) -> tuple[list[str], np.ndarray]:
-    """The paths of the images, each image once, and [N] the image of each row."""
+    """The paths of the images, each image once, and [N] the index of each row's image."""
     folder = os.path.abspath(table.path.parent)  # noqa: PTH100
-    positions: dict[str, int] = {}  # of each path from the root
+    positions: dict[str, int] = {}  # absolute path -> index of the image
     files, found = [], []
     first = _check_texts(table.paths, table.path_codes, table.where, report)
     for name, row in zip(map(str.strip, table.paths), first, strict=True):
@@ -124,12 +124,12 @@ def _find_images(table: Table, report: Report) -> tuple[list[str], np.ndarray]:
             if not name:
                 report.add("bad name", table.where(row), "the image's path is empty")
         elif files[index] != name:
-            report.add("repeated image", table.where(row), f"{shown(name)} is {shown(files[index])}, and read once")
+            report.add("repeated image", table.where(row), f"{shown(name)} is {shown(files[index])}, which is read once")
     return files, np.array(found, dtype=np.int64)[table.path_codes]
 
 
 def _check_texts(texts: Sequence[str], codes: np.ndarray, where: Callable[[int], str], report: Report) -> np.ndarray:
-    """Report texts that are too long or have spaces around them; returns the first row of each."""
+    """Report texts that are too long or have spaces around them; returns the first row of each text."""
     first = _first_rows(codes, len(texts))
     for text, row in zip(texts, first, strict=True):
         if row < len(codes) and len(text) > MAX_NAME:
@@ -140,14 +140,14 @@ def _check_texts(texts: Sequence[str], codes: np.ndarray, where: Callable[[int],
 
 
 def _first_rows(codes: np.ndarray, number: int) -> np.ndarray:
-    """[number] the first row of each code; len(codes) where it is in none."""
+    """[number] the first row of each code; len(codes) for a code without a row."""
     first = np.full(number, len(codes))
     np.minimum.at(first, codes, np.arange(len(codes)))
     return first
 
 
 def _check_corners(path: Path, boxes: np.ndarray, report: Report) -> None:
-    """Report so many inverted boxes that they must be x, y, width, height."""
+    """Report x, y, width, height in place of corners, if so many boxes are inverted that nothing else explains it."""
     inverted = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
     count = int(inverted.sum())
     explained = (boxes[:, :2] >= 0).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)

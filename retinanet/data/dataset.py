@@ -1,7 +1,7 @@
 """What all data sets share: annotation files -> samples.
 
-A sample is a dict: `img`, a uint8 RGB array [H, W, 3], and `annot`, a float32 array [G, 5] of
-(x1, y1, x2, y2, label), pixels of that image. The annotations of all images are rows of one array, which
+A sample is a dict with `img`, a uint8 RGB array [H, W, 3], and `annot`, a float32 array [G, 5] of
+(x1, y1, x2, y2, label) in pixels of that image. The annotations of all images are rows of one array, which
 worker processes share instead of copying.
 """
 
@@ -34,35 +34,35 @@ class DetectionDataset(Dataset):
     """The base of all data sets: image files, annotations in one array, classes by name.
 
     Args:
-        image_files: path of each image.
+        image_files: path of each of the I images.
         annotations: [N, 5] (x1, y1, x2, y2, label), pixels of the images as annotated, label 0-based.
-        image_index: [N] int: the image of each annotation.
+        image_index: [N] int: index of each annotation's image.
         class_names: name of each label, in order.
         transform: sample -> sample, applied last.
         difficult: [N] bool: annotations that are neither trained on nor scored; default: none.
-        annotation_ids: [N] int: the line or id of each in its file, for messages; default: 0, 1, ...
-        report: what was wrong with the files; gets what is wrong with the boxes, and its arguments say whether that
-            stops here. Default: the boxes are not checked.
-        source: the annotations' file or folder, for messages; default: the class's name.
-        declared_sizes: [I, 2] int: height and width of each image as annotated; 0: unknown. Boxes of images that were
-            turned or resized since are moved, see `placing`.
-        image_ids: of each image, for COCO's evaluation; default: 0, 1, ...
-        annotation_files: of each image, for messages; default: `source`.
+        annotation_ids: [N] int: the line or id of each annotation in its file, for messages; default: 0, 1, ...
+        report: the problems of the files so far, to which those of the boxes are added; its settings decide whether
+            they raise an error. Default: the boxes are not checked.
+        source: the annotations' file or folder, for messages; default: the name of the class.
+        declared_sizes: [I, 2] int: height and width of each image as annotated; 0 if unknown. The boxes of images that
+            were turned or resized after annotation are moved, see `placing`.
+        image_ids: id of each image, for COCO's evaluation; default: 0, 1, ...
+        annotation_files: annotation file of each image, for messages; default: `source`.
 
     Attributes:
         annotations, annotation_ids, image_index: as given, without the difficult ones, in the order of the images.
-        offsets: [I + 1] int: the annotations of image i are those from offsets[i] to offsets[i + 1].
-        difficult_annotations, difficult_image_index, difficult_offsets: likewise, of the difficult ones.
-        known_sizes: [I, 2] int: height and width of the image files, or else the declared ones; 0: not known yet.
-        headers_read: [I] bool: whether known_sizes are those of the file, and the boxes are moved accordingly.
-        misfit: [I] bool: images whose boxes must be those of another one.
-        affine: [I, 2, 3] of `placing`; None where no boxes were moved.
-        pixel_range: what becomes black and white in images of more than 8 bits: two numbers, or a dict of them by type,
-            see `pixels`; None: of each image, its own.
+        offsets: [I + 1] int: the annotations of image i are rows offsets[i] to offsets[i + 1].
+        difficult_annotations, difficult_image_index, difficult_offsets: the same for the difficult ones.
+        known_sizes: [I, 2] int: height and width of the image files, or else the declared ones; 0 if not known yet.
+        headers_read: [I] bool: whether `known_sizes` comes from the file and the boxes were moved accordingly.
+        misfit: [I] bool: images whose boxes must belong to another image.
+        affine: [I, 2, 3] from `placing`; None if no boxes were moved.
+        pixel_range: the values that become black and white in images of more than 8 bits: two numbers, or a dict of
+            them by type, see `pixels`; None: each image has its own.
         pixel_limit: millions of pixels that an image may have.
 
     Raises:
-        UserError: files are missing or wrong; as a DataError, it lists all that is wrong, with file and line.
+        UserError: files are missing or wrong; a DataError lists all problems, with file and line.
     """
 
     # Attributes with an entry for each image.
@@ -70,14 +70,14 @@ class DetectionDataset(Dataset):
         *("image_files", "image_ids", "annotation_files"),
         *("declared_sizes", "known_sizes", "headers_read", "misfit", "affine"),
     )
-    annotation_format = "{}: box {}"  # in messages: of its file and its id there
-    image_folders: Sequence[str] = ("",)  # a relative path starts at the first of them that has the image
-    in_files = True  # False where images are drawn or kept in memory
-    by_parts = False  # whether the transform takes images of `open_image`
+    annotation_format = "{}: box {}"  # how messages name an annotation, by its file and its id there
+    image_folders: Sequence[str] = ("",)  # relative paths start at the first of these folders that has the image
+    in_files = True  # False if images are drawn or kept in memory
+    by_parts = False  # whether the transform takes images from `open_image`
     box_format = "xyxy"  # of the annotation files
     pixel_range: PixelRanges = None
     pixel_limit: float = PIXEL_LIMIT
-    has_coco_ids = False  # whether image_ids and coco_labels are those of a COCO file, instead of positions
+    has_coco_ids = False  # whether image_ids and coco_labels come from a COCO file, instead of counting from 0
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class DetectionDataset(Dataset):
         self.annotation_files = annotation_files
         self.transform = transform
         if transform is not None:
-            transform_name(transform)  # raises
+            transform_name(transform)  # raises an error if it cannot be applied to samples
         self.image_files = np.array(image_files)
         self.image_ids = list(range(number) if image_ids is None else image_ids)
         self.classes = {name: label for label, name in enumerate(class_names)}
@@ -116,7 +116,8 @@ class DetectionDataset(Dataset):
         self.annotation_ids = ids = np.arange(size) if annotation_ids is None else np.asarray(annotation_ids, np.int64)
         hard = np.zeros(size, dtype=bool) if difficult is None else np.asarray(difficult, dtype=bool)
         order = np.argsort(index, kind="stable")
-        if report is not None:  # a difficult box is no duplicate of another; messages name the boxes as in the files
+        # Boxes are checked in the files' order, which messages need; a difficult box is no duplicate of another one.
+        if report is not None:
             kept = check_boxes(report, annotations, 2 * index + hard, self.annotation_name, self.box_as_written)
             order = order[kept[order]]
         easy, hard = order[~hard[order]], order[hard[order]]
@@ -154,7 +155,7 @@ class DetectionDataset(Dataset):
         return {**unscaled, **sample, "index": index}
 
     def _place(self, index: int, size: tuple[int, int]) -> None:
-        """Move the boxes of an image of this height and width, if its file declares others."""
+        """Move the boxes of an image of this height and width, if the annotations declare another size."""
         declared = self.declared_sizes[index]
         if self.in_files and declared.all() > self.headers_read[index] and (declared != size).any():
             place_boxes(self, *read_headers(self, [index]))
@@ -162,18 +163,18 @@ class DetectionDataset(Dataset):
                 raise UserError(str(self.report.examples["boxes of another size"][-1]))
 
     def image_path(self, index: int) -> str:
-        """The image's file; a UserError, which names where it is listed, if it does not exist."""
+        """The image's file; a UserError that names where it is listed if it does not exist."""
         path = self.find_image(index) if self.in_files else self.expected_path(index)
         if path is None:
             raise UserError(f"{self.image_name(index)}: {self.explain_missing(index)}")
         return path
 
     def expected_path(self, index: int) -> str:
-        """Where the image's file should be, whether it is there or not."""
+        """Where the image's file should be, whether it exists or not."""
         return os.path.join(self.image_folders[0], str(self.image_files[index]))  # noqa: PTH118, faster than pathlib
 
     def find_image(self, index: int) -> str | None:
-        """The image's file; None where it does not exist."""
+        """The image's file; None if it does not exist."""
         paths = (os.path.join(folder, str(self.image_files[index])) for folder in self.image_folders)  # noqa: PTH118
         return next(filter(os.path.isfile, paths), None)
 
@@ -186,7 +187,7 @@ class DetectionDataset(Dataset):
         return read_image(self.image_path(index), self.pixel_range, self.pixel_limit)
 
     def open_image(self, index: int) -> np.ndarray:
-        """What `load_image` gives, or for a large image an object that gives such parts of it when sliced."""
+        """The array of `load_image`, or for a large image an object that gives parts of that array when sliced."""
         pixels = self.pixel_range, self.pixel_limit
         image = open_image(self.image_path(index), *pixels) if self.in_files else self.load_image(index)
         self._place(index, image.shape[:2])
@@ -194,9 +195,9 @@ class DetectionDataset(Dataset):
 
     @contextlib.contextmanager
     def scaled(self, pixel_range: PixelRanges = None) -> Iterator[None]:
-        """Within the context, `pixel_range` is that of the data set, else the given one, else one for each type.
+        """Within the context, `pixel_range` is set: the data set's own, else the given one, else one for each type.
 
-        Under torchrun, all processes must enter together.
+        Under torchrun, all processes must enter the context together.
         """
         own = self.pixel_range
         given = checked_range(own) if own else pixel_range
@@ -209,16 +210,16 @@ class DetectionDataset(Dataset):
             self.pixel_range = own
 
     def load_annotations(self, index: int) -> np.ndarray:
-        """[G, 5] float32 (x1, y1, x2, y2, label) as in the file; those of a sample are clipped to its image."""
+        """[G, 5] float32 (x1, y1, x2, y2, label), not clipped to the image, as those of a sample are."""
         return self.annotations[self.offsets[index] : self.offsets[index + 1]].copy()
 
     def load_difficult(self, index: int) -> np.ndarray:
-        """[D, 5] float32: boxes not trained on and ignored in evaluation: VOC's `difficult`, COCO's crowds."""
+        """[D, 5] float32: boxes that training and evaluation ignore: VOC's `difficult`, COCO's crowds."""
         return self.difficult_annotations[self.difficult_offsets[index] : self.difficult_offsets[index + 1]].copy()
 
     @property
     def image_sizes(self) -> np.ndarray:
-        """[I, 2] int: height and width of each image; those that are not known yet are read, once."""
+        """[I, 2] int: height and width of each image; unknown ones are read from the files, once."""
         for index in progress(np.flatnonzero(~self.known_sizes.all(axis=1)), "reading image sizes"):
             size = read_header(self.image_path(index))[:2] if self.in_files else self.load_image(index).shape[:2]
             self.known_sizes[index] = size
@@ -231,7 +232,7 @@ class DetectionDataset(Dataset):
         return float(width / height)
 
     def ground_truth(self) -> GroundTruth:
-        """All annotations, difficult ones as crowds, as COCO's evaluation takes them."""
+        """All annotations for COCO's evaluation; difficult ones become crowds."""
         return from_arrays(self)
 
     @property
@@ -242,7 +243,7 @@ class DetectionDataset(Dataset):
         return self._coco
 
     def select_images(self, keep: np.ndarray) -> None:
-        """Leave all other images out, with their annotations; `keep` is [I] bool."""
+        """Keep only some images, with their annotations; `keep` is [I] bool."""
         for name in self.per_image:
             value = getattr(self, name)
             setattr(self, name, value[keep] if isinstance(value, np.ndarray) else value and [*compress(value, keep)])
@@ -264,7 +265,7 @@ class DetectionDataset(Dataset):
         return self.annotation_format.format(file, self.annotation_ids[row])
 
     def box_as_written(self, row: int, box: np.ndarray) -> np.ndarray:
-        """The four numbers of an annotation as its file has them, for messages; `row` is that of the file."""
+        """The four numbers of an annotation as its file has them, for messages; `row` counts from the file's first."""
         return box
 
     def num_classes(self) -> int:

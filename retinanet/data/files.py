@@ -1,4 +1,4 @@
-"""Which files are images: those of folders and patterns, those of nearly the same name, and why one cannot be read."""
+"""Finding image files in folders and by patterns, and explaining why one is missing or cannot be read."""
 
 import contextlib
 import functools
@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = {
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
     *(".tif", ".tiff", ".webp"),
 }
-# What Pillow, torchvision and tifffile raise for one broken file or another.
+# What Pillow, torchvision and tifffile raise for broken files.
 BROKEN_IMAGE = (
     OSError, RuntimeError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
     AssertionError, EOFError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
@@ -31,7 +31,7 @@ BROKEN_IMAGE = (
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Within the context, whatever a broken image raises becomes a FileError that names it."""
+    """Within the context, any exception that a broken image raises becomes a FileError that names it."""
     try:
         yield
     except UserError:
@@ -42,7 +42,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def evenly(items: Sequence[str], number: int) -> list[str]:
-    """At most so many of the items, from the first to the last."""
+    """At most `number` of the items, evenly spaced from the first to the last."""
     places = np.unique(np.linspace(0, len(items) - 1, min(number, len(items))).astype(int))
     return [items[place] for place in places]
 
@@ -53,14 +53,14 @@ def _plain(name: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _plain_names(folder: str) -> dict[str, str]:
-    """The names in a folder, by what is left of them without letter case and Unicode forms."""
+    """The names in a folder, by the same names without differences of letter case and Unicode form."""
     with contextlib.suppress(OSError, ValueError):
         return {_plain(name): name for name in os.listdir(folder)}  # noqa: PTH208
     return {}
 
 
 def missing_folder(path: str) -> str:
-    """The first of the folders of a path that does not exist; empty where all do."""
+    """The topmost folder of a path that does not exist; empty if all exist."""
     found = ""
     while (path := os.path.dirname(path)) not in ("", found) and not os.path.isdir(path):  # noqa: PTH112, PTH120
         found = path
@@ -68,14 +68,14 @@ def missing_folder(path: str) -> str:
 
 
 def explain_missing(name: str, folder: str = "") -> str:
-    """The message about an image that does not exist, with the file that does under nearly the same name."""
+    """The message about an image that does not exist; it names a file with nearly the same name if there is one."""
     path, found = os.path.join(folder, name), folder  # noqa: PTH118
     for part in Path(name.replace("\\", "/")).parts:
         whole = os.path.join(found, part)  # noqa: PTH118
         near = part if os.path.exists(whole) else _plain_names(found or ".").get(_plain(part))  # noqa: PTH110
         if near is None:
             parent = missing_folder(path)
-            lost = f"; nor does its folder, {shown(parent)}" if parent else ""
+            lost = f", nor does its folder {shown(parent)}" if parent else ""
             return f"image {shown(name)} does not exist{lost}" + "; is it a Windows path?" * ("\\" in name)
         found = os.path.join(found, near)  # noqa: PTH118
     same = found != path and len({unicodedata.normalize("NFC", name) for name in (found, path)}) == 1
@@ -84,14 +84,14 @@ def explain_missing(name: str, folder: str = "") -> str:
 
 
 def walk(folder: Path, suffixes: Container[str]) -> Iterator[Path]:
-    """The files of some suffixes, in lower case, in a folder and its subfolders, sorted; links are followed, once each.
+    """The files in a folder and its subfolders, sorted, whose suffix in lower case is one of `suffixes`.
 
-    Names that start with a point are left out.
+    Links are followed, once each. Names that start with a dot are left out.
     """
     seen = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         status = os.stat(parent)  # noqa: PTH116
-        if (key := (status.st_dev, status.st_ino)) in seen:  # a link that leads back
+        if (key := (status.st_dev, status.st_ino)) in seen:  # reached by a link before
             folders.clear()
             continue
         seen.add(key)
@@ -102,12 +102,12 @@ def walk(folder: Path, suffixes: Container[str]) -> Iterator[Path]:
 
 
 def list_images(folder: Path, wanted: Container[str] | None = None, preferred: Container[str] = ()) -> dict[str, Path]:
-    """The images of a folder and its subfolders, by their relative paths without suffix, sorted.
+    """The images in a folder and its subfolders, by their relative paths without suffix, sorted.
 
-    Where two images of a name differ in their suffixes, one whose file name is `preferred` wins.
+    If several images differ only in their suffix, the one whose file name is in `preferred` wins.
 
     Raises:
-        UserError: the folder cannot be read, or two images of a `wanted` name (default: any) differ only in suffix.
+        UserError: the folder cannot be read, or images of a `wanted` name (default: any) differ only in their suffix.
     """
     try:
         next(folder.iterdir(), None)
@@ -127,7 +127,7 @@ def list_images(folder: Path, wanted: Container[str] | None = None, preferred: C
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
-    """The files of `--images`, each once: files by name, images and videos of folders, matches of patterns.
+    """The files that `--images` names, each once: files, images and videos in folders, matches of patterns.
 
     Numbers in names are sorted as numbers: frame2 before frame10.
 

@@ -272,7 +272,7 @@ def test_images_of_a_missing_folder_are_one_line(tmp_path):
     report = checks.check_dataset(CSVDataset(*write_csv_data(tmp_path, [*lines, "gone.png,,,,,"])))
     text = report.text(["missing image"]).split("\n")
     assert text[0] == "missing image (fatal): 81" and len(text) == 4
-    assert "'x/0.png' does not exist; nor does its folder" in text[1] and "(40 times; this is the first)" in text[1]
+    assert "'x/0.png' does not exist, nor does its folder" in text[1] and "(40 times; this is the first)" in text[1]
 
 
 def test_one_thing_is_no_plural(tmp_path):

@@ -178,7 +178,7 @@ def test_a_second_file_of_a_set_is_named(tmp_path):
     root = Path(write_coco_data(tmp_path))
     (root / "val2017.json").write_text("{}")
     report = CocoDataset(root, "val").report
-    assert "val2017.json: is not read as the set 'val', but" in report.text(["other source"])
+    assert "val2017.json: is ignored: the set 'val' is read from" in report.text(["other source"])
 
 
 # Problems

@@ -570,7 +570,7 @@ def test_pillow_does_not_warn_of_images_that_are_read(tmp_path):
         (unicodedata.normalize("NFD", "bäume.png"), "bäume.png", "but '{}' does, in another Unicode form (NFC or NFD)"),
         ("images/4/p1.png", "images\\4\\p1.png", "does not exist, but '{}' does"),
         ("images/4/p1.png", "images\\4\\p2.png", "does not exist; is it a Windows path?"),
-        ("images/p1.png", "image/p1.png", "does not exist; nor does its folder, "),
+        ("images/p1.png", "image/p1.png", "does not exist, nor does its folder "),
         ("images/p1.png", "images/p2.png", "images/p2.png' does not exist"),
     ],
 )

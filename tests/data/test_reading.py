@@ -52,7 +52,7 @@ def test_a_class_list_is_one_name_a_line(tmp_path):
     assert read_class_list(path) == ["car", "traffic light"]
     for text in ("", "car\ncar\n"):
         path.write_text(text)
-        with pytest.raises(UserError, match="one class name a line, each once"):
+        with pytest.raises(UserError, match="one class name per line, without repeats"):
             read_class_list(path)
     path.write_text("car\n\nbus\n")  # which shifts the classes after it, or not: tools differ
     with pytest.raises(UserError, match=r"classes\.txt:2: is blank"):

@@ -134,7 +134,7 @@ def test_a_class_that_is_not_listed_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"a\.xml: object 1: class 'wolf' is not in the class list \(dog, cat\)"):
         VOCDataset(root, class_names=["dog", "cat"])
     (root / "classes.txt").write_text("dog\ndog\n")
-    with pytest.raises(UserError, match=r"classes\.txt: needs one class name a line, each once"):
+    with pytest.raises(UserError, match=r"classes\.txt: needs one class name per line, without repeats"):
         VOCDataset(root)
 
 

@@ -224,7 +224,7 @@ def test_paths_of_yaml_are_followed_and_what_they_leave_out_is_named(tmp_path):
     (root / "data.yaml").write_text("train: more/images/site\nnames: [cat, dog]\n")
     data = YoloDataset(root)
     assert len(data) == 2 and data.report.counts == {"other source": 1}
-    assert "images/train: is not read as the set 'train', but" in data.report.text(["other source"])
+    assert "images/train: is ignored: the set 'train' is read from" in data.report.text(["other source"])
     (root / "data.yaml").write_text("train: [images/train, more/images/site]\nval: [../images/train]\n")
     assert len(YoloDataset(root)) == 3 and len(YoloDataset(root, "val")) == 1
     (tmp_path / "more/data.yaml").write_text("train: ../images/train\nnames: [cat, dog]\n")
