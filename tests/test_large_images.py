@@ -203,7 +203,7 @@ def test_a_model_keeps_its_tiles_from_training_to_use(tmp_path):
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
-        (train, ["--tile", 512, "--min_side", 800], "--tile takes images at full resolution, without --min_side"),
+        (train, ["--tile", 512, "--min_side", 800], "--tile uses images at full resolution, so it excludes --min_side"),
         (train, ["--tile_background", 0.5], "--tile_background needs --tile"),
         (train, ["--tile_overlap", 0.95, "--tile", 64], "--tile_overlap must be from 0 to 0.9"),
         (train, ["--tile", 8], "--tile must be from 16 to 16,384"),

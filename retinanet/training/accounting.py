@@ -1,4 +1,4 @@
-"""What is counted while a run trains: its progress, which checkpoints carry, and what is reported of it."""
+"""The progress of a run, which checkpoints carry, and the meter that counts and reports its steps."""
 
 import time
 from collections.abc import Callable
@@ -16,8 +16,8 @@ class Progress:
 
     epoch: int = 0
     step: int = 0  # optimizer steps of the epoch that are done
-    sums: list[float] = field(default_factory=lambda: [0.0, 0.0])  # class loss and box loss of these steps
-    recent: list[float] = field(default_factory=lambda: [0.0, 0.0, 0])  # since the last entry of the log, and its steps
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0])  # class loss and box loss, summed over these steps
+    recent: list[float] = field(default_factory=lambda: [0.0, 0.0, 0])  # these sums and steps since the last log entry
 
     def add(self, class_loss: float, box_loss: float) -> None:
         """Count a step."""
@@ -27,9 +27,9 @@ class Progress:
 
 
 class Meter:
-    """Counts the steps of an epoch, and reports them: in a progress bar, and every `log_every` steps in the log.
+    """Counts the steps of an epoch, and reports them every `log_every` steps, in a progress bar and in the log.
 
-    It keeps `progress`, where the epoch starts, up to date; `bar` yields the numbers of the steps that are left.
+    `progress` says where the epoch starts, and is kept up to date; `bar` yields the numbers of the remaining steps.
     """
 
     def __init__(
@@ -41,16 +41,16 @@ class Meter:
         outlook: Callable[[], str],
     ):
         self.progress, self.num_steps, self.log_every, self.log_step = progress, num_steps, log_every, log_step
-        self.outlook = outlook  # of the whole run
+        self.outlook = outlook  # text about the whole run
         steps = range(progress.step, num_steps)
         self.bar = process.progress(steps, f"epoch {progress.epoch}", num_steps, progress.step)
         self.num_images = self.recent_images = 0
         self.start = self.recent_start = time.perf_counter()
 
     def count(self, losses: Tensor, group: list[dict[str, Any]], lr: float, norm: Callable[[], dict]) -> None:
-        """Count a step with `losses` [ranks, batches, 2] of the batches `group`.
+        """Count a step with `losses` [ranks, batches, 2] on the batches `group`.
 
-        `norm` gives numbers about the gradient; it is called for an entry of the log alone, as it may have to wait.
+        `norm` returns numbers about the gradient. It may wait for a GPU, so it is called only for entries of the log.
         """
         progress = self.progress
         progress.add(*losses.double().mean(dim=(0, 1)).tolist())
@@ -71,7 +71,7 @@ class Meter:
         self.recent_images, self.recent_start = 0, time.perf_counter()
 
     def statistics(self) -> dict[str, float]:
-        """The epoch's mean `class_loss`, `box_loss` and `loss`, and `images_per_second` since this was made."""
+        """The epoch's mean `class_loss`, `box_loss` and `loss`, and `images_per_second` since the meter was created."""
         class_loss, box_loss = (value / max(1, self.progress.step) for value in self.progress.sums)
         speed = self.num_images / (time.perf_counter() - self.start)
         losses = {"class_loss": class_loss, "box_loss": box_loss, "loss": class_loss + box_loss}

@@ -1,4 +1,4 @@
-"""Checkpoints: a model, and all that rebuilds it, as plain tensors and numbers that load without running code."""
+"""Checkpoints: a model and all that rebuilds it, as tensors and plain types that load without running code."""
 
 import contextlib
 import logging
@@ -27,24 +27,24 @@ from retinanet.training import foreign_weights
 from retinanet.training.files import replaced
 from retinanet.training.foreign_weights import STAND_INS, PyramidFromP5, StandIn, make_anchors
 
-MODEL_KEYS = {"model", "class_names", "anchors", "min_side", "max_side"}  # what rebuilds a model of this library
-# The limits of detection, arguments of `RetinaNet.detect`, unless a checkpoint has others.
+MODEL_KEYS = {"model", "class_names", "anchors", "min_side", "max_side"}  # every checkpoint of this library has them
+# The default limits of detection, as arguments of `RetinaNet.detect`.
 LIMITS = {"score_threshold": SCORE_THRESHOLD, "nms_threshold": NMS_THRESHOLD}
 LIMITS |= {"top_k": TOP_K, "max_detections": MAX_DETECTIONS}
 CLASS_OUTPUT, BOX_OUTPUT = "classificationModel.output.bias", "regressionModel.output.bias"
 MAX_SIDE = 100_000  # pixels
-FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # what weights may be
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # allowed types of weights
 
 
 def save(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write tensors and plain types, so that `path` is never half a file; see `replaced` for what it raises."""
+    """Write tensors and plain types; `path` is never a partial file. `replaced` says what is raised."""
     with replaced(path) as file:
         torch.save(dict(content), file)
 
 
 @contextlib.contextmanager
 def checked(path: Path, what: str) -> Iterator[None]:
-    """Within the context, an error of a value from the file `path` becomes a UserError that says `what` the file is."""
+    """Within the context, an error caused by the content of `path` becomes a UserError that says `what` is wrong."""
     try:
         yield
     except UserError:
@@ -58,17 +58,17 @@ def checked(path: Path, what: str) -> Iterator[None]:
 
 
 def _check_file(path: Path) -> None:
-    """Raise ValueError for what is no file of torch, or a zip file whose parts are not those that it declares."""
+    """Raise ValueError if `path` is not a file of torch.save, or a zip file whose parts are damaged."""
     if not path.is_file():
         raise ValueError("not a file")
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as file:
             start = file.read(100)
         if start.startswith(b"PK"):
-            raise ValueError("a zip file without its end")
+            raise ValueError("it is a truncated zip file")
         if not start.startswith(b"\x80"):  # torch's format before 1.6
             line = start.split(b"\n")[0]
-            text = f"a text that starts with {shown(line.decode())}" if line.isascii() and line.strip(b"\0") else ""
+            text = f"it is text that starts with {shown(line.decode())}" if line.isascii() and line.strip(b"\0") else ""
             raise ValueError(text or (f"it starts with {shown(start[:8])}" if start else "it is empty"))
         return
     with zipfile.ZipFile(path) as archive:
@@ -83,7 +83,7 @@ def _check_file(path: Path) -> None:
 
 
 def _check_tensors(content: Any, size: int) -> None:
-    """Raise ValueError if a tensor is not an ordinary one whose numbers are all in the file, of `size` bytes."""
+    """Raise ValueError if a tensor is not a dense one whose numbers are all in the file, of `size` bytes."""
     seen, waiting, storages = set(), [content], {}
     while waiting:
         item = waiting.pop()
@@ -98,19 +98,19 @@ def _check_tensors(content: Any, size: int) -> None:
             waiting.append(item.state)
         elif isinstance(item, Tensor):
             if item.layout != torch.strided or item.device.type != "cpu" or item.is_quantized or item.is_nested:
-                raise ValueError(f"a tensor of shape {list(item.shape)} is not an ordinary one")
+                raise ValueError(f"a tensor of shape {list(item.shape)} is not a dense CPU tensor")
             storage = item.untyped_storage()
             if (item.storage_offset() + item.numel()) * item.element_size() > storage.nbytes():
-                raise ValueError(f"a tensor of shape {list(item.shape)} has more numbers than the file")
+                raise ValueError(f"a tensor of shape {list(item.shape)} needs more numbers than the file has for it")
             storages[storage.data_ptr()] = storage.nbytes()
     if sum(storages.values()) > size:
         raise ValueError("its tensors are larger than the file")
 
 
 def load(path: str | Path) -> Any:
-    """Read a file of torch.save, onto the CPU, without running any code of it.
+    """Read a file of torch.save to the CPU, without running any code from it.
 
-    torch's own restricted reader does the work; the objects of a whole pickled model come as `StandIn`.
+    It uses torch's restricted reader; the objects of a whole pickled model become StandIns.
 
     Raises:
         UserError: the file is missing, damaged, or holds more than tensors, plain types and known classes.
@@ -119,19 +119,19 @@ def load(path: str | Path) -> Any:
     if not path.exists():
         raise UserError(f"{path}: the checkpoint does not exist")
     try:
-        with checked(path, "is no checkpoint, or a damaged one"), torch.serialization.safe_globals(STAND_INS):
+        with checked(path, "is not a checkpoint, or is damaged"), torch.serialization.safe_globals(STAND_INS):
             _check_file(path)
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True)
-            except (LookupError, EOFError, TypeError, AttributeError, AssertionError) as error:  # of the unpickler
-                raise ValueError("it breaks off, or is not of torch.save") from error
+            except (LookupError, EOFError, TypeError, AttributeError, AssertionError) as error:  # from the unpickler
+                raise ValueError("it is truncated, or not from torch.save") from error
             _check_tensors(content, path.stat().st_size)
             return content
-    except pickle.UnpicklingError as error:  # torch's own text advises to load the file without this protection
+    except pickle.UnpicklingError as error:  # torch's own message advises loading the file without this protection
         name = re.search(r"GLOBAL (?:builtins\.)?([\w.]+)", str(error))  # older torch names the module as well
         raise UserError(
             f"{path}: is damaged, or holds more than tensors and plain types{f' ({name[1]})' if name else ''}, and was "
-            "not run. If you trust it, load it with the program that saved it, and save model.state_dict() instead"
+            "not loaded. If you trust it, load it with the program that saved it, and save model.state_dict() instead"
         ) from error
 
 
@@ -145,10 +145,10 @@ def model_entries(
     tiling: Tiling | None = None,
     pixel_range: PixelRanges = None,
 ) -> dict[str, Any]:
-    """What rebuilds a model: weights, depth, class names, anchors, matching rule, the size of its images, its LIMITS.
+    """The entries of a checkpoint that rebuild a model: weights, depth, classes, anchors, matching rule, sizes, limits.
 
-    `score_thresholds` are those of `evaluation.voc.best_scores`, if it was validated; `tiling` that of a model which
-    was trained on tiles; `pixel_range` that of its training images, if they have more than 8 bits.
+    `score_thresholds` come from `evaluation.voc.best_scores`, if the model was validated; `tiling` is set if it was
+    trained on tiles; `pixel_range` is that of its training images, if they have more than 8 bits.
     """
     state = net.state_dict()
     return {
@@ -168,7 +168,7 @@ def model_entries(
 
 
 def infer_depth(state: Mapping[str, Tensor]) -> int | None:
-    """The depth of the ResNet that a state dict belongs to; None if it is none of ours."""
+    """The depth of the ResNet that a state dict belongs to; None if it is not one of ARCHITECTURES."""
     blocks = [len({key.split(".")[1] for key in state if key.startswith(f"layer{stage}.")}) for stage in range(1, 5)]
     bottleneck = "layer1.0.conv3.weight" in state
     for depth, (block, layers) in ARCHITECTURES.items():
@@ -178,17 +178,17 @@ def infer_depth(state: Mapping[str, Tensor]) -> int | None:
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], Anchors]:
-    """The weights of any kind of checkpoint under this library's names, what else is known of the model, its anchors.
+    """The weights of any kind of checkpoint under this library's names, the model's info, and its anchors.
 
-    That is at least `found` (the kind of file), `class_names` (None for a backbone alone), `min_side`, `max_side`.
+    The info has at least `found` (the kind of file), `class_names` (None for a backbone only), `min_side`, `max_side`.
     """
     content = load(path)
     info = {"class_names": None, "anchors": {}, "min_side": 608, "max_side": 1024}
     info |= {"limits": dict(LIMITS), "score_thresholds": {}, "pixel_range": None, "tile": None, "tile_overlap": OVERLAP}
-    with checked(path, f"holds a {type(content).__name__}, which is no whole RetinaNet"):
+    with checked(path, f"holds a {type(content).__name__}, which is not a complete RetinaNet"):
         if isinstance(content, dict) and content.keys() & (MODEL_KEYS - {"model"}):
             if missing := MODEL_KEYS - content.keys():
-                raise UserError(f"{path}: is not a checkpoint of this library, it lacks {', '.join(sorted(missing))}")
+                raise UserError(f"{path}: is not a checkpoint of this library: it lacks {', '.join(sorted(missing))}")
             state, _ = foreign_weights.read(path, content.pop("model"))
             info |= {"found": "a checkpoint of this library"} | content
         else:
@@ -202,7 +202,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], A
 
 
 def _check(state: Mapping[str, Tensor], info: Mapping[str, Any], anchors: Anchors) -> None:
-    """Raise ValueError if a part of a checkpoint, beside the shapes that torch checks, cannot be a RetinaNet's."""
+    """Raise ValueError if an entry of a checkpoint cannot be a RetinaNet's; torch later checks the other shapes."""
     names = info["class_names"]
     outputs = {BOX_OUTPUT: 4 * anchors.num_anchors}
     if names is not None or CLASS_OUTPUT in state:
@@ -234,7 +234,7 @@ def _check(state: Mapping[str, Tensor], info: Mapping[str, Any], anchors: Anchor
 
 
 def check_weights(state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if a weight is no floating point number, not finite, or a variance below 0."""
+    """Raise ValueError if a weight is not a floating-point tensor, is not finite, or is a variance below 0."""
     for name, weight in state.items():
         if weight.dtype not in FLOATS and not (name.endswith("num_batches_tracked") and weight.dtype == torch.int64):
             raise ValueError(f"{name} is of type {str(weight.dtype).removeprefix('torch.')}")
@@ -245,7 +245,7 @@ def check_weights(state: Mapping[str, Tensor]) -> None:
 
 
 def load_state(net: RetinaNet, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load all weights; the pyramid becomes torchvision's where P6 was trained on P5."""
+    """Load all weights; if P6 was trained on P5, as in torchvision, the pyramid becomes a PyramidFromP5."""
     p6 = net.fpn.P6
     if "fpn.P6.weight" in state and state["fpn.P6.weight"].shape[1] == p6.out_channels != p6.in_channels:
         net.fpn = PyramidFromP5(*net.out_channels).to(p6.weight.device)
@@ -258,14 +258,14 @@ def load_state(net: RetinaNet, state: Mapping[str, Tensor], path: str | Path) ->
 def load_model(path: str | Path) -> tuple[RetinaNet, dict[str, Any]]:
     """Rebuild the model of a checkpoint: of this library, of the original or of torchvision.
 
-    The original's may be a state dict, with or without DataParallel's prefix, or a whole pickled model.
+    A checkpoint of the original may be a state dict, with or without DataParallel's prefix, or a whole pickled model.
 
     Returns:
-        The model in evaluation mode, and the rest of the checkpoint: `class_names` (those of `placeholder_names`
-        where the file has none), `min_side`, `max_side`, ..., and its `path`.
+        The model in evaluation mode, and the rest of the checkpoint as its info: `class_names` (`placeholder_names`
+        if the file has none), `min_side`, `max_side`, ..., and the file's `path`.
 
     Raises:
-        UserError: it is no checkpoint of a RetinaNet, or of one that cannot be represented here.
+        UserError: the file is not a checkpoint of a RetinaNet, or of one that this library cannot represent.
     """
     state, info, anchors = read_weights(path)
     depth = infer_depth(state)
@@ -273,12 +273,12 @@ def load_model(path: str | Path) -> tuple[RetinaNet, dict[str, Any]]:
         raise UserError(f"{path}: holds no RetinaNet of depth {', '.join(map(str, ARCHITECTURES))}")
     if CLASS_OUTPUT not in state:
         raise UserError(
-            f"{path}: holds the backbone of a ResNet-{depth}, not a RetinaNet; `train.py --weights` takes it"
+            f"{path}: holds only the backbone of a RetinaNet, a ResNet-{depth}; train it with `train.py --weights`"
         )
     found = info.pop("found")
     net = resnet(depth, len(info["class_names"]), anchors=anchors)
     net.focalLoss.best_match_iou = info.get("best_match_iou")
     load_state(net, state, path)
-    level = logging.DEBUG if "depth" in info else logging.INFO  # our own checkpoint is no news
+    level = logging.DEBUG if "depth" in info else logging.INFO  # only other programs' files are worth a line
     log.log(level, "%s: %s, ResNet-%d, %d classes", path, found, depth, net.num_classes)
     return net.eval(), info | {"path": str(path)}

@@ -39,31 +39,33 @@ def train_one_epoch(
     """Train on every batch of `loader` once.
 
     Args:
-        model: on `device`; gives class loss [1] and box loss [1]; may be wrapped in DistributedDataParallel.
+        model: on `device`; returns class loss [1] and box loss [1]; may be wrapped in DistributedDataParallel.
         loader: batches from `collater`; its length is that of the whole epoch, its batches start at `progress.step`.
         optimizer: stepped, as is `schedule`, after every `accumulate` batches, whose gradients are averaged.
-        scaler: of the loss, enabled where `precision` is torch.float16: it skips steps whose gradient overflows.
+        scaler: of the loss, enabled if `precision` is torch.float16; it skips steps whose gradient overflows.
         precision: of the network's arithmetic: torch.float32, torch.bfloat16 or torch.float16.
         progress: where to start; kept up to date.
         clip_norm: limit of the gradient's norm.
-        stop_signal: asked before every step for the number of the signal that came, or 0; all ranks learn the largest.
-        after_step: called with that number after every optimizer step: to update an EMA, save a checkpoint, stop; and
-            with a function that makes sure, before anything is saved, that the step's gradient was finite.
-        log_step: called every `log_every` steps with their mean losses, the rate, the gradient's norm and images/s.
-        outlook: called after that for what the progress bar adds to them about the whole run.
+        stop_signal: called before every step; returns the number of the signal that has arrived, or 0. All ranks
+            receive the largest number.
+        after_step: called after every optimizer step, to update an EMA, save a checkpoint or stop, with that number
+            and a function to call before anything is saved: it checks that the step's gradient was finite.
+        log_step: called every `log_every` steps with their mean losses, the learning rate, the gradient's norm and
+            images/s.
+        outlook: returns text about the whole run for the progress bar, which shows it behind these numbers.
 
     Returns:
         The epoch's mean `class_loss`, `box_loss` and `loss`, over all ranks, and `images_per_second`.
 
     Raises:
         NotFiniteError: a loss or the gradient is not finite; the message names epoch, step and images.
-        UserError: memory is short, or an image cannot be read.
+        UserError: memory runs out, or an image cannot be read.
     """
     model.train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
     meter = Meter(progress, -(-len(loader) // accumulate), log_every, log_step, outlook)
-    check_norm, on_gpu = None, device.type == "cuda"  # which copies from pinned memory while the host goes on
+    check_norm, on_gpu = None, device.type == "cuda"  # CUDA copies from pinned memory without blocking the host
     with explained(loader, precision) as seen:
         for step, group in zip(meter.bar, _groups(loader, accumulate, seen), strict=False):
             signum, values = stop_signal(), []
@@ -71,7 +73,8 @@ def train_one_epoch(
                 is_last = batch is group[-1]
                 images = normalize(batch["img"].to(device, non_blocking=on_gpu))
                 annotations = batch["annot"].to(device, non_blocking=on_gpu)
-                # One value a channel on C5 has no variance: such a batch takes the running one, as frozen stages do.
+                # A batch with one value per channel on C5 has no variance: it uses the running statistics, as do
+                # frozen stages.
                 for norm in norms:
                     norm.train(norm.weight.requires_grad and images[:, 0].numel() > C5_STRIDE**2)
                 # Ranks average their gradients once a step, in the backward pass of its last batch.
@@ -79,18 +82,18 @@ def train_one_epoch(
                     with autocast(device, precision):
                         losses = torch.cat(model([images, annotations]))  # [2]: class loss, box loss
                     values.append(losses.detach())
-                    if is_last:  # sent before the backward pass, so that they arrive while the device is busy with it
+                    if is_last:  # sent before the backward pass, so that they arrive while the device computes it
                         receive_losses = send_losses(values, signum)
                     scaler.scale(losses.sum() / len(group)).backward()
             losses, signum = receive_losses()  # of all ranks
-            if check_norm:  # of the step before: it arrived long ago, so the device need not wait
+            if check_norm:  # the norm of the previous step has arrived by now, so nothing has to wait
                 check_norm()
             where = f"in epoch {progress.epoch}, step {step + 1}"
             check_losses(losses, where, group)
             scaler.unscale_(optimizer)
             check_norm = clip_gradient(weights, clip_norm, scaler, where, group)
             lr = optimizer.param_groups[0]["lr"]
-            with undisturbed():  # weights, schedule, average and checkpoint change together
+            with undisturbed():  # weights, schedule, average and checkpoint must change together
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, and by one program at a time."""
+"""Files of a run: written completely or not at all, and by one program at a time."""
 
 import contextlib
 import os
@@ -15,38 +15,38 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-LOCK_SECONDS = 10  # to wait for a program that is about to end
+LOCK_SECONDS = 10  # how long to wait for a program that is about to end
 
 
 @contextlib.contextmanager
 def replaced(path: str | Path) -> Iterator[IO[bytes]]:
-    """Write a file to a name of its own, flush it, then rename it: `path` is never half a file, whoever else writes.
+    """Write to a temporary file, flush it, then rename it to `path`, which so is never a partial file.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written to; `path` is as it was.
+        UserError: the disk is full, or the folder cannot be written to; `path` is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{time.monotonic_ns()}.tmp")
     try:
-        with open(temporary, "xb") as file:  # x: through no link
+        with open(temporary, "xb") as file:  # x: follows no link
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        # torch reports its own trouble with a file that is cut short; the reason is in the error's context.
+        # If a write fails, torch raises an error of its own about the incomplete file; the reason is in its context.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise UserError(f"{path}: cannot be saved ({reason}); the file before it, if any, is intact") from error
+        raise UserError(f"{path}: cannot be saved ({reason}); an earlier file, if any, is intact") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """Keep other programs from writing a run's files to `folder`, until the result is closed or this program ends.
+    """Lock `folder` against other runs until the returned file is closed or this program ends.
 
     Raises:
-        UserError: another program does; the message names it.
+        UserError: another program holds the lock; the message names it.
     """
     file = open(output_file(folder / "run.lock"), "a+")  # noqa: SIM115, open until the end
     for seconds in range(LOCK_SECONDS, -1, -1):
@@ -57,7 +57,7 @@ def lock_folder(folder: Path) -> IO[str]:
             if not seconds:
                 file.seek(0)
                 raise UserError(
-                    f"{folder}: {file.read(200)} writes here; end it, or choose another --out_dir"
+                    f"{folder}: {file.read(200)} is writing here; end it, or choose another --out_dir"
                 ) from error
             time.sleep(1)
             continue
@@ -67,7 +67,7 @@ def lock_folder(folder: Path) -> IO[str]:
     with contextlib.suppress(OSError):  # a full disk
         os.truncate(file.fileno(), 0)
         os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
-    for left in folder.glob("*.*-*.tmp"):  # by a program that was killed
+    for left in folder.glob("*.*-*.tmp"):  # left behind by a program that was killed
         left.unlink(missing_ok=True)
     return file
 
@@ -77,6 +77,6 @@ def make_out_dir(path: str) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # a name with a zero byte
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         raise UserError(f"--out_dir {shown(path)[1:-1]}: {getattr(error, 'strerror', error)}") from error
     return folder

@@ -1,4 +1,4 @@
-"""Checks that losses and gradients are finite, without letting a GPU wait for them."""
+"""Checks that losses and gradients are finite, without making a GPU wait for them."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from retinanet.process import gather_tensors, get_rank
 
 
 class NotFiniteError(UserError):
-    """A loss or a gradient is not finite, in `batches` of this process."""
+    """A loss or a gradient is not finite; `batches` are those of this process that caused it."""
 
     def __init__(self, message: str, batches: list[dict[str, Any]]):
         super().__init__(message)
@@ -20,7 +20,7 @@ class NotFiniteError(UserError):
 
 
 def _send(values: Tensor) -> Callable[[], Tensor]:
-    """Send numbers to the CPU. Calling the result waits for them, but not for work that the device got since."""
+    """Send numbers to the CPU. Calling the result waits for them, but not for work that was queued after them."""
     if values.device.type != "cuda":
         here = values.cpu()
         return lambda: here
@@ -63,7 +63,7 @@ def check_losses(losses: Tensor, where: str, group: list[dict[str, Any]]) -> Non
     whose = _names(bad) if bad else f"images of rank {rank}"
     raise NotFiniteError(
         f"the loss is not finite (class {class_loss}, box {box_loss}) {where}, {whose}: "
-        "lower the learning rate (--lr), or look at these images' boxes",
+        "lower the learning rate (--lr), or check the boxes of these images",
         bad,
     )
 
@@ -78,9 +78,9 @@ def clip_gradient(
     """Limit the norm of the gradient, which `scaler` has unscaled, to `clip_norm`.
 
     Returns:
-        A function that waits for the norm before clipping, for the log: `grad_norm`, and `loss_scale` if there is one.
-        It raises NotFiniteError if the norm is not finite, unless the loss was scaled up: then it was too much, the
-        scaler skips the step, and halves the scale for the next one.
+        A function that waits for numbers for the log: `grad_norm`, before clipping, and `loss_scale` if there is one.
+        It raises NotFiniteError if the norm is not finite, unless the loss was scaled up: then the scale was too large,
+        and the scaler skips the step and halves the scale.
     """
     if clip_norm is None:
         norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])

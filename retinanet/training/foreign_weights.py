@@ -1,4 +1,4 @@
-"""Weights that other programs saved -> the weights of this library's RetinaNet, with equal outputs."""
+"""Convert weights of other programs to weights of this library's RetinaNet with equal outputs."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ from retinanet.boxes import DELTA_STD
 from retinanet.errors import UserError, shown
 from retinanet.model import PyramidFeatures
 
-BN_EPS = 1e-5  # of nn.BatchNorm2d, here as there
-TINY_EPS = 0.0  # torchvision runs its first COCO weights, and only those, with this one
+BN_EPS = 1e-5  # of nn.BatchNorm2d, in this library and in torchvision
+TINY_EPS = 0.0  # torchvision uses this eps for its first COCO weights, and only for those
 MAX_PARTS = 10_000  # modules and tensors of a pickled model
-MAX_PREFIXES = 4  # such as DataParallel's `module.`
+MAX_PREFIXES = 4  # nested prefixes of names, such as DataParallel's `module.`
 NO_CLASS = ("__background__", "N/A")  # outputs that torchvision's COCO weights have but never use
 
-# The classes that a whole pickled model of the original, or of this library, consists of. No other is admitted.
+# The classes that make up a whole pickled model of the original or of this library; no others are allowed.
 PICKLED_CLASSES = {
     "model": "ResNet RetinaNet PyramidFeatures RegressionModel ClassificationModel",
     "resnet": "BasicBlock Bottleneck",
@@ -44,7 +44,7 @@ PICKLED_CLASSES = {
 
 
 class StandIn:
-    """Replaces a class of a pickled model: keeps the state that the file gives it, and runs no code."""
+    """Replaces a class of a pickled model: it keeps the object's state, and runs no code."""
 
     def __init__(self, *args: Any):
         pass
@@ -64,9 +64,9 @@ STAND_INS = [
 
 
 class CellAnchors(Anchors):
-    """Anchors that are given one by one, because another library rounds its own or centres them elsewhere.
+    """Anchors that are given one by one, for a library that rounds its anchors or centres them elsewhere.
 
-    `cells` are [levels, A, 4] xyxy, pixels, around the centre of a location.
+    `cells` are [levels, num_anchors, 4] xyxy, pixels, relative to the centre of a location.
     """
 
     def __init__(self, cells: Sequence[Sequence[Sequence[float]]]):
@@ -74,10 +74,10 @@ class CellAnchors(Anchors):
         self.explicit = {"cells": cells}
         self.cells = torch.tensor(cells, dtype=torch.float32, device="cpu")
         if self.cells.dim() != 3 or self.cells.shape[::2] != (len(self.strides), 4) or not self.cells.isfinite().all():
-            raise ValueError("anchors need 4 numbers each, on five levels")
+            raise ValueError("anchors must be finite, 4 numbers each, on five levels")
 
     def settings(self) -> dict[str, list]:
-        """What `make_anchors` takes, so that a checkpoint can carry it."""
+        """The argument of `make_anchors`, so that a checkpoint can carry it."""
         return super().settings() | self.explicit
 
 
@@ -104,11 +104,11 @@ class PyramidFromP5(PyramidFeatures):
 
 
 def read(path: str | Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Find the weights in what `checkpoint.load` read from `path`, a file of another program.
+    """Find the weights in the `content` that `checkpoint.load` read from `path`.
 
-    They may be a state dict, also within a dict or with DataParallel's prefix, or a whole pickled model; all else is a
-    UserError. Returns the weights under this library's names, and what is known of the model: always `found` (the kind
-    of file); `class_names`, `anchors`, `min_side` and `max_side` where they can be derived.
+    They may be a state dict, possibly inside a dict or with DataParallel's prefix, or a whole pickled model; anything
+    else is a UserError. Returns the weights under this library's names, and the model's info: always `found` (the kind
+    of file), and `class_names`, `anchors`, `min_side` and `max_side` where they can be derived.
     """
     info: dict[str, Any] = {"found": "a state dict"}
     if isinstance(content, StandIn):
@@ -122,7 +122,7 @@ def read(path: str | Path, content: Any) -> tuple[dict[str, Tensor], dict[str, A
     else:
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     if not _is_state_dict(state):
-        raise UserError(f"{path}: holds other things than the weights of a model: {shown(list(state))}")
+        raise UserError(f"{path}: holds something other than the weights of a model: {shown(list(state))}")
     for _ in range(MAX_PREFIXES):
         if all("." in key for key in state) and len({key.partition(".")[0] for key in state}) == 1:
             state = {key.partition(".")[2]: value for key, value in state.items()}
@@ -138,7 +138,7 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _module_state(module: StandIn) -> dict[str, Tensor]:
-    """The state dict of a pickled model; ValueError if it has too many parts, as one module in a million places."""
+    """The state dict of a pickled model; ValueError for too many parts, such as one module referenced endlessly."""
     state, waiting = {}, [("", module)]
     for _ in range(MAX_PARTS):
         prefix, module = waiting.pop()
@@ -155,14 +155,14 @@ def _module_state(module: StandIn) -> dict[str, Tensor]:
 
 
 def _module_anchors(module: StandIn) -> dict[str, list]:
-    """The anchor settings of a pickled model of this library; none of the original's, which are the default."""
+    """The anchor settings of a pickled model of this library; {} for the original's, whose anchors are the default."""
     anchors = module.state["_modules"].get("module", module).state["_modules"]["anchors"].state
     settings = {key: anchors.get(key) for key in Anchors().settings()} | anchors.get("explicit", {})
     return settings if all(isinstance(value, list) for value in settings.values()) else {}
 
 
 def _new_name(name: str) -> str | None:
-    """This library's name of one of torchvision's weights; None where it has no such weight."""
+    """This library's name for one of torchvision's weights; None if there is no such weight here."""
     if name.startswith("backbone.body."):
         return name.removeprefix("backbone.body.")
     if match := re.fullmatch(r"backbone\.fpn\.(inner|layer)_blocks\.([012])(?:\.0)?\.(weight|bias)", name):
@@ -179,14 +179,14 @@ def _new_name(name: str) -> str | None:
 
 
 def torchvision_anchors() -> CellAnchors:
-    """Torchvision's anchors: whole pixels, around the corner of a cell where ours are around its centre."""
+    """Torchvision's anchors: rounded to whole pixels, and centred on the corner of a cell instead of on its centre."""
     default = Anchors()
     cells = []
     for size, stride in zip(default.sizes, default.strides, strict=True):
         scales = [size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))]
         cells.append((generate_anchors(1, RATIOS, scales).round() - stride / 2).tolist())
-    # torchvision's strides are input size / feature size: on P6 and P7 they are 64 and 128 pixels only where these
-    # divide the input's sides. Here they always are, as in the paper.
+    # torchvision's strides are input size / feature size, so on P6 and P7 they are 64 and 128 pixels only if these
+    # divide the input's sides. Here they always are 64 and 128, as in the paper.
     return CellAnchors(cells)
 
 
@@ -197,12 +197,12 @@ def convert_torchvision(path: str | Path, state: Mapping[str, Tensor]) -> tuple[
     """
     if any(re.fullmatch(r"head\..+\.conv\.\d\.1\.weight", name) for name in state):
         raise UserError(
-            f"{path}: is torchvision's RetinaNet with normalised heads (retinanet_resnet50_fpn_v2), and this library's "
-            "heads have no GroupNorm; the weights of retinanet_resnet50_fpn can be converted"
+            f"{path}: is torchvision's RetinaNet with GroupNorm in the heads (retinanet_resnet50_fpn_v2), which this "
+            "library does not have; use the weights of retinanet_resnet50_fpn instead"
         )
     unknown = [name for name in state if _new_name(name) is None]
     if unknown:
-        raise UserError(f"{path}: is no RetinaNet of torchvision that can be converted: it has {unknown[0]}")
+        raise UserError(f"{path}: is not a RetinaNet of torchvision that can be converted: it has {unknown[0]}")
     new = {_new_name(name): value for name, value in state.items()}
     for key in ("regressionModel.output.weight", "regressionModel.output.bias"):  # ours regresses in units of DELTA_STD
         std = new[key].new_tensor(DELTA_STD).repeat(len(new[key]) // 4)  # [num_anchors * 4]
@@ -229,7 +229,7 @@ def convert_torchvision(path: str | Path, state: Mapping[str, Tensor]) -> tuple[
 
 
 def _change_eps(state: dict[str, Tensor], eps: float) -> None:
-    """Change the scales of all BatchNorms so that BN_EPS gives the outputs that `eps` gave."""
+    """Change the scales of all BatchNorms so that the outputs with BN_EPS equal those with `eps`."""
     for key in [key for key in state if key.endswith("running_var")]:
         variance = state[key].double()
         scale = key.replace("running_var", "weight")

@@ -16,7 +16,7 @@ from retinanet.process import log
 from retinanet.training.files import lock_folder, replaced
 
 BOARD_FILES = "events.out.tfevents.*"
-BOARD_SIDE = 1280  # pixels of the long side of an image there: one is kept for each validation
+BOARD_SIDE = 1280  # long side of TensorBoard's images, pixels: one is kept for each validation
 RUN_FILES = (
     *("last.pt", "best.pt", "log.jsonl", "log_damaged.jsonl", "args.json", "not_finite_rank*.pt", BOARD_FILES),
     *("curves.png", "labels.png", "batch.png", "detections.png", "report.html", "report"),
@@ -24,13 +24,13 @@ RUN_FILES = (
 
 
 class RunLog:
-    """The numbers of a run, one JSON object a line: of some steps, and of each epoch.
+    """The log of a run: one JSON object per line, for some of the steps and for each epoch.
 
-    It locks the folder. If that holds an earlier run, its files are moved to `old_1`, `old_2`, ... A run that
-    continues from the checkpoint `resumed` takes the first `size` bytes of the log beside it.
+    It locks the folder. If the folder holds an earlier run, its files are moved to `old_1`, `old_2`, ... A run that
+    continues from the checkpoint `resumed` keeps the first `size` bytes of the log beside it.
 
     Raises:
-        UserError: another program writes to the folder, or TensorBoard is asked for, but not installed.
+        UserError: another program writes to the folder, or `tensorboard` is True but TensorBoard is not installed.
     """
 
     def __init__(self, out_dir: str | Path, resumed: Path | None, size: int, tensorboard: bool, steps_per_epoch: int):
@@ -43,13 +43,13 @@ class RunLog:
             _put_aside(self.folder)
         else:
             self._continue_from(resumed.parent, size)
-        self.file = open(output_file(self.path), "w" if resumed is None else "a", buffering=1)  # noqa: SIM115, likewise
+        self.file = open(output_file(self.path), "w" if resumed is None else "a", buffering=1)  # noqa: SIM115
         self.board = None
         if make_board:
             for old in self.folder.glob(BOARD_FILES):
                 old.unlink()
             self.board = make_board(self.folder)
-            for entry in read_log(self.path):  # written again, so that a resumed run shows no entry twice
+            for entry in read_log(self.path):  # all are written again, so that no entry of a resumed run appears twice
                 self._add_to_board(entry)
 
     def _continue_from(self, folder: Path, size: int) -> None:
@@ -63,7 +63,7 @@ class RunLog:
         entries = b"".join(line for line in content.splitlines(keepends=True) if _entry(line))
         if len(entries) < size:
             aside = self.folder / "log_damaged.jsonl"
-            log.warning("warning: %s is damaged: it is in %s, and what can be read of it goes on", before, aside)
+            log.warning("warning: %s is damaged: a copy is in %s; only its readable lines are kept", before, aside)
             with replaced(aside) as file:
                 file.write(content)
         with replaced(self.path) as file:
@@ -86,10 +86,10 @@ class RunLog:
             self.board.flush()
 
     def add_pictures(self, epoch: int, sheet: Path, curves: Mapping[str, np.ndarray]) -> None:
-        """Show a validation in TensorBoard, if that is asked for: the image file of its detections, and its curves.
+        """Add a validation to TensorBoard, if it is used: the image file `sheet` of its detections, and its curves.
 
-        These are, of each name, [5, T] right, false and missed objects, precision and recall above T scores, from 0 to
-        1 in equal steps.
+        The curve of each name is [5, T]: right, false and missed objects, precision and recall above T scores, which
+        rise from 0 to 1 in equal steps.
         """
         if not self.board:
             return
@@ -117,12 +117,12 @@ class RunLog:
 
 
 def read_log(path: str | Path) -> list[dict[str, float]]:
-    """The entries of a log.jsonl, without lines that are damaged, or that a running program has not finished yet."""
+    """The entries of a log.jsonl, without lines that are damaged or that a running program has not finished."""
     return [entry for line in read_bytes(path).splitlines(keepends=True) if (entry := _entry(line))]
 
 
 def _entry(line: bytes) -> dict[str, float] | None:
-    """The entry that a line holds; None if it holds none."""
+    """The entry in a line; None if it is not a valid one."""
     try:
         entry = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
@@ -132,7 +132,7 @@ def _entry(line: bytes) -> dict[str, float] | None:
 
 
 def _put_aside(folder: Path) -> None:
-    """Move an earlier run's files out of the way, if it saved or logged anything."""
+    """Move the files of an earlier run, if it saved or logged anything, to a folder `old_1`, `old_2`, ..."""
     log_file = folder / "log.jsonl"
     has_entries = log_file.exists() and log_file.stat().st_size > 0
     if not (has_entries or any((folder / name).exists() for name in ("last.pt", "best.pt"))):
@@ -142,7 +142,7 @@ def _put_aside(folder: Path) -> None:
     for pattern in RUN_FILES:
         for path in folder.glob(pattern):
             path.replace(aside / path.name)
-    log.warning("warning: %s held an earlier run, which is in %s now", folder, aside)
+    log.warning("warning: %s held an earlier run, whose files are now in %s", folder, aside)
 
 
 def _summary_writer() -> type:

@@ -1,7 +1,7 @@
-"""Recipes: which optimizer, which learning rate and how it changes, from which weights, on images of which size.
+"""Recipes: optimizer, learning rate and its schedule, initial weights, and image size of a training run.
 
-`original` is that of yhenon/pytorch-retinanet, `paper` that of RetinaNet's authors, `modern` the best that is published
-for the unmodified network; all need ImageNet weights. `scratch` is this library's, for random weights.
+`original` is the recipe of yhenon/pytorch-retinanet, `paper` that of RetinaNet's authors, and `modern` the best that is
+published for the unmodified network; all need ImageNet weights. `scratch` is this library's, for random weights.
 """
 
 import copy
@@ -15,7 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training run does, where no flag says otherwise."""
+    """The defaults of a training run, which flags can override."""
 
     optimizer: str  # `adam`, `sgd` (momentum 0.9) or `adamw`
     lr: float  # for a global batch of `reference_batch` images; it scales with the batch
@@ -28,7 +28,7 @@ class Recipe:
     clip_norm: float | None  # limit of the gradient's norm
     train_bn: bool  # BatchNorm takes its statistics from the batches; otherwise they stay frozen
     fix_affine: bool  # BatchNorm's scale and shift are not trained
-    freeze_stages: int  # so many stages of the backbone, conv1 being the first, are not trained
+    freeze_stages: int  # number of the backbone's stages, conv1 being the first, that are not trained
     best_match_iou: float | None  # the matching rule, see `FocalLoss`
     double_bias: bool  # train biases at twice the rate and without weight decay
     decay_vectors: bool = True  # biases and BatchNorm's scales decay as other weights do
@@ -47,23 +47,23 @@ RECIPES = {
         optimizer="adam", lr=1e-5, reference_batch=2, weight_decay=0.0, schedule="plateau", warmup_steps=0,
         clip_norm=0.1, train_bn=False, fix_affine=False, freeze_stages=0, best_match_iou=None, double_bias=False,
     ),
-    # Section 4.1, "Optimization" (90k steps, a tenth at 60k and 80k); what the paper leaves out, from Detectron.
+    # Section 4.1, "Optimization" (90k steps, a tenth at 60k and 80k); what the paper does not say is from Detectron.
     "paper": Recipe(
         optimizer="sgd", lr=0.01, reference_batch=16, weight_decay=1e-4, schedule="steps", warmup_steps=500,
         clip_norm=None, train_bn=False, fix_affine=True, freeze_stages=2, best_match_iou=0.4, double_bias=True,
     ),
-    # Normalised activations and a per-parameter step are what random weights need (He, Girshick and Dollar,
-    # "Rethinking ImageNet Pre-training", 2018); the numbers were found on small data sets. Every object keeps its best
-    # anchor, however small their overlap, as in torchvision: small data sets have small objects. Gradients are clipped
-    # to norm 1: that gives AP 0.852 on shapes, where norm 10 gives 0.821 (README, "Accuracy").
+    # Random weights need normalised activations (He, Girshick and Dollar, "Rethinking ImageNet Pre-training", 2018) and
+    # a step size per parameter; the numbers were found on small data sets. Every object keeps its best anchor, however
+    # small their overlap, as in torchvision, because small data sets often have small objects. Gradients are clipped
+    # to norm 1, which gives AP 0.852 on shapes; norm 10 gives 0.821 (README, "Accuracy").
     "scratch": Recipe(
         optimizer="adamw", lr=5e-4, reference_batch=4, weight_decay=0.05, schedule="one_cycle", warmup_steps=0,
         clip_norm=1.0, train_bn=True, fix_affine=False, freeze_stages=0, best_match_iou=0.0, double_bias=False,
         weights="none",
     ),
-    # AdamW, decay, 12 epochs and frozen layers: mmdetection, configs/resnet_strikes_back, 39.0 AP on COCO where SGD
-    # gives 36.5 ("ResNet strikes back", Wightman et al., 2021). Scale jitter: the paper's section 5.2; mmdetection's
-    # ms_3x gains from it, too. The average of weights is usual since EfficientDet (0.9998, Tan et al., 2020).
+    # AdamW, decay, 12 epochs and frozen layers: mmdetection, configs/resnet_strikes_back, 39.0 AP on COCO; SGD gives
+    # 36.5 ("ResNet strikes back", Wightman et al., 2021). Scale jitter: the paper's section 5.2; mmdetection's ms_3x
+    # gains from it, too. Averaging the weights has been usual since EfficientDet (0.9998, Tan et al., 2020).
     "modern": Recipe(
         optimizer="adamw", lr=1e-4, reference_batch=16, weight_decay=0.05, schedule="steps", warmup_steps=1000,
         clip_norm=None, train_bn=False, fix_affine=False, freeze_stages=2, best_match_iou=0.0, double_bias=False,
@@ -72,18 +72,18 @@ RECIPES = {
 }
 # fmt: on
 
-BACKBONE = ("conv1.", "bn1.", "layer")  # how the names of the backbone's weights begin
+BACKBONE = ("conv1.", "bn1.", "layer")  # prefixes of the names of the backbone's weights
 
-# What an optimizer keeps of each weight, shaped like it.
+# The state that an optimizer keeps for each weight, in tensors of the weight's shape.
 MOMENTS = {"sgd": ["momentum_buffer"], "adam": ["exp_avg", "exp_avg_sq"], "adamw": ["exp_avg", "exp_avg_sq"]}
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, lr: float, backbone_lr: float = 1.0) -> torch.optim.Optimizer:
     """The recipe's optimizer over the weights of `model` that need a gradient, at their peak learning rates.
 
-    These are `lr`, times `backbone_lr` for the backbone; the first group is never the backbone's, if it has its own.
+    These are `lr`, multiplied by `backbone_lr` for the backbone; if the backbone has its own groups, they come last.
     """
-    groups = {}  # (of the backbone, without decay) -> weights
+    groups = {}  # (is of the backbone, has no decay) -> weights
     for name, weight in model.named_parameters():
         no_decay = (recipe.double_bias and name.endswith("bias")) or (not recipe.decay_vectors and weight.dim() == 1)
         key = backbone_lr != 1 and name.startswith(BACKBONE), no_decay
@@ -96,7 +96,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, lr: float, backbone_lr: flo
     groups = [{"params": groups[key], "lr": rates[key], "weight_decay": decays[key]} for key in rates]
     if recipe.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, momentum=0.9, fused=True)
-        # torch (2.14) leaves them uninitialised where a GradScaler skips the first step. Zeros give the same steps.
+        # torch 2.14 leaves the buffers uninitialised if a GradScaler skips the first step. Zeros give the same steps.
         for weight in (weight for group in groups for weight in group["params"]):
             optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         return optimizer
@@ -104,7 +104,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, lr: float, backbone_lr: flo
 
 
 class Schedule:
-    """Changes the learning rate, from the peaks that `optimizer` holds, after every step or epoch as `recipe` says."""
+    """Changes the learning rate after every step or epoch, as `recipe` says; `optimizer` holds the peak rates."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int):
         self.by_epoch = recipe.schedule == "plateau"
@@ -138,12 +138,12 @@ class Schedule:
 class EMA:
     """A copy of a model whose weights are an exponential moving average of the model's weights over the steps.
 
-    It often detects better than the model of any one step (Tarvainen and Valpola, "Mean teachers are better role
+    It often detects better than the model of any single step (Tarvainen and Valpola, "Mean teachers are better role
     models", 2017). In the first steps it follows faster, so that random weights are soon forgotten. `model` is the
     copy, in evaluation mode; BatchNorm's statistics are those of the last step.
     """
 
-    # Not torch's AveragedModel, whose step count on the GPU a rising decay would have to wait for.
+    # Not torch's AveragedModel: it counts steps on the GPU, and a rising decay would have to wait for the count.
 
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)

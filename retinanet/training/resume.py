@@ -1,4 +1,4 @@
-"""Continuing a run: which checkpoint, whether its flags are those of now, and whether what it holds fits the run."""
+"""Resuming a run: find the checkpoint, and check that its flags and its content fit the new run."""
 
 import math
 from pathlib import Path
@@ -15,18 +15,18 @@ from retinanet.training.checkpoint import check_weights, checked
 from retinanet.training.recipes import MOMENTS, RECIPES
 from retinanet.training.settings import Settings
 
-# Flags that may change when a run is resumed. The batch may be divided in another way; `global_batch` may not change.
+# Flags that may change when a run is resumed. The batch may be divided differently, but `global_batch` may not change.
 FREE_FLAGS = {
     *("resume", "out_dir", "device", "workers", "strict", "batch_size", "accumulate", "val_every", "log_every"),
     *("checkpoint_every", "early_stop", "tensorboard", "pixel_limit"),
     *("coco_path", "voc_path", "yolo_path", "csv_train", "csv_val", "csv_classes"),
 }
-# Flags of later versions: a run that does not name them has their defaults.
+# Flags of later versions: a run that was saved without them has their defaults.
 LATER = ("balance", "flip", "rotate90", "scale_jitter", "tile", "tile_overlap", "tile_background", "pixel_range")
-EVERY_RUN = {"recipe", "lr", "epochs", "seed", "global_batch"}  # flags that no run is without
+EVERY_RUN = {"recipe", "lr", "epochs", "seed", "global_batch"}  # settings that every saved run has
 # What a scheduler changes while it runs; the rest of its state follows from the settings.
 CHANGING = ("last_epoch", "_step_count", "_last_lr", "best", "num_bad_epochs", "cooldown_counter")
-POSITION = ("epoch", "step")  # both 0 before the first step, when an optimizer has no state
+POSITION = ("epoch", "step")  # both are 0 before the first step, when the optimizer has no state yet
 NOT_CONTINUED = "its training cannot be continued; start from its weights with --weights"
 
 
@@ -44,7 +44,7 @@ def find_checkpoint(settings: Settings) -> Path | None:
 def check_resume(path: Path, settings: Settings, content: dict[str, Any], train_set: DetectionDataset) -> None:
     """Raise a UserError that lists how `settings` and `train_set` differ from those of the run saved in `path`."""
     if "training" not in content:
-        raise UserError(f"{path}: holds a model, but no state of a training; start from it with --weights {path}")
+        raise UserError(f"{path}: holds a model, but no training state; start from it with --weights {path}")
     check_classes(str(path), content["class_names"], train_set)
     recipe = RECIPES[settings.recipe]
     free = FREE_FLAGS | ({"epochs"} if recipe.schedule == "plateau" else set())
@@ -52,7 +52,7 @@ def check_resume(path: Path, settings: Settings, content: dict[str, Any], train_
     with checked(path, NOT_CONTINUED):
         before, now = content["training"]["args"], settings.as_dict()
         if missing := sorted(EVERY_RUN - before.keys()):
-            raise ValueError(f"without the flags {', '.join(missing)}")
+            raise ValueError(f"it lacks the flags {', '.join(missing)}")
         before = {name: Settings.defaults().get(name) for name in LATER} | before
         before = {**before, "clip_norm": before.get("clip_norm") or recipe.clip_norm}  # earlier versions saved the flag
         errors = [
@@ -69,9 +69,9 @@ def check_resume(path: Path, settings: Settings, content: dict[str, Any], train_
 
 
 def check_state(found: Any, own: dict, weights: list[Tensor], settings: Settings, steps_per_epoch: int) -> None:
-    """Hold the `training` of a checkpoint against a run's `own`: its keys, types, shapes and ranges.
+    """Check that `found`, the `training` of a checkpoint, has the keys, types and shapes of a run's `own`, in range.
 
-    The optimizer's state is held against the `weights` that it belongs to. What is not alike raises ValueError,
+    The optimizer's state is compared with the `weights` that it belongs to. A difference raises ValueError,
     LookupError, TypeError or AttributeError.
     """
     moments = found["optimizer"]["state"]
@@ -100,7 +100,7 @@ def check_state(found: Any, own: dict, weights: list[Tensor], settings: Settings
         "schedule": scheduler["last_epoch"] == (epoch if recipe.schedule == "plateau" else steps),
         "best of the schedule": scheduler.get("best", 0) > -math.inf,
         "counts of the schedule": min(scheduler.get(key, 0) for key in ("num_bad_epochs", "cooldown_counter")) >= 0,
-        # Twice for biases, and rounded.
+        # Biases may have twice the rate, and rates may be rounded.
         "lr": all(0 <= rate <= 2.001 * settings.lr * max(1, settings.backbone_lr) for rate in rates),
         "scaler": 0 < found.get("scaler", {"scale": 1})["scale"] < math.inf,
         "numbers": all(tensor.isfinite().all() for tensor in tensors),
@@ -112,7 +112,7 @@ def check_state(found: Any, own: dict, weights: list[Tensor], settings: Settings
 
 
 def _check_like(found: Any, own: Any, name: str) -> None:
-    """Raise ValueError where `found` lacks a part of `own`, or one is of another type, shape or length."""
+    """Raise an error if `found` lacks a part of `own`, or a part has another type, shape or length."""
     if isinstance(own, Tensor):
         if not isinstance(found, Tensor) or (found.shape, found.dtype) != (own.shape, own.dtype):
             raise ValueError(f"{name} is not a tensor of shape {list(own.shape)}")
@@ -123,6 +123,6 @@ def _check_like(found: Any, own: Any, name: str) -> None:
             _check_like(found[key], own[key], f"{name}.{key}")
     elif isinstance(own, list | tuple):
         if len(found) != len(own):
-            raise ValueError(f"{name} has not {len(own)} entries")
+            raise ValueError(f"{name} does not have {len(own)} entries")
         for index, (one, other) in enumerate(zip(found, own, strict=True)):
             _check_like(one, other, f"{name}.{index}")

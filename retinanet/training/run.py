@@ -1,4 +1,4 @@
-"""A training run: what changes while it trains, how it is saved, and how it is resumed."""
+"""A training run: its state, how it is saved, and how it is resumed."""
 
 import time
 from collections.abc import Callable
@@ -22,11 +22,11 @@ from retinanet.training.recipes import EMA, RECIPES, Schedule, make_optimizer
 from retinanet.training.resume import CHANGING, NOT_CONTINUED, check_state
 from retinanet.training.settings import Settings
 
-MOST_LINES = 1000  # of the steps of a run, where no progress bar shows them
+MOST_LINES = 1000  # about steps in the log of a run, if there is no progress bar
 
 
 class Run:
-    """A training run, at its beginning until `restore` is called; it changes `net` as the recipe says."""
+    """A training run, at its start unless `restore` is called; it prepares `net` as the recipe says."""
 
     def __init__(self, settings: Settings, net: RetinaNet, device: torch.device, train_set: DetectionDataset):
         recipe = RECIPES[settings.recipe]
@@ -46,15 +46,15 @@ class Run:
         self.ema = EMA(net, settings.ema) if settings.ema is not None else None
         self.schedule = Schedule(self.optimizer, recipe, settings.epochs * self.steps_per_epoch)
         self.log: RunLog | None = None  # on rank 0
-        self.on_log: Callable[[dict[str, float]], object] | None = None  # likewise
-        self.on_validation: Callable[[dict[str, float]], object] | None = None
+        self.on_log: Callable[[dict[str, float]], object] | None = None  # called on rank 0
+        self.on_validation: Callable[[dict[str, float]], object] | None = None  # called on rank 0
         self.progress = Progress()
         self.best = -1.0  # AP of best.pt
-        self.stale = 0  # validations since then
-        self.metrics: dict[str, float] = {}  # of the last validation
-        self.score_thresholds: dict[str, Any] = {}  # of the best F1 there; on rank 0
+        self.stale = 0  # validations since best.pt
+        self.metrics: dict[str, float] = {}  # of this epoch's validation; empty without one
+        self.score_thresholds: dict[str, Any] = {}  # scores of the best F1 in that validation; on rank 0
         self.last_ap: float | None = None  # of the last validation
-        self.clock: tuple[float, int] | None = None  # when this process had done its first step, and steps done then
+        self.clock: tuple[float, int] | None = None  # time after this process's first step, and steps done by then
         self.saved_at = time.monotonic()
         self.not_drawn: set[str] = set()  # images that could not be written
 
@@ -65,17 +65,17 @@ class Run:
 
     @property
     def position(self) -> tuple[int, int]:
-        """Epoch, and optimizer steps of it that are done."""
+        """The epoch, and the number of its optimizer steps that are done."""
         return self.progress.epoch, self.progress.step
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps of the whole run that are done."""
+        """Number of optimizer steps of the whole run that are done."""
         return self.progress.epoch * self.steps_per_epoch + self.progress.step
 
     @property
     def is_over(self) -> bool:
-        """Whether all epochs are trained, or `--early_stop` ends the run before."""
+        """Whether all epochs are done, or `--early_stop` ends the run earlier."""
         settings = self.settings
         return self.progress.epoch >= settings.epochs or bool(settings.early_stop and self.stale >= settings.early_stop)
 
@@ -89,7 +89,7 @@ class Run:
                 self._log_step(entry)
 
     def _log_step(self, entry: dict[str, float]) -> None:
-        """Log an entry as a plain line; of an epoch's last step, whose line follows, and beyond MOST_LINES, none."""
+        """Log an entry as a line, of at most about MOST_LINES in a run; the end of an epoch has a line of its own."""
         number, of = self.settings.epochs * self.steps_per_epoch // self.settings.log_every, self.steps_per_epoch
         every = self.settings.log_every * (1 + number // MOST_LINES)
         if entry["step"] % every == 0 and entry["step"] < of:
@@ -100,27 +100,27 @@ class Run:
             )  # fmt: skip
 
     def outlook(self) -> str:
-        """How the run stands, for a line about a step: the AP of the last validation, and the time left."""
+        """The end of a line about a step: the AP of the last validation, and the time left."""
         return (f", AP {self.last_ap:.3f}" if self.last_ap is not None else "") + self.time_left()
 
     def time_left(self) -> str:
-        """How long the run still takes, validations included, as far as its steps so far can say."""
+        """The time left, validations included, estimated from the steps so far; "" before there is an estimate."""
         start, first = self.clock or (0.0, self.steps_done)
         left = self.settings.epochs * self.steps_per_epoch - self.steps_done
         if self.steps_done == first or not left:
             return ""
-        pace = (time.monotonic() - start) / (self.steps_done - first)  # seconds a step
+        pace = (time.monotonic() - start) / (self.steps_done - first)  # seconds per step
         return f", {tqdm.format_interval(pace * left)} left"
 
     def after_step(self, signum: int, check_norm: Callable[[], object]) -> None:
-        """Call after every optimizer step: update the average, save if it is time, and stop if a signal came."""
+        """Call after every optimizer step: update the average, save if a checkpoint is due, and stop on a signal."""
         self.clock = self.clock or (time.monotonic(), self.steps_done)
         if self.ema:
             self.ema.update(self.net)
         number, unit = self.settings.checkpoint_every
         due = self.progress.step % number == 0 if unit == "steps" else time.monotonic() - self.saved_at > 60 * number
         if signum or due:
-            check_norm()  # its error says more than that of `save`
+            check_norm()  # its error message says more than that of `save`
         if signum:
             self.stop(signum)
         if due:
@@ -138,11 +138,11 @@ class Run:
             if self.metrics:
                 self.stale, self.last_ap = self.stale + 1, self.metrics["AP"]
                 ap = self.metrics["AP"]
-                if ap > self.best or ap < 0:  # without boxes there is no AP, and the last model is as good as any
+                if ap > self.best or ap < 0:  # -1: no boxes, so the last model is as good as any
                     self.best, self.stale = ap, 0
                     self.save("best.pt")
             self.save_last()
-        # Only now that the epoch is saved: a tracker may fail.
+        # Called after the epoch is saved, because an experiment tracker may fail.
         if self.log and self.on_log:
             self.on_log(entry)
         if self.log and self.on_validation and self.metrics:
@@ -152,7 +152,7 @@ class Run:
         """Write a checkpoint, on rank 0.
 
         Raises:
-            UserError: it cannot be written, or a weight is not finite; the file before it is intact.
+            UserError: it cannot be written, or a weight is not finite; an earlier file is intact.
         """
         self.saved_at = time.monotonic()
         if not is_main_process():
@@ -170,7 +170,7 @@ class Run:
         checkpoint.save(Path(settings.out_dir) / name, entries | extra)
 
     def state(self) -> dict[str, Any]:
-        """All that `restore` needs to continue exactly from here, beside the model."""
+        """Everything, apart from the model, that `restore` needs to continue exactly from here."""
         state = {
             "args": self.settings.as_dict(),
             "num_images": self.num_images,
@@ -193,7 +193,10 @@ class Run:
         self.save("last.pt", training=self.state())
 
     def restore(self, path: Path, content: dict[str, Any]) -> None:
-        """Continue from what `save_last` wrote to `path`, a UserError if it did not; `net` came from the same file."""
+        """Continue from the `content` of the file `path`, a UserError if it is not from `save_last`.
+
+        `net` must have been loaded from the same file.
+        """
         with checkpoint.checked(path, NOT_CONTINUED):
             state, own = content["training"], self.state()
             weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
@@ -202,7 +205,7 @@ class Run:
             self.last_ap = self.metrics.get("AP")
             self.progress = Progress(**state["progress"])
             self.best, self.stale = state["best"], state["stale"]
-            # All but the rates and the counters follows from the settings, and is not taken from the file.
+            # Everything but the rates and the counters follows from the settings, and is not taken from the file.
             saved = state["optimizer"]
             groups = zip(own["optimizer"]["param_groups"], saved["param_groups"], strict=True)
             groups = [group | {"lr": found["lr"]} for group, found in groups]
@@ -218,8 +221,8 @@ class Run:
             set_random_states(state["random"])
 
     def stop(self, signum: int) -> NoReturn:
-        """Save, and end the program with a signal's exit status, on all ranks together."""
+        """Save the run, and exit on all ranks together with the signal's exit status."""
         self.save_last()
-        from_main_process(None)  # torchrun ends all ranks as soon as one has exited: wait until the file is written
+        from_main_process(None)  # wait until the file is written: torchrun ends all ranks when one has exited
         log.info("stopped and saved in epoch %d, after step %d; --resume auto continues", *self.position)
         raise SystemExit(128 + signum)

@@ -1,4 +1,4 @@
-"""The settings of a training run, for train.py and `retinanet.train`, and what they come to."""
+"""The settings of a training run, for train.py and `retinanet.train`: their checks, and the values that they imply."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +21,7 @@ from retinanet.training.checkpoint import LIMITS
 from retinanet.training.recipes import RECIPES
 from retinanet.training.weights import COCO_DEPTH, V2_DEPTHS
 
-# The numbers that settings may be: beyond them, memory and arithmetic fail without a word.
+# The ranges of settings: beyond them, memory runs out or arithmetic fails without a message.
 BOUNDS = {
     **dict.fromkeys(("min_side", "max_side", "jitter"), (1, 16_384)),  # pixels
     **dict.fromkeys(("batch_size", "accumulate"), (1, 65_536)),
@@ -53,10 +53,11 @@ CHOICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a run trains: a field for each flag of train.py, whose help says what it means, with its default.
+    """How a run trains: a field for each flag of train.py, with its default; the flag's help says what it means.
 
-    All are plain types. `resolve` leaves nothing open. `global_batch` is the number of images of an optimizer step,
-    over all processes; `other` holds flags that are not about training, such as those that name the data.
+    All are plain types. `resolve` fills in the values that the recipe or the machine decides. `global_batch` is the
+    number of images of an optimizer step, over all processes; `other` holds flags that are not about training, such as
+    those that name the data.
     """
 
     depth: int = 50
@@ -112,7 +113,7 @@ class Settings:
 
     @classmethod
     def resolve(cls, flags: Mapping[str, Any], device: torch.device) -> "Settings":
-        """Derive from the recipe, the device and the number of processes what flags of None or `auto` leave open."""
+        """Replace flags of None or `auto` by what the recipe, the device and the number of processes imply."""
         known = cls.defaults().keys()
         own, other = ({name: flags[name] for name in flags if (name in known) == is_own} for is_own in (True, False))
         settings = cls(**follow_recipe(cls.defaults() | own), other=other)
@@ -130,17 +131,17 @@ class Settings:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What `precision` means."""
+        """The type that `precision` names."""
         return PRECISIONS[self.precision]
 
     @property
     def tiling(self) -> Tiling | None:
-        """What `tile` and `tile_overlap` mean."""
+        """The tiles that `tile` and `tile_overlap` describe; None for none."""
         return Tiling(self.tile, self.tile_overlap) if self.tile else None
 
     @property
     def sides(self) -> tuple[int, int]:
-        """Short side and long side's limit, pixels, of the images that the network gets: those of a tile."""
+        """Short side and limit of the long side, pixels, of the network's images; with tiles, the side of a tile."""
         return (self.tile, self.tile) if self.tile else (self.min_side, self.max_side)
 
     @property
@@ -155,7 +156,7 @@ class Settings:
 
 
 def follow_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings whose weights, epochs, sizes, jitter and average are the recipe's where they are None."""
+    """The settings, with the recipe's weights, epochs, sizes, jitter and average where they are None."""
     recipe = RECIPES[settings["recipe"]]
     own = {name: getattr(recipe, name) for name in ("weights", "epochs", "min_side", "max_side", "ema")}
     if own["weights"] == "imagenet_v2" and settings["depth"] not in V2_DEPTHS:
@@ -163,20 +164,20 @@ def follow_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
     filled = {**settings, **{name: value for name, value in own.items() if settings[name] is None}}
     if recipe.jitter and not (settings["jitter"] or settings["scale_jitter"] or settings["tile"]):
         filled["jitter"] = [round(recipe.jitter * filled["min_side"]), filled["min_side"]]
-    filled["ema"] = filled["ema"] or None  # 0: none, whatever the recipe says
+    filled["ema"] = filled["ema"] or None  # 0 means no average, whatever the recipe says
     return filled
 
 
 def augmentation_errors(settings: Mapping[str, Any]) -> list[str]:
-    """A message for each setting of augmentation that contradicts another; `max_side` may be None, not known yet."""
+    """A message for each setting of augmentation that contradicts another; `max_side` may still be unknown, None."""
     errors, (jitter, scales, max_side) = [], (settings[name] for name in ("jitter", "scale_jitter", "max_side"))
     if jitter and not jitter[0] <= jitter[1] <= (max_side or jitter[1]):
-        end = f", and end at --max_side {max_side}" if max_side else ""
-        errors.append(f"--jitter {jitter[0]} {jitter[1]} must rise{end}")
+        end = f", up to --max_side {max_side}" if max_side else ""
+        errors.append(f"--jitter {jitter[0]} {jitter[1]} must be in rising order{end}")
     if scales and scales[0] > scales[1]:
-        errors.append(f"--scale_jitter {scales[0]:g} {scales[1]:g} must rise")
+        errors.append(f"--scale_jitter {scales[0]:g} {scales[1]:g} must be in rising order")
     if jitter and scales:
-        errors.append("--jitter and --scale_jitter both draw the size: give one of them")
+        errors.append("--jitter and --scale_jitter both choose the size: give only one of them")
     return errors
 
 
@@ -190,7 +191,7 @@ def contradictions(settings: Mapping[str, Any], has_val_set: bool) -> list[str]:
     changed = {name for name, value in Settings.defaults().items() if settings[name] != value}
     if settings["tile"]:
         given = sorted(changed & {"min_side", "max_side"})
-        errors += [f"--tile takes images at full resolution, without --{name}" for name in given]
+        errors += [f"--tile uses images at full resolution, so it excludes --{name}" for name in given]
     else:
         errors += [f"--{name} needs --tile" for name in sorted(changed & {"tile_overlap", "tile_background"})]
     if filled["weights"] == "coco" and settings["depth"] != COCO_DEPTH:
@@ -203,9 +204,9 @@ def contradictions(settings: Mapping[str, Any], has_val_set: bool) -> list[str]:
 
 
 def check_settings(given: Mapping[str, Any], has_val_set: bool) -> dict[str, Any]:
-    """All settings, as the flags of train.py would give them, from the arguments of `retinanet.train`.
+    """The arguments of `retinanet.train` -> all settings, as the flags of train.py would set them.
 
-    A UserError lists all that is wrong.
+    A UserError lists all errors.
     """
     settings = Settings.defaults()
     settings |= as_flags(given, {name: hint for name, hint in get_type_hints(Settings).items() if name in settings})
@@ -216,9 +217,9 @@ def check_settings(given: Mapping[str, Any], has_val_set: bool) -> dict[str, Any
 
 
 def as_flags(given: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments, with their type hints, as the flags of the same names would give them: plain values within bounds.
+    """Convert arguments, by their type hints, to the plain values that flags of the same names would have.
 
-    A UserError lists all that is wrong.
+    A UserError lists all that are unknown, of the wrong type or out of bounds.
     """
     values, errors = {}, []
     for name, value in given.items():
@@ -235,7 +236,7 @@ def as_flags(given: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, An
 
 
 def parse_interval(value: Any) -> tuple[int, str]:
-    """`500` or 500 for optimizer steps, `10m` for minutes -> the number and its unit; a ValueError for all else."""
+    """`500` or 500 for optimizer steps, `10m` for minutes -> the number and its unit; anything else is a ValueError."""
     found = re.fullmatch("([0-9]{1,18}(?:e[0-9])?)(m?)", str(value))
     if not found or not float(found[1]):
         raise ValueError(f"must be a number of steps, such as 500, or minutes, such as 10m, not {shown(value)}")
@@ -243,7 +244,7 @@ def parse_interval(value: Any) -> tuple[int, str]:
 
 
 def _as_flag(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
-    """A setting as its flag would give it, a plain value of the first of `kinds`, or None; ValueError if it cannot."""
+    """Convert a setting to what its flag would be: of the first of `kinds`, or None; a ValueError if it cannot be."""
     kind, choices = kinds[0], CHOICES.get(name)
     if name == "checkpoint_every":
         parse_interval(value)
@@ -263,7 +264,7 @@ def _as_flag(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
         if not choices and not low <= value <= high:
             raise ValueError(f"must be from {low:g} to {high:,}, not {value}")
     elif not isinstance(value, str | Path | torch.device if kind is str else kind) or value == "":
-        raise ValueError(f"must be {'True or False' if kind is bool else 'a text'}, not {shown(value)}")
+        raise ValueError(f"must be {'True or False' if kind is bool else 'a string'}, not {shown(value)}")
     if choices and value not in choices:
         near = suggestion(str(value), map(str, choices))
         raise ValueError(f"must be one of {', '.join(map(str, choices))}, not {shown(value)}{near}")
@@ -271,7 +272,7 @@ def _as_flag(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
 
 
 def anchors_from_settings(settings: Any) -> Anchors:
-    """The anchors that settings or flags describe, by default the paper's; a UserError if these contradict."""
+    """The anchors that settings or flags describe, by default the paper's; a UserError if they are not valid."""
     try:
         return Anchors(sizes=settings.anchor_sizes, ratios=settings.anchor_ratios, scales=settings.anchor_scales)
     except ValueError as error:
@@ -279,7 +280,7 @@ def anchors_from_settings(settings: Any) -> Anchors:
 
 
 def training_transform(settings: Any) -> Callable[[dict], dict]:
-    """The transforms of a training sample, from settings or flags."""
+    """The transform of training samples, from settings or flags."""
     steps = [RandomTile(settings.tile, settings.tile_background)] if settings.tile else []
     steps += [RandomCrop(settings.random_crop)] if settings.random_crop is not None else []
     steps += [ColourJitter(settings.colour_jitter)] if settings.colour_jitter is not None else []

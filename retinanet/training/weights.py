@@ -1,4 +1,4 @@
-"""What `--weights` means: torchvision's weights by name, any checkpoint, and class heads that follow class names."""
+"""The weights that `--weights` names: torchvision's, or any checkpoint, with class heads matched by class name."""
 
 import copy
 import re
@@ -21,12 +21,12 @@ from retinanet.process import log
 from retinanet.training.checkpoint import BOX_OUTPUT, CLASS_OUTPUT, infer_depth, load_state, read_weights
 from retinanet.training.foreign_weights import make_anchors
 
-# What `--weights` may name in place of a file, beside `coco`: versions of torchvision's ImageNet weights.
+# Names that `--weights` accepts in place of a file, besides `coco` -> versions of torchvision's ImageNet weights.
 PRETRAINED = {"imagenet": "IMAGENET1K_V1", "imagenet_v2": "IMAGENET1K_V2", "none": False}
 COCO = RetinaNet_ResNet50_FPN_Weights.COCO_V1
-COCO_DEPTH, V2_DEPTHS = 50, (50, 101, 152)  # those that torchvision has coco and imagenet_v2 for
+COCO_DEPTH, V2_DEPTHS = 50, (50, 101, 152)  # depths for which torchvision has coco and imagenet_v2
 CLASS_HEAD, BOX_HEAD = ((key, key.replace("bias", "weight")) for key in (CLASS_OUTPUT, BOX_OUTPUT))
-MOST_NAMES = 10  # of a message
+MOST_NAMES = 10  # listed in a message
 
 
 def make_model(depth: int, weights: str, class_names: Sequence[str], anchors: Anchors) -> RetinaNet:
@@ -37,7 +37,7 @@ def make_model(depth: int, weights: str, class_names: Sequence[str], anchors: An
     """
     names = [*PRETRAINED, "coco"]
     if weights not in names and not Path(weights).exists():
-        why = " (the heads of torchvision's v2 have GroupNorm, and these have none)" if weights == "coco_v2" else ""
+        why = " (torchvision's v2 has GroupNorm in the heads, this library has not)" if weights == "coco_v2" else ""
         near = suggestion(weights, names)
         raise UserError(f"--weights {weights}: neither a file nor one of {', '.join(names)}{why}{near}")
     try:
@@ -50,9 +50,9 @@ def make_model(depth: int, weights: str, class_names: Sequence[str], anchors: An
 
 
 def coco_file() -> Path:
-    """Torchvision's RetinaNet trained on COCO, downloaded once into torch.hub's folder, or a UserError.
+    """Torchvision's RetinaNet trained on COCO, downloaded once to torch.hub's folder; a UserError if it cannot be.
 
-    Like torchvision, only a download is held against the hash in the file's name.
+    As in torchvision, the hash in the file's name is checked only after a download.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(COCO.url).name
     if not path.exists():
@@ -66,14 +66,15 @@ def coco_file() -> Path:
 
 
 def load_weights(net: RetinaNet, path: str | Path, class_names: Sequence[str] | None = None) -> str:
-    """Start a model from any checkpoint that `load_model` reads, or from the weights of an ImageNet classifier.
+    """Load weights into a model from any checkpoint that `load_model` reads, or from an ImageNet classifier.
 
-    Where `class_names`, the model's, and those of the checkpoint are known, the last layer of the class head is taken
-    over name by name, and other classes start anew. Otherwise it is taken whole, or starts anew where the number of
-    classes differs. A model with the default anchors takes those of the checkpoint, which its box head was trained for.
+    If `class_names`, the model's, and those of the checkpoint are known, the last layer of the class head is copied
+    class by class, by name, and other classes keep their initial weights. Otherwise the layer is copied as a whole, or
+    keeps its initial weights if the number of classes differs. A model with the default anchors gets those of the
+    checkpoint, because its box head was trained for them.
 
     Returns:
-        What was found and what was done, in one line.
+        One line that says what was found and what was done.
 
     Raises:
         UserError: the checkpoint does not fit the model.
@@ -82,13 +83,13 @@ def load_weights(net: RetinaNet, path: str | Path, class_names: Sequence[str] | 
     own_state = net.state_dict()
     depth, own_depth = infer_depth(state), infer_depth(own_state)
     if depth != own_depth:
-        what = "no RetinaNet" if depth is None else f"a ResNet-{depth}"
+        what = "no known ResNet" if depth is None else f"a ResNet-{depth}"
         raise UserError(f"{path}: holds {what}, but the model is a ResNet-{own_depth} (--depth)")
     message = f"{path}: {info['found']}, ResNet-{depth}"
     if CLASS_OUTPUT not in state:
         backbone = {key: value for key, value in state.items() if not key.startswith("fc.")}
         state = own_state | backbone
-        message += ", a backbone alone: the pyramid and the heads start anew"
+        message += ", a backbone only: the pyramid and the heads keep initial weights"
     else:
         theirs = info["class_names"]
         message += f", {len(theirs)} classes"
@@ -96,29 +97,29 @@ def load_weights(net: RetinaNet, path: str | Path, class_names: Sequence[str] | 
         theirs_count, own_count = anchors.num_anchors, net.anchors.num_anchors
         if theirs_count != own_count:
             state |= own_head | {key: own_state[key] for key in BOX_HEAD}
-            message += f", {theirs_count} anchors a location where this model has {own_count} (the flags --anchor_...)"
-            message += ", so the last layers of both heads start anew"
+            message += f", {theirs_count} anchors per location, but this model has {own_count} (the flags --anchor_...)"
+            message += ", so the last layers of both heads keep initial weights"
         elif class_names is not None and theirs != placeholder_names(len(theirs)):
             found = match_names(theirs, class_names)
             state |= {key: _take_rows(rows, state[key].to(rows), own_count, found) for key, rows in own_head.items()}
             message += _said(theirs, class_names, found)
         elif len(theirs) != net.num_classes:
             state |= own_head
-            message += f"; this model has {net.num_classes}, so the last layer of its class head starts anew"
+            message += f"; this model has {net.num_classes}, so the last layer of its class head keeps initial weights"
         elif class_names is not None:
-            message += " without names, taken in their order"
+            message += " without names, which are taken over in their order"
         if theirs_count == own_count and anchors.settings() != net.anchors.settings():
             if net.anchors.settings() == make_anchors({}).settings():
                 net.anchors = anchors
                 message += "; its anchors are taken over"
             else:
-                message += "; its anchors are others, so the box head has to learn anew"
+                message += "; its anchors differ from this model's, so the box head must be retrained"
     load_state(net, state, path)
     return message
 
 
 def match_names(theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
-    """Label of ours -> label of theirs with the same name, but for case, spaces, `_` and `-` where only one has it.
+    """Label of ours -> label of theirs with the same name; case, spaces, `_` and `-` may differ if the match is unique.
 
     Letters with an accent may be one character or, as on macOS, two.
     """
@@ -140,18 +141,21 @@ def _folded(name: str) -> str:
 
 
 def _take_rows(own: Tensor, theirs: Tensor, num_anchors: int, found: Mapping[int, int]) -> Tensor:
-    """The class head's last weight or bias [A * K, ...], with the rows of some labels from another one, at all A."""
+    """The class head's last weight or bias [num_anchors * K, ...], with the rows of some labels taken from `theirs`.
+
+    `found` maps these labels to those of `theirs`.
+    """
     rows, source = own.clone().unflatten(0, (num_anchors, -1)), theirs.unflatten(0, (num_anchors, -1))
     rows[:, list(found)] = source[:, list(found.values())]
     return rows.flatten(0, 1)
 
 
 def _said(theirs: Sequence[str], ours: Sequence[str], found: Mapping[int, int]) -> str:
-    """Which classes were taken over, and which start anew."""
+    """The part of the message about classes: which were taken over, and which are new."""
     if list(theirs) == list(ours):
         return ", the same"
     if not found:
-        return "; none of them is one of this model's, so the last layer of its class head starts anew"
+        return "; none of them is one of this model's, so the last layer of its class head keeps initial weights"
     pairs = [(ours[label], theirs[other]) for label, other in found.items()]
     names = [name if name == other else f"{name} ({other})" for name, other in pairs]
     text = f"; class head by name: {len(found)} of {len(ours)} classes are taken over, {_listed(names)}"
@@ -169,7 +173,7 @@ def match_classes(
 ) -> tuple[RetinaNet, dict[str, Any]]:
     """A model and its info, from `load_model`, with labels in the order of a data set's classes.
 
-    Where the order differs, both are copies; other classes are a UserError. `owner` is the model's name in messages.
+    If the order differs, both are copies; other classes are a UserError. `owner` is the model's name in messages.
     """
     names, own = list(dataset.labels.values()), info["class_names"]
     if own != names and set(own) == set(names) and own != placeholder_names(len(own)):
@@ -178,6 +182,6 @@ def match_classes(
         output = net.classificationModel.output
         for weight in (output.weight.data, output.bias.data):
             weight.copy_(_take_rows(weight, weight, net.anchors.num_anchors, order))
-        log.info("%s: its classes are taken in the order of %s", owner, dataset.source)
+        log.info("%s: its classes are reordered as in %s", owner, dataset.source)
     check_classes(owner, info["class_names"], dataset)
     return net, info

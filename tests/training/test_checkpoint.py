@@ -68,7 +68,7 @@ def test_a_failing_write_leaves_the_old_file_intact(tmp_path, monkeypatch, modul
     checkpoint.save(path, {"epoch": 1})
     before = path.read_bytes()
     monkeypatch.setattr(module, name, failure)
-    with pytest.raises(UserError, match=r"a\.pt: cannot be saved \(\[Errno .*the file before it, if any, is intact"):
+    with pytest.raises(UserError, match=r"a\.pt: cannot be saved \(\[Errno .*an earlier file, if any, is intact"):
         checkpoint.save(path, {"epoch": 2})
     assert path.read_bytes() == before
     assert names(tmp_path) == ["a.pt"]  # no rubbish left
@@ -121,7 +121,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path):
 @pytest.mark.parametrize("content", [b"", b".", b"a few words", b"hello", b"q\n1,2,3\n", bytes(range(256))])
 def test_what_is_no_checkpoint_is_an_error_that_names_it(tmp_path, content):
     (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.pt: is (no checkpoint|damaged)"):
+    with pytest.raises(UserError, match=r"a\.pt: is (not a checkpoint|damaged)"):
         checkpoint.load(tmp_path / "a.pt")
 
 
@@ -130,24 +130,24 @@ def test_what_is_no_checkpoint_is_an_error_that_names_it(tmp_path, content):
     [
         (b"", "it is empty"),
         (bytes(5000), r"it starts with b'\\x00"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "a text that starts with 'version https://git-lfs"),
-        (b"a.jpg,1,2,3,4,cat\n", "a text that starts with 'a.jpg,1,2"),
-        (b"exec", "a text that starts with 'exec'"),
-        (b"PK\3\4" + bytes(100), "a zip file without its end"),
-        (b"\x80\2e", "it breaks off, or is not of torch.save"),
-        (b"\x80\2", "it breaks off, or is not of torch.save"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "it is text that starts with 'version https://git-lfs"),
+        (b"a.jpg,1,2,3,4,cat\n", "it is text that starts with 'a.jpg,1,2"),
+        (b"exec", "it is text that starts with 'exec'"),
+        (b"PK\3\4" + bytes(100), "it is a truncated zip file"),
+        (b"\x80\2e", "it is truncated, or not from torch.save"),
+        (b"\x80\2", "it is truncated, or not from torch.save"),
     ],
 )
 def test_the_message_says_what_a_file_is_instead(tmp_path, content, message):
     (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(UserError, match=rf"a\.pt: is no checkpoint, or a damaged one \({message}"):
+    with pytest.raises(UserError, match=rf"a\.pt: is not a checkpoint, or is damaged \({message}"):
         checkpoint.load_model(tmp_path / "a.pt")
 
 
 def test_a_missing_checkpoint_or_a_folder_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"none\.pt: the checkpoint does not exist"):
         checkpoint.load(tmp_path / "none.pt")
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         checkpoint.load(tmp_path)
 
 
@@ -242,7 +242,7 @@ def test_exported_models_are_refused(tmp_path):
     torch.export.save(torch.export.export(nn.ReLU(), (torch.zeros(1),)), tmp_path / "b.pt2")
     for name in ("a.pt", "b.pt2"):
         with pytest.raises(
-            UserError, match=rf"{name}: is no checkpoint, .*\(an exported model, or another zip file\)$"
+            UserError, match=rf"{name}: is not a checkpoint, .*\(an exported model, or another zip file\)$"
         ):
             checkpoint.load_model(tmp_path / name)
 
@@ -467,7 +467,7 @@ def test_a_compressed_file_is_not_unpacked(tmp_path):
 @pytest.mark.parametrize("path", ["/dev/zero", "fifo"])
 def test_what_never_ends_is_not_read(tmp_path, path):
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(UserError, match=r"is no checkpoint, or a damaged one \(not a file\)"):
+    with pytest.raises(UserError, match=r"is not a checkpoint, or is damaged \(not a file\)"):
         checkpoint.load(tmp_path / path)
 
 

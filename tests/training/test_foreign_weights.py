@@ -179,7 +179,7 @@ def test_normalised_heads_are_refused_with_a_reason(tmp_path):
     with torch.device("meta"):
         state = retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None).state_dict()
     state = {name: torch.zeros(1) for name in state}
-    with pytest.raises(UserError, match=r"v2\.pth: .*normalised heads.*have no GroupNorm"):
+    with pytest.raises(UserError, match=r"v2\.pth: .*GroupNorm in the heads.*use the weights of"):
         checkpoint.load_model(save(state, tmp_path / "v2.pth"))
 
 
@@ -194,7 +194,7 @@ def test_a_classifier_gives_its_backbone(tmp_path):
     path = save(source.state_dict(), tmp_path / "resnet18.pth")
     net = retinanet_resnet18(2)
     head = net.classificationModel.conv1.weight.clone()
-    assert "a backbone alone" in weights.load_weights(net, path)
+    assert "a backbone only" in weights.load_weights(net, path)
     assert torch.equal(net.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
     assert torch.equal(net.classificationModel.conv1.weight, head)
     with pytest.raises(UserError, match="backbone of a ResNet-18"):
@@ -283,7 +283,7 @@ def test_a_whole_pickled_model_of_this_library_keeps_its_anchors(tmp_path, ancho
 
 def test_another_pickled_module_is_no_retinanet(tmp_path):
     torch.save(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), tmp_path / "a.pt")
-    with pytest.raises(UserError, match=r"a\.pt: holds a Sequential, which is no whole RetinaNet"):
+    with pytest.raises(UserError, match=r"a\.pt: holds a Sequential, which is not a complete RetinaNet"):
         checkpoint.load_model(tmp_path / "a.pt")
 
 

@@ -109,7 +109,7 @@ def test_one_program_writes_to_a_folder(tmp_path, monkeypatch):
     holder.start()
     here.recv()
     (tmp_path / "last.pt.1-1.tmp").write_text("half a checkpoint")
-    with pytest.raises(UserError, match=f"process {holder.pid} on .* writes here; end it, or choose another --out_dir"):
+    with pytest.raises(UserError, match=f"process {holder.pid} on .* is writing here; end it, or choose another"):
         RunLog(tmp_path, None, 0, False, 1)
     assert not (tmp_path / "old_1").exists()
     holder.kill()

@@ -61,9 +61,9 @@ def test_every_flag_is_in_the_file():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--scale_jitter", "2", "0.1"], "--scale_jitter 2 0.1 must rise"),
-        (["--scale_jitter", "0.1", "2", "--jitter", "400", "600"], "--jitter and --scale_jitter both draw the size"),
-        (["--jitter", "600", "400"], "--jitter 600 400 must rise, and end at --max_side 1333"),
+        (["--scale_jitter", "2", "0.1"], "--scale_jitter 2 0.1 must be in rising order"),
+        (["--scale_jitter", "0.1", "2", "--jitter", "400", "600"], "--jitter and --scale_jitter both choose the size"),
+        (["--jitter", "600", "400"], "--jitter 600 400 must be in rising order, up to --max_side 1333"),
         (["--scale_jitter", "0.001", "2"], "--scale_jitter must be from 0.01 to 100"),
         (["--balance", "1.5"], "--balance must be from 1e-06 to 1"),
         (["--flip", "sideways"], "invalid choice: 'sideways'"),

@@ -44,7 +44,7 @@ def test_other_classes_start_only_the_last_layer_anew(filled_net, tmp_path):
     net = resnet18(5)
     before = copy.deepcopy(net.state_dict())
     message = weights.load_weights(net, tmp_path / "a.pt")
-    assert "3 classes; this model has 5, so the last layer of its class head starts anew" in message
+    assert "3 classes; this model has 5, so the last layer of its class head keeps initial weights" in message
     for key, value in net.state_dict().items():
         fresh = key in ("classificationModel.output.weight", "classificationModel.output.bias")
         assert torch.equal(value, before[key] if fresh else filled_net.state_dict()[key]), key
@@ -53,18 +53,18 @@ def test_other_classes_start_only_the_last_layer_anew(filled_net, tmp_path):
 def test_weights_bring_their_anchors(filled_net, tmp_path):
     path = save_net(filled_net, CLASS_NAMES, tmp_path / "a.pt")
     other = resnet18(3, anchors=Anchors(ratios=[1.0, 2.0, 3.0]))
-    assert "its anchors are others, so the box head has to learn anew" in weights.load_weights(other, path)
+    assert "so the box head must be retrained" in weights.load_weights(other, path)
     assert other.anchors.settings()["ratios"] == [1.0, 2.0, 3.0]
     assert torch.equal(logits_of(other)[..., :2], logits_of(filled_net)[..., :2])
 
 
-def test_other_numbers_of_anchors_start_both_last_layers_anew(filled_net, tmp_path):
+def test_with_another_number_of_anchors_both_last_layers_keep_initial_weights(filled_net, tmp_path):
     path = save_net(filled_net, CLASS_NAMES, tmp_path / "a.pt")
     net = resnet18(3, anchors=Anchors(ratios=[1.0, 2.0], scales=[1.0]))
     message = weights.load_weights(net, path, CLASS_NAMES)
     assert message.endswith(
-        "9 anchors a location where this model has 2 (the flags --anchor_...), so the last "
-        "layers of both heads start anew"
+        "9 anchors per location, but this model has 2 (the flags --anchor_...), so the last "
+        "layers of both heads keep initial weights"
     )
     assert torch.allclose(logits_of(net).sigmoid(), torch.tensor(0.01))
     assert torch.equal(net.classificationModel.conv4.weight, filled_net.classificationModel.conv4.weight)
@@ -86,7 +86,7 @@ def test_another_depth_is_an_error_that_names_both(filled_net, tmp_path):
     with pytest.raises(UserError, match=r"a\.pt: holds a ResNet-18, but the model is a ResNet-34 \(--depth\)"):
         weights.load_weights(net, tmp_path / "a.pt")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=r"a\.pt: holds no RetinaNet, but"):
+    with pytest.raises(UserError, match=r"a\.pt: holds no known ResNet, but"):
         weights.load_weights(net, tmp_path / "a.pt")
 
 
@@ -111,14 +111,15 @@ def test_the_same_classes_are_taken_whole_and_others_not_at_all(filled_net, tmp_
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in filled_net.state_dict().items())
     fresh = {key: other.state_dict()[key].clone() for key in KEYS}
     message = weights.load_weights(other, path, ["a", "b", "c"])
-    assert "none of them is one of this model's, so the last layer of its class head starts anew" in message
+    assert "none of them is one of this model's, so the last layer of its class head keeps initial weights" in message
     assert all(torch.equal(fresh[key], other.state_dict()[key]) for key in KEYS)
 
 
 def test_weights_without_names_are_taken_in_their_order(filled_net, tmp_path):
     torch.save(filled_net.state_dict(), tmp_path / "a.pt")
     net = resnet18(3)
-    assert weights.load_weights(net, tmp_path / "a.pt", ["a", "b", "c"]).endswith("without names, taken in their order")
+    message = weights.load_weights(net, tmp_path / "a.pt", ["a", "b", "c"])
+    assert message.endswith("without names, which are taken over in their order")
     assert torch.equal(logits_of(net), logits_of(filled_net))
 
 
