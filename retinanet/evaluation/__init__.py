@@ -1,5 +1,6 @@
 """Scores of a detector.
 
-`coco` has COCO's twelve numbers, `voc` Pascal VOC's average precision, `thresholds` the scores above which detections
-are worth keeping, `errors` what costs AP (TIDE); `report` puts them together.
+`coco` computes COCO's twelve numbers, `voc` Pascal VOC's average precision, `thresholds` the scores above which
+detections are worth keeping, and `errors` what costs AP (TIDE); `report` combines them, as text and JSON files, and
+`web_report` as the page report.html.
 """

@@ -27,7 +27,7 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 
 
 def metric_names(limit: int) -> list[str]:
-    """The METRICS, where `limit` detections of a class in an image count: AR100 becomes AR500, say."""
+    """The METRICS if `limit` detections of a class in an image count: for a limit of 500, AR100 becomes AR500."""
     recalls = [f"AR{min(number, limit)}" for number in (1, 10, limit)]
     return [*METRICS[:6], *recalls, *METRICS[9:]]
 
@@ -45,13 +45,13 @@ class ClassScore(NamedTuple):
 class Scores(NamedTuple):
     """COCO's scores of a detector."""
 
-    metrics: dict[str, float]  # of `metric_names`, from 0 to 1; -1 where no ground truth has that size
+    metrics: dict[str, float]  # by `metric_names`, from 0 to 1; -1 if no ground truth has that size
     classes: list[ClassScore]  # in the order of the category ids
-    # [10, 101, K] at the IoUs 0.5, 0.55, ... 0.95 and the recalls 0, 0.01, ... 1; -1 without boxes
+    # [10, 101, K] at the IoUs 0.5, 0.55, ... 0.95 and the recalls 0, 0.01, ... 1; -1 for a class without boxes
     precision: np.ndarray
 
     def curves(self, iou_row: int) -> dict[str, np.ndarray]:
-        """Precision-recall curve of each class, [2, 101] or empty, at IoU 0.5 (row 0), ... 0.75 (row 5), ..."""
+        """Each class's precision-recall curve, [2, 101] or empty, at one IoU: row 0 is 0.5, row 5 is 0.75, ..."""
         recalls = np.linspace(0, 1, self.precision.shape[1])
         curves = {}
         for column, row in enumerate(self.classes):
@@ -61,9 +61,9 @@ class Scores(NamedTuple):
 
 
 def coco_results(dataset: DetectionDataset, detections: Mapping[int, Detections]) -> list[dict[str, Any]]:
-    """The detections of each sample index, boxes in pixels of the original image, in COCO's results format.
+    """Convert the detections of each sample index, boxes in pixels of the original image, to COCO's results format.
 
-    That is a dict for each: `image_id`, `category_id`, `bbox` (x, y, width, height) and `score`.
+    It has one dict per detection: `image_id`, `category_id`, `bbox` (x, y, width, height) and `score`.
     """
     ids, results = dataset.coco_labels, []
     for index, (scores, labels, boxes) in sorted(detections.items()):
@@ -76,7 +76,7 @@ def coco_results(dataset: DetectionDataset, detections: Mapping[int, Detections]
 
 
 def score(dataset: DetectionDataset, detections: Mapping[int, Detections], limit: int = MAX_DETECTIONS) -> Scores:
-    """Score the detections of each sample index that counts, boxes in pixels of the original image, as COCO does."""
+    """Score detections by sample index, boxes in pixels of the original, as COCO does; only these images count."""
     return score_results(dataset, coco_results(dataset, detections), sorted(detections), limit)
 
 
@@ -86,10 +86,10 @@ def score_results(
     indices: Sequence[int],
     limit: int = MAX_DETECTIONS,
 ) -> Scores:
-    """Score results as pycocotools does, to the last digit: boxes and scores are passed on as they are.
+    """Score results exactly as pycocotools does, with boxes and scores unchanged.
 
-    Difficult boxes are ignored like crowds: finding one changes no score. The images of `indices` count; results of
-    others do not. `limit` is the last of pycocotools' `maxDets`: so many detections of a class in an image count.
+    Difficult boxes are ignored like crowds: finding one changes no score. Only the images of `indices` count. `limit`,
+    the last of pycocotools' `maxDets`, is the number of detections of a class in an image that count.
     """
     annotations = []
     for number, result in enumerate(results, start=1):
@@ -121,18 +121,18 @@ def score_results(
         for column, category_id in enumerate(evaluation.params.catIds)
     ]
     present = precision[precision > -1]
-    # pycocotools reads its first number, AP, at 100 detections, whatever `maxDets` says.
+    # AP is computed here because pycocotools always reads it at 100 detections, whatever `maxDets` says.
     numbers = [float(present.mean()) if len(present) else -1.0, *np.asarray(evaluation.stats).tolist()[1:]]
     metrics = dict(zip(metric_names(limit), numbers, strict=True))
     return Scores(metrics, classes, precision)
 
 
 def read_results(dataset: DetectionDataset, path: str | Path) -> list[dict[str, Any]]:
-    """Read a COCO results file, which any detector may have written; the numbers keep their values.
+    """Read a COCO results file of any detector; the numbers keep their values.
 
     It is a JSON list of `{"image_id", "category_id", "bbox": [x, y, width, height], "score"}`, and must name images and
     categories of the data set; a UserError names the first wrong entry. As in pycocotools, an id may be written as
-    1.0, and a number beyond all floats, such as 1e400, is infinite.
+    1.0, and a number beyond the range of floats, such as 1e400, is infinite.
     """
     results = load_json(Path(path))
     if not isinstance(results, list):
@@ -176,7 +176,7 @@ def _find_problem(entry: Any, image_ids: Container[int], category_ids: Container
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is a number, but not NaN, nor a whole number beyond all floats."""
+    """Whether a value is a number other than NaN, and not an integer beyond the range of floats."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
     except OverflowError:
@@ -186,11 +186,11 @@ def _is_number(value: Any) -> bool:
 def evaluate_coco(dataset: DetectionDataset, model: nn.Module, threshold: float = 0.05) -> dict[str, float]:
     """Run a model over a data set and log COCO's twelve numbers; the original's interface.
 
-    The model keeps its mode.
+    The model's mode is restored.
 
     Args:
         dataset: any data set, with a Resizer among its transforms.
-        model: a RetinaNet, or a DataParallel around it.
+        model: a RetinaNet, which may be wrapped in DataParallel.
         threshold: scores must be above it.
 
     Returns:
@@ -209,7 +209,7 @@ def metrics_table(metrics: Mapping[str, float]) -> str:
 
 
 def class_table(classes: Sequence[ClassScore]) -> str:
-    """A line of text for each class; dashes where it has no boxes."""
+    """A line of text for each class, with dashes if it has no boxes."""
     names = [shortened(row.name) for row in classes]
     width = max(5, *map(len, names))
     lines = [f"{'class':{width}}     AP   AP50     AR   boxes"]

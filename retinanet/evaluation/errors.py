@@ -1,7 +1,7 @@
 """What costs AP: each kind of error, the AP that fixing it would add, and which classes are confused.
 
-The kinds, and what fixing one means, are those of TIDE (Bolya et al., "TIDE: A General Toolbox for Identifying
-Object Detection Errors", 2020), at its thresholds: IoU 0.5 to be right, 0.1 to overlap a box at all.
+The kinds of errors, and how each is fixed, are those of TIDE (Bolya et al., "TIDE: A General Toolbox for Identifying
+Object Detection Errors", 2020), with its thresholds: IoU 0.5 to be right, 0.1 to overlap a box at all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,27 +19,27 @@ from retinanet.postprocess import MAX_DETECTIONS, Detections
 
 RIGHT_IOU, OVERLAP_IOU = 0.5, 0.1
 CONFUSION_SCORE = 0.5  # detections above it enter the confusion matrix
-COCO_RECALLS = np.linspace(0, 1, 101)  # where COCO reads a precision-recall curve
+COCO_RECALLS = np.linspace(0, 1, 101)  # at which COCO samples a precision-recall curve
 
-# Of each kind its title and what it is.
+# Kind of error -> its title and its meaning.
 KINDS = {
     "class": ("Wrong class", "The box fits an object, but of another class."),
     "location": ("Badly placed", "The class is right, but the box overlaps its object only by an IoU of 0.1 to 0.5."),
-    "both": ("Wrong class, badly placed", "The box overlaps an object of another class, and not enough either."),
+    "both": ("Wrong class, badly placed", "The box overlaps an object of another class, but not enough."),
     "duplicate": ("Duplicate", "A better detection has already found this object."),
-    "background": ("Nothing annotated", "It overlaps no annotated object: a false alarm, or a missing annotation."),
+    "background": ("Nothing annotated", "The box overlaps no annotated object: a false alarm or a missing annotation."),
     "missed": ("Never found", "No detection, however low its score, found this object or came close to it."),
 }
 
 
 class ImageErrors(NamedTuple):
-    """The D detections of one image that count, best first, and how they fit its G boxes."""
+    """The D detections of one image that count, best first, and how they match its G boxes."""
 
     detections: Detections
     kinds: np.ndarray  # [D] "right" or one of the KINDS
     targets: np.ndarray  # [D] index of the box that each one found or should have found; -1 for none
-    taken: np.ndarray  # of those above CONFUSION_SCORE: index of the box, of any class, that each one took; -1 for none
-    near: np.ndarray  # [G] IoU of each box with the detection, of any class, that overlaps it most
+    taken: np.ndarray  # for those above CONFUSION_SCORE: index of the box, of any class, that each took; -1 for none
+    near: np.ndarray  # [G] highest IoU of each box with a detection of any class
 
 
 @dataclass
@@ -52,22 +52,22 @@ class ErrorAnalysis:
     # [K + 1, K + 1] counts of detections above CONFUSION_SCORE: rows are the true class, columns the detected one; the
     # last row and column are the background.
     confusion: np.ndarray
-    images: dict[int, ImageErrors]  # of each sample index
+    images: dict[int, ImageErrors]  # by sample index
 
 
 class _Judged(NamedTuple):
-    """The N detections of a data set, as those of ImageErrors."""
+    """The N detections of a data set, judged as in ImageErrors."""
 
     scores: np.ndarray
     labels: np.ndarray
     kinds: np.ndarray
-    boxes: np.ndarray  # their targets, numbered through the data set
+    boxes: np.ndarray  # their targets, as indices of all boxes of the data set; -1 for none
 
 
 def greedy_match(iou: np.ndarray, threshold: float) -> np.ndarray:
     """Assign boxes to detections: each detection, best first, takes the free box that it overlaps most.
 
-    From the IoU [D, G], the index of the box that each detection takes, [D]; -1 where none reaches the threshold.
+    From the IoU [D, G] follows the index of the box that each detection takes, [D]; -1 if none reaches the threshold.
     """
     free, taken = iou.copy(), np.full(len(iou), -1)
     for detection in range(len(iou) if iou.size else 0):
@@ -84,10 +84,10 @@ def judge(
     score_threshold: float = 0.0,
     iou_threshold: float = RIGHT_IOU,
 ) -> dict[int, tuple[Detections, np.ndarray, np.ndarray]]:
-    """Find out which detections are right and which boxes were found, as drawings show it.
+    """Find out which detections are right and which boxes were found, for drawing.
 
-    Detections are those of `detection.detect`. Returns for each index the ones above the threshold, whether each is
-    right [N] bool, and whether each box of the image was found [G] bool.
+    Takes the detections of `detection.detect`. Returns for each index those above the threshold, whether each is right
+    [N] bool, and whether each box of the image was found [G] bool.
     """
     judged = {}
     for index, one in found.items():
@@ -142,8 +142,8 @@ def _mean_ap(scores: np.ndarray, labels: np.ndarray, right: np.ndarray, num_boxe
 def _fixed_ap(judged: _Judged, kind: str, box_labels: np.ndarray) -> float:
     """AP after all errors of one kind are fixed.
 
-    An error of class or location becomes right if it is the best of both kinds for a box that nothing found, and
-    is removed otherwise; errors of the other kinds are removed; missed boxes are no longer counted.
+    A class or location error becomes right if no detection found its box and no other error of these two kinds has a
+    higher score for it; otherwise it is removed. Errors of the other kinds are removed, and missed boxes do not count.
     """
     right = judged.kinds == "right"
     wrong = judged.kinds == kind
@@ -162,7 +162,7 @@ def _fixed_ap(judged: _Judged, kind: str, box_labels: np.ndarray) -> float:
 
 
 def _missed(judged: _Judged, num_boxes: int) -> np.ndarray:
-    """[G] whether a box was neither found nor nearly found."""
+    """[G] whether a box was neither found nor nearly found: it is no detection's target."""
     return ~np.isin(np.arange(num_boxes), judged.boxes)
 
 
@@ -171,8 +171,8 @@ def analyse(
 ) -> ErrorAnalysis:
     """Count the errors of a detector by kind, with the AP that each kind costs.
 
-    Detections are best first, boxes in pixels of the original image; a wrong one in a crowd or on a difficult box does
-    not count. As in COCO, the first `limit` of each class in an image count.
+    Detections are best first, boxes in pixels of the original image; wrong ones in a crowd or on a difficult box do not
+    count. As in COCO, the first `limit` detections of each class in an image count.
     """
     num_classes = dataset.num_classes()
     confusion = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
@@ -185,7 +185,7 @@ def analyse(
         found = Detections(*(values[rank < limit] for values in detections[index]))
         iou = compute_overlap(found.boxes, annotations[:, :4])
         kinds, targets = _judge_image(found.labels.numpy(), iou, image_labels)
-        # As in COCO, a box that is found in a crowd counts.
+        # As in COCO, a right detection inside a crowd counts.
         counted = (kinds == "right") | ~_in_regions(found, dataset.load_difficult(index))
         found = Detections(*(values[torch.from_numpy(counted)] for values in found))
         kinds, targets, iou = kinds[counted], targets[counted], iou[counted]
@@ -195,7 +195,7 @@ def analyse(
         num_boxes += len(annotations)
         sure = scores > CONFUSION_SCORE
         taken = greedy_match(iou[sure], RIGHT_IOU)
-        padded = np.append(image_labels, num_classes)  # -1 reads the background
+        padded = np.append(image_labels, num_classes)  # so that index -1 is the background
         np.add.at(confusion, (padded[taken], labels[sure]), 1)
         np.add.at(confusion, (np.delete(image_labels, taken[taken >= 0]), num_classes), 1)
         images[index] = ImageErrors(found, kinds, targets, taken, iou.max(axis=0, initial=0))

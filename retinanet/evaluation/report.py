@@ -20,21 +20,21 @@ from retinanet.postprocess import MAX_DETECTIONS, Detections
 from retinanet.visual import charts
 
 FILES = ("detections.json", "metrics.json")
-JSON_SCORES = np.arange(20) / 20  # at which metrics.json has precision, recall and F1
+JSON_SCORES = np.arange(20) / 20  # thresholds for which metrics.json has precision, recall and F1
 
 
 @dataclass
 class Evaluation:
-    """Detections, best first, boxes in pixels of the original image, scored by COCO's and by Pascal VOC's protocol."""
+    """Scores of detections (best first, boxes in pixels of the original image) by COCO's and Pascal VOC's protocols."""
 
     dataset: DetectionDataset  # the ground truth
-    detections: Mapping[int, Detections]  # of each sample index that counts
-    iou_threshold: float = 0.5  # IoU from which a box counts as found, for VOC's scores
+    detections: Mapping[int, Detections]  # by sample index; other images do not count
+    iou_threshold: float = 0.5  # smallest IoU at which a box counts as found, for VOC's scores
     eleven_points: bool = False  # average precision as in VOC 2007
     analyse: bool = False  # also find out what costs AP
-    # From `coco.read_results`, if the detections are from a file: COCO's protocol scores them as they are.
+    # From `coco.read_results`, if the detections are from a file: COCO's protocol scores them unchanged.
     results: Sequence[Mapping[str, Any]] | None = None
-    limit: int = MAX_DETECTIONS  # COCO's protocol and the analysis count so many detections of a class in an image
+    limit: int = MAX_DETECTIONS  # detections of a class in an image that COCO's protocol and the analysis count
     min_precision: float | None = None  # also find the lowest scores that have this precision
 
     def __post_init__(self):
@@ -87,7 +87,7 @@ class Evaluation:
         return content
 
     def _operating_points(self, ranking: thresholds.Ranking) -> dict:
-        """What detections above some scores are worth, by name; None where there is no such score."""
+        """Thresholds of a ranking with their precision, recall and F1, by name; None if there is no such threshold."""
         points = {"best_f1": thresholds.best_f1(ranking)}
         if self.min_precision is not None:
             points["min_precision"] = thresholds.at_precision(ranking, self.min_precision)
@@ -97,7 +97,7 @@ class Evaluation:
         return {name: point and point._asdict() for name, point in points.items()} | {"above": above}
 
     def draw_thresholds(self, path: Path) -> None:
-        """Draw precision, recall and F1 over the score, of each class and of all."""
+        """Draw precision, recall and F1 over the score, for each class and for all."""
         rankings = voc.all_rankings(self.voc)
         scores = rankings[-1].scores[np.isfinite(rankings[-1].scores)]
         grid = np.linspace(scores.min(initial=0), scores.max(initial=1), 501)
@@ -112,7 +112,7 @@ class Evaluation:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise a UserError if what `Evaluation.write` writes could not be written to `folder`."""
+    """Raise a UserError if `Evaluation.write` could not write its files to `folder`."""
     for name in FILES:
         output_file(folder / name)
     try:
@@ -122,12 +122,12 @@ def check_folder(folder: Path) -> None:
 
 
 def limits_note(dataset: DetectionDataset, indices: Sequence[int], limit: int, by_class: bool = False) -> str:
-    """A warning if images hold more boxes than the `limit` of detections, of an image or of each class in it."""
+    """A warning if images hold more boxes than the `limit` of detections per image, or per class and image."""
     annotations = {index: dataset.load_annotations(index) for index in indices}
     frequency = np.bincount(dataset.annotations[:, 4].astype(np.int64))
     truth, beyond, total, images = {}, 0, 0, 0
     for index, found in annotations.items():
-        # The rarer a class, the more of AP each of its boxes is: detections of those come first.
+        # The rarer a class, the more each of its boxes adds to AP, so the best detector finds these first.
         found = found[np.argsort(frequency[found[:, 4].astype(np.int64)], kind="stable")]
         counts = np.unique(found[:, 4], return_counts=True)[1] if by_class else np.array([len(found)])
         lost = int((counts - limit).clip(0).sum())

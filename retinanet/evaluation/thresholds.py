@@ -1,4 +1,4 @@
-"""Above which score detections are worth keeping: precision, recall and F1 over the score, and the counts there."""
+"""Score thresholds above which detections are worth keeping, with the precision, recall, F1 and counts of each."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -7,16 +7,16 @@ import numpy as np
 
 
 class Ranking(NamedTuple):
-    """The N detections that count, of one class or of all, best first, and the boxes of I images."""
+    """The N detections of one class or of all that count, best first, and the numbers of boxes in I images."""
 
     scores: np.ndarray  # [N]
-    right: np.ndarray  # [N] bool: found a box that no better one has found
-    images: np.ndarray  # [N] place of its image among the I
+    right: np.ndarray  # [N] bool: found a box that no better detection found
+    images: np.ndarray  # [N] index of the image, below I
     boxes: np.ndarray  # [I] number of ground-truth boxes
 
 
 class Point(NamedTuple):
-    """What the detections with scores above a threshold are worth."""
+    """A score threshold, and the quality of the detections above it."""
 
     score: float  # the threshold
     f1: float  # harmonic mean of precision and recall
@@ -26,7 +26,7 @@ class Point(NamedTuple):
     false: int
     missed: int
     count_error: float  # number of detections - number of boxes, mean over the images
-    absolute_count_error: float  # the same of its absolute value
+    absolute_count_error: float  # mean of the absolute value of this difference
 
 
 def pooled(rankings: Iterable[Ranking]) -> Ranking:
@@ -56,17 +56,17 @@ def counts_above(ranking: Ranking, scores: np.ndarray) -> np.ndarray:
 
 
 def _steps(ranking: Ranking) -> np.ndarray:
-    """[T] how many detections can be kept by a threshold: those of equal scores go together."""
+    """[T] numbers of detections that a threshold can keep: it separates no equal scores."""
     return np.unique(np.searchsorted(-ranking.scores, -ranking.scores, side="right"))
 
 
 @np.errstate(over="ignore")  # results files may hold any number
 def threshold(ranking: Ranking, count: int) -> float:
-    """The score above which the best `count` detections are: of few digits, so that it can be typed and stays exact."""
+    """A threshold that keeps exactly the best `count` detections, with few digits, so that it can be typed."""
     last = float(ranking.scores[count - 1])
     if count < len(ranking.scores):
         below = float(ranking.scores[count])
-    else:  # there may be more below, which were not detected
+    else:  # the detector may have omitted detections with lower scores
         below = min(float(np.nextafter(np.float32(last), np.float32(-np.inf))), last - abs(last) / 1000)
     for digits in range(1, 9):
         score = round(below / 2 + last / 2, digits)
@@ -76,7 +76,7 @@ def threshold(ranking: Ranking, count: int) -> float:
 
 
 def _point(ranking: Ranking, count: int) -> Point:
-    """The Point that keeps the best `count` detections."""
+    """The Point whose threshold keeps the best `count` detections."""
     right, boxes = int(ranking.right[:count].sum()), int(ranking.boxes.sum())
     errors = np.bincount(ranking.images[:count], minlength=len(ranking.boxes)) - ranking.boxes
     precision, recall, f1 = _rates(ranking, np.array([count]))[:, 0].tolist()
@@ -86,13 +86,13 @@ def _point(ranking: Ranking, count: int) -> Point:
 
 
 def best_f1(ranking: Ranking) -> Point | None:
-    """The Point of the best F1, the highest score of equal ones; None if no detection is right."""
+    """The Point of the best F1, with the highest threshold among equals; None if no detection is right."""
     steps = _steps(ranking)
     return _point(ranking, int(steps[_rates(ranking, steps)[2].argmax()])) if ranking.right.any() else None
 
 
 def at_precision(ranking: Ranking, precision: float) -> Point | None:
-    """The Point of the lowest score whose precision is `precision` or better; None if no score's is."""
+    """The Point of the lowest threshold with a precision of at least `precision`; None if there is none."""
     steps = _steps(ranking)
     steps = steps[_rates(ranking, steps)[0] >= precision]
     return _point(ranking, int(steps[-1])) if len(steps) else None

@@ -1,7 +1,7 @@
 """Average precision as Pascal VOC defines it: at one IoU, class by class.
 
 A detection is right if it overlaps a box of its class enough and no better detection has taken that box.
-`evaluation.coco` has COCO's numbers, which are means over many IoUs.
+`evaluation.coco` computes COCO's numbers, which are means over many IoUs.
 """
 
 from collections.abc import Mapping
@@ -21,15 +21,15 @@ from retinanet.postprocess import MAX_DETECTIONS, SCORE_THRESHOLD, Detections
 from retinanet.process import log, show_log
 from retinanet.visual import charts
 
-BOARD_CLASSES = 20  # that TensorBoard shows a curve of
-VOC07_RECALLS = np.linspace(0, 1, 11) - 1e-12  # less a rounding error: a recall of 3 / 10 counts as 0.3
+BOARD_CLASSES = 20  # classes with a curve in TensorBoard
+VOC07_RECALLS = np.linspace(0, 1, 11) - 1e-12  # allows for rounding: a recall of 3 / 10 reaches 0.3
 
 
 class ClassResult(NamedTuple):
     """How well the objects of one class were found."""
 
     average_precision: float  # area under its precision-recall curve, 0 to 1; 0 if nothing was found
-    num_boxes: int  # of the ground truth, without the difficult ones
+    num_boxes: int  # ground-truth boxes, without the difficult ones
     precision: float  # share of its detections that are right; 0 without detections
     recall: float  # share of its boxes that were found; 0 without boxes
     curve: np.ndarray  # [2, N] recall and precision after each detection, from the best to the worst
@@ -37,7 +37,7 @@ class ClassResult(NamedTuple):
 
 
 def compute_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """`boxes.box_iou` of arrays in float64, the original's interface: [N, 4] and [K, 4] xyxy -> [N, K]."""
+    """`boxes.box_iou` of arrays, in float64: [N, 4] and [K, 4] xyxy -> [N, K]; the original's interface."""
     return box_iou(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)).numpy()
 
 
@@ -60,8 +60,8 @@ def _judge(found: Detections, annotations: np.ndarray, difficult: np.ndarray, io
 def average_precision(recall: np.ndarray, precision: np.ndarray, recalls: np.ndarray | None = None) -> float:
     """Area under the envelope of a precision-recall curve, or the envelope's mean at some recalls.
 
-    The envelope is the best precision at a recall or any higher one. VOC takes its area since 2010; VOC 2007 takes
-    its mean at 11 recalls, and COCO at 101: at `recalls`. The curve is [N] recalls, rising, and [N] precisions.
+    The envelope is the best precision at a recall or any higher one. VOC has used its area since 2010. VOC 2007 used
+    its mean at 11 `recalls`, and COCO uses its mean at 101. The curve is [N] rising recalls and [N] precisions.
     """
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     if recalls is None:
@@ -70,7 +70,7 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, recalls: np.nda
 
 
 def rank(dataset: DetectionDataset, detections: Mapping[int, Detections], iou_threshold: float) -> dict[int, Ranking]:
-    """Find out which detections of each sample index are right, as `evaluate_detections`; a Ranking for every label."""
+    """Find out which detections are right, as for `evaluate_detections`; returns a Ranking for every label."""
     num_classes = dataset.num_classes()
     boxes = np.zeros((num_classes, len(detections)), dtype=np.int64)
     parts = [(np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
@@ -97,10 +97,11 @@ def evaluate_detections(
     iou_threshold: float = 0.5,
     eleven_points: bool = False,
 ) -> dict[int, ClassResult]:
-    """Score the detections of each sample index that counts, boxes in pixels of the original image, class by class.
+    """Score detections by sample index, boxes in pixels of the original image, class by class.
 
-    Finding or missing a difficult box changes no score. A box counts as found from `iou_threshold` on; `eleven_points`
-    gives the average precision of VOC 2007. Returns the ClassResult of every label.
+    Images without an entry do not count. Finding or missing a difficult box changes no score. A box counts as found at
+    an IoU of at least `iou_threshold`; `eleven_points` computes the average precision of VOC 2007. Returns the
+    ClassResult of every label.
     """
     results = {}
     for label, ranking in rank(dataset, detections, iou_threshold).items():
@@ -119,13 +120,13 @@ def evaluate_detections(
 
 
 def mean_average_precision(results: Mapping[int, ClassResult]) -> float:
-    """Mean over the classes that have boxes; 0 if none has."""
+    """Mean average precision of the classes that have boxes; 0 if none has."""
     present = [result.average_precision for result in results.values() if result.num_boxes]
     return float(np.mean(present)) if present else 0.0
 
 
 def all_rankings(results: Mapping[int, ClassResult]) -> list[Ranking]:
-    """The Ranking of each label, and at the end that of all classes together, for one threshold."""
+    """The Ranking of each label, followed by that of all classes together, which share one threshold."""
     rankings = [result.ranking for result in results.values()]
     return [*rankings, pooled(rankings)]
 
@@ -143,7 +144,7 @@ def board_curves(results: Mapping[int, ClassResult], dataset: DetectionDataset) 
 
 
 def best_scores(results: Mapping[int, ClassResult], dataset: DetectionDataset) -> dict[str, Any]:
-    """The scores of the best F1, for a checkpoint: of `all` together, and of `classes` by name; {} if none is right."""
+    """The scores of the best F1, for a checkpoint: of `all` classes and of `classes` by name; {} if none is right."""
     *points, over_all = map(best_f1, all_rankings(results))
     classes = {name: point.score for name, point in zip(dataset.labels.values(), points, strict=True) if point}
     return {"all": over_all.score, "classes": classes} if over_all else {}
@@ -154,7 +155,7 @@ def class_table(
 ) -> str:
     """A line of text for each class and for all: average precision, and the scores of the best F1 and `min_precision`.
 
-    A dash stands where a class has no boxes, or no score does.
+    A dash means that a class has no boxes, or that there is no such score.
     """
     names = [*map(shortened, dataset.labels.values()), "all"]
     width, mean, rankings = max(5, *map(len, names)), mean_average_precision(results), all_rankings(results)
@@ -195,14 +196,14 @@ def evaluate(
 ) -> dict[int, tuple[float, int]]:
     """Run a model over a data set and log each class's scores and mAP; the original's interface.
 
-    The model keeps its mode.
+    The model's mode is restored.
 
     Args:
         generator: the data set, with a Resizer among its transforms.
-        retinanet: the model, or a DataParallel around it.
-        iou_threshold: IoU from which a box counts as found.
+        retinanet: the model, which may be wrapped in DataParallel.
+        iou_threshold: smallest IoU at which a box counts as found.
         score_threshold: scores must be above it.
-        max_detections: detections an image.
+        max_detections: detections per image.
         save_path: folder for the precision-recall curves, `pr_curves.png`; needs matplotlib.
 
     Returns:

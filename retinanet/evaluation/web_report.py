@@ -1,8 +1,8 @@
-"""report.html: what a detector gets wrong, and above which score to use it, as a page that needs no server.
+"""report.html: a page that shows what a detector gets wrong and which score threshold to use; it needs no server.
 
-The page and the folder `report` beside it, with JPEG images, are all that it takes. Python counts (`score_steps`),
-chooses the images (`choose_images`) and describes them; template, style sheet and script are in `page/`. The script
-draws curves and boxes, and finds the cases of each kind of mistake, so that all of them follow the slider.
+It consists of the page and of the folder `report` beside it, with JPEG images. Python counts detections
+(`score_steps`), and chooses (`choose_images`) and describes the images. The template, style sheet and script are in
+`page/`. The script draws curves and boxes and finds the cases of each kind of mistake, so that they follow the slider.
 """
 
 import collections
@@ -33,14 +33,14 @@ from retinanet.evaluation.thresholds import Point, Ranking, best_f1, counts_abov
 
 MAX_IMAGES, MAX_BOXES = 300, 60_000  # of the gallery
 MAX_BYTES = 40_000_000  # of all JPEG files
-# Long side in pixels and JPEG quality, from the best: an image gets the first pair whose file is small enough.
+# Long side in pixels and JPEG quality, best first: an image gets the first pair whose file is small enough.
 QUALITIES = ((1280, 82), (1280, 65), (960, 60), (640, 50), (320, 40))
-STEPS, RANKS = 100, 20  # of the slider: at equal distances, and at equal numbers of detections
+STEPS, RANKS = 100, 20  # steps of the slider: at equal distances, and at equal numbers of detections
 BEST_LIMIT, CURVE_LIMIT = 100, 7  # classes whose best F1 is a step, and whose curves are drawn
-MATRIX_LIMIT, BAR_LIMIT = 20, 40  # classes of the confusion matrix, and of the chart of boxes
-NEAR_IOU = 0.1  # a box that no detection overlaps by more may be wrong itself
-SIDES = (0, 16, 32, 64, 96, 128, 256, 512)  # pixels, the root of the area
-GRID = 24  # cells a side of the map of positions
+MATRIX_LIMIT, BAR_LIMIT = 20, 40  # classes in the confusion matrix, and in the chart of boxes
+NEAR_IOU = 0.1  # a box that no detection overlaps by more than this may be an annotation error
+SIDES = (0, 16, 32, 64, 96, 128, 256, 512)  # limits of groups of box sizes: square root of the area, pixels
+GRID = 24  # cells per side of the map of positions
 
 
 def write(
@@ -51,11 +51,11 @@ def write(
     training: Sequence[Mapping[str, float]] = (),
     anchors: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the page, report.html, and the images of the folder `report` beside it, in place of earlier ones.
+    """Write report.html and the images in the folder `report` beside it, replacing earlier ones.
 
     `source` is the file of the model or, unless `is_model`, of the detections. `training` holds the entries of the
-    run's log.jsonl, `anchors` the `summary` of `anchor_report` and the `coverage` of its `as_dict`. What must not be
-    overwritten is a UserError, what cannot be written an OSError.
+    run's log.jsonl, `anchors` the `summary` of `anchor_report` and the `coverage` of its `as_dict`. Raises UserError
+    for files that must not be overwritten, and OSError for those that cannot be written.
     """
     page, images = output_file(path), path.parent / "report"
     if images.is_symlink():
@@ -95,7 +95,7 @@ def write(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("retinanet.evaluation", "page"),
         autoescape=True,
-        finalize=lambda value: escaped(value) if type(value) is str else value,  # not of Markup
+        finalize=lambda value: escaped(value) if type(value) is str else value,  # not Markup, a subclass of str
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -123,15 +123,15 @@ def write(
 
 
 def score_steps(rankings: Sequence[Ranking], points: Sequence[Point | None]) -> dict[str, Any]:
-    """What the slider shows: the numbers of each ranking, the last of which is of all, at each of its steps.
+    """The numbers behind the slider: those of each ranking (one per class, then one of all) at each of its steps.
 
-    Steps lie at equal distances, at equal numbers of detections, so that crowded scores can be told apart, and at the
-    best F1 of each ranking, `points`.
+    Steps lie at equal distances; at equal numbers of detections, so that close scores can be told apart; and at the
+    best F1 of each ranking, which `points` hold.
 
     Returns:
-        `steps`, rising scores; `counts` of detections and of `right` ones, for each ranking the differences from one
-        step to the next, of which most are 0; `boxes` of each ranking; `best`, the step of each one's best F1, or None;
-        `start`, a step; `curves`, the most frequent classes.
+        `steps`: rising scores; `counts` and `right`: for each ranking, the numbers of detections and of right ones, as
+        differences from one step to the next, because most are 0; `boxes`: the number of boxes of each ranking; `best`:
+        the step of its best F1, or None; `start`: the initial step; `curves`: the labels of the most frequent classes.
     """
     scores, boxes = rankings[-1].scores.clip(-1e9, 1e9), [int(ranking.boxes.sum()) for ranking in rankings]
     low, high = scores.min(initial=0), scores.max(initial=1)
@@ -158,10 +158,10 @@ def score_steps(rankings: Sequence[Ranking], points: Sequence[Point | None]) -> 
 
 
 def choose_images(dataset: DetectionDataset, analysis: errors.ErrorAnalysis, score: float) -> list[int]:
-    """The sample indices of the gallery: in turn the worst of each kind of error, and of each class in it.
+    """The sample indices of the gallery: the worst images of each kind of error, and of each class in it, in turn.
 
-    False detections are the worse the higher their score, boxes that have no right detection above the `score` the
-    larger they are. At most MAX_IMAGES, and not more of them than hold MAX_BOXES.
+    A false detection is worse the higher its score is; a box that has no right detection above `score` is worse the
+    larger it is. There are at most MAX_IMAGES images, with at most MAX_BOXES boxes and detections.
     """
     groups = collections.defaultdict(list)  # (weight, index) of each error
     for index, one in analysis.images.items():
@@ -186,7 +186,7 @@ def choose_images(dataset: DetectionDataset, analysis: errors.ErrorAnalysis, sco
 
 
 def _save_image(dataset: DetectionDataset, index: int, path: Path, budget: int) -> tuple[int, int] | None:
-    """Write an image as JPEG of at most `budget` bytes, if that can be; (height, width), or None if unreadable."""
+    """Write an image as JPEG, if possible of at most `budget` bytes; returns (height, width), or None if unreadable."""
     try:
         pixels = dataset.load_image(index)
     except (UserError, OSError):
@@ -208,17 +208,17 @@ def _image_entry(
     name: str,
     steps: np.ndarray,
 ) -> dict[str, Any]:
-    """What the page knows of an image; boxes are rounded to tenths of its pixels.
+    """The page's data about an image; boxes are rounded to tenths of its pixels.
 
-    Of each detection: x1, y1, x2, y2, label, score, kind, the box that it found or should have found, the one that it
-    took (-1: none, -2: too low a score for the confusion matrix), and the number of steps that its score is above. Of
-    each box of the ground truth: x1, y1, x2, y2, label, the best IoU of any detection, and its place in its file.
+    For each detection: x1, y1, x2, y2, label, score, kind, the box that it found or should have found, the one that it
+    took (-1: none, -2: its score is too low for the confusion matrix), and the number of steps below its score. For
+    each ground-truth box: x1, y1, x2, y2, label, the highest IoU with a detection, and where the box is in its file.
     """
     annotations, regions = dataset.load_annotations(index), dataset.load_difficult(index)
     scores, boxes = one.detections.scores.double().numpy(), one.detections.boxes.double().numpy()
     rows = range(dataset.offsets[index], dataset.offsets[index + 1])
     file = name if size else None
-    if size is None:  # room for all boxes, where not even the declared size is known
+    if size is None:  # the declared size or, if that is unknown too, room for all boxes
         known = dataset.known_sizes[index]
         corners = np.concatenate([annotations[:, 2:4], regions[:, 2:4], boxes[:, 2:].clip(0, 1e5)])
         size = known if known.all() else np.ceil(corners.max(axis=0, initial=1))[::-1]
@@ -242,12 +242,12 @@ def _image_entry(
 
 
 def _finite(values: np.ndarray, digits: int) -> list:
-    """Rounded numbers, as JSON can hold them."""
+    """Rounded numbers without infinity and NaN, which JSON cannot hold."""
     return np.nan_to_num(np.asarray(values, dtype=np.float64)).clip(-1e9, 1e9).round(digits).tolist()
 
 
 def _training_curves(entries: Sequence[Mapping[str, float]]) -> dict[str, list]:
-    """Losses and AP over the epochs of a log: of each chart, (name, points) of its lines."""
+    """Losses and AP over the epochs of a log: for each chart, (name, points) of its lines."""
     epochs, charts = [entry for entry in entries if "step" not in entry], {}
     for chart, keys in (("loss", ("class_loss", "box_loss")), ("ap", ("AP", "AP50"))):
         points = [[(one["epoch"] + 1, one[key]) for one in epochs if 0 <= one.get(key, -1) < np.inf] for key in keys]
@@ -257,7 +257,7 @@ def _training_curves(entries: Sequence[Mapping[str, float]]) -> dict[str, list]:
 
 
 def confusion_rows(confusion: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """The classes of the matrix that is shown, the most confused ones, and its rows: (count, share of the row)."""
+    """The confusion matrix as shown: its classes, the most confused ones, and its rows of (count, share of the row)."""
     background = len(names)
     between = confusion[:-1, :-1] * ~np.eye(background, dtype=bool)
     worst = np.lexsort((-confusion[:-1].sum(axis=1), -(between.sum(axis=0) + between.sum(axis=1))))[:MATRIX_LIMIT]
@@ -270,7 +270,7 @@ def confusion_rows(confusion: np.ndarray, names: Sequence[str]) -> dict[str, Any
 
 
 def _statistics(dataset: DetectionDataset) -> dict[str, Any]:
-    """Boxes of each class, their sizes and, where the sizes of the images are known, the positions of their centres."""
+    """Boxes of each class, their sizes and, if the sizes of the images are known, the positions of their centres."""
     annotations, images = dataset.annotations.astype(np.float64), dataset.image_index
     counts = np.bincount(annotations[:, 4].astype(int), minlength=dataset.num_classes())
     shown = np.argsort(-counts, kind="stable")[:BAR_LIMIT]
@@ -278,7 +278,7 @@ def _statistics(dataset: DetectionDataset) -> dict[str, Any]:
     groups = [f"{low} to {high}" for low, high in itertools.pairwise(SIDES)] + [f"over {SIDES[-1]} px"]
     try:
         sizes = np.asarray(dataset.image_sizes)[images]
-    except (UserError, OSError):  # results files are scored without images
+    except (UserError, OSError):  # results files can be scored without images
         positions = None
     else:
         centres = (annotations[:, 1::-1] + annotations[:, 3:1:-1]) / 2 / sizes  # y, x

@@ -231,7 +231,7 @@ def test_the_matching_rule_comes_back(net, tmp_path):
 
 def test_a_whole_model_of_old_torch_is_refused(tmp_path):
     torch.save(nn.Conv2d(3, 8, 3), tmp_path / "a.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match=r"a\.pt: .* was not run\. .* save model\.state_dict\(\) instead"):
+    with pytest.raises(UserError, match=r"a\.pt: .* was not loaded\. .* save model\.state_dict\(\) instead"):
         checkpoint.load_model(tmp_path / "a.pt")
 
 

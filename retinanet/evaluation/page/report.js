@@ -16,7 +16,7 @@ function element(tag, attributes = {}, ...children) {
   node.append(...children);
   return node;
 }
-// Numbers above a threshold; the last row is of all classes. The formulas are those of evaluation/thresholds.py.
+// The numbers of a class (or of all classes, in the last row) above a threshold, as in evaluation/thresholds.py.
 function rates(row, step) {
   const found = counts[row][step], right = rights[row][step], boxes = data.boxes[row];
   const precision = found ? right / found : null, recall = right / Math.max(1, boxes);
@@ -83,7 +83,7 @@ function moveMarks() {
     return element("circle", { cx: scales.pr.x(recall), cy: scales.pr.y(precision), r: 6, fill: colourOf(row) });
   }));
 }
-// The gallery: its cases follow from the boxes of its images.
+// The gallery: its cases are computed from the boxes of its images.
 function cases() {
   const { step, kind, cell, label } = state, found = [], truth = [];
   const asked = { false: ["background", "both"], label: ["background"] }[kind] ?? [kind];
@@ -169,14 +169,14 @@ function drawCards() {
   $("more").hidden = more <= 0;
   $("more").textContent = `Show ${Math.min(PAGE, more)} of ${more} more`;
   for (const text of all(".count")) text.textContent = `${list.length} ${list.length === 1 ? "case" : "cases"}`;
-  clearTimeout(announcing); // a screen reader hears where the slider stops, not its way there
+  clearTimeout(announcing); // screen readers announce where the slider stops, not every step
   announcing = setTimeout(() => {
     const [precision, recall, f1] = cells(state.label ?? ALL), above = `Scores above ${data.steps[state.step]}`;
     $("status").textContent = `${above}: precision ${precision}, recall ${recall}, F1 ${f1}; ${$("shown").textContent}`;
   }, 600);
 }
 function showWhole(place) {
-  if (!state.list[place]) return; // before the first, after the last; another key
+  if (!state.list[place]) return; // there is no such case, or another key was pressed
   const one = (state.shown = state.list[place]), { what, verdict, long } = describe(one);
   state.open = place;
   $("whole-title").textContent = `${what}: ${verdict.toLowerCase()}`;
@@ -192,7 +192,7 @@ function drawWhole() {
   $("boxes").tBodies[0].replaceChildren(...image.truth.map((one) => row(one, "–", `annotated in ${fileOf(one[6])}`)),
     ...image.found.filter((one) => one[9] > state.step).map((one) => row(one, one[5].toFixed(3), data.kinds[one[6]])));
 }
-// What the user changes.
+// Changes that the user makes.
 let drawing, announcing;
 function moveTo(step) {
   const score = data.steps[(state.step = step)];
@@ -233,7 +233,7 @@ function sortBy(header, isDown) {
   const body = $("class-table").tBodies[0], column = header.cellIndex;
   const key = (row) => row.cells[column].textContent.trim();
   const compare = (a, b) => (column ? a - b : a.localeCompare(b)) * (isDown ? -1 : 1);
-  const lacks = (row) => column && key(row) === "–"; // what does not exist comes last
+  const lacks = (row) => column && key(row) === "–"; // missing values come last
   for (const other of all("#class-table [aria-sort]")) other.removeAttribute("aria-sort");
   header.setAttribute("aria-sort", isDown ? "descending" : "ascending");
   body.append(...[...body.rows].sort((a, b) => lacks(a) - lacks(b) || (lacks(a) ? 0 : compare(key(a), key(b)))));
