@@ -124,7 +124,7 @@ def _find_images(table: Table, report: Report) -> tuple[list[str], np.ndarray]:
             if not name:
                 report.add("bad name", table.where(row), "the image's path is empty")
         elif files[index] != name:
-            report.add("repeated image", table.where(row), f"{shown(name)} is {shown(files[index])}, which is read once")
+            report.add("repeated image", table.where(row), f"{shown(name)} is {shown(files[index])}, and is read once")
     return files, np.array(found, dtype=np.int64)[table.path_codes]
 
 

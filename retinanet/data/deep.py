@@ -10,7 +10,7 @@ from PIL import Image
 
 from retinanet.data.pixels import Deferred, PixelRange
 
-# Pillow's names of 16-bit colours. It reads only the upper byte of each, which is the lower one in the other byte order.
+# Pillow's names of 16-bit colours. It reads only their upper bytes, which in the other byte order are the lower ones.
 COLOURS = re.compile(r"RGB[XA]?;16[BLN]")
 OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 

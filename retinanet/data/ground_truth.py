@@ -1,4 +1,4 @@
-"""The annotations of any data set as COCO's evaluation, and its annotation file, take them."""
+"""The annotations of any data set in the forms that COCO's evaluation and annotation files need."""
 
 import contextlib
 import io
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
 
 ID_KEYS = ("id", "image_id", "category_id")
-MAX_ID = 2**53  # whole numbers below it are floats, too
+MAX_ID = 2**53  # a float represents every whole number below it exactly
 
 
 class GroundTruth(NamedTuple):
-    """Annotations as columns, exactly as an evaluation takes them: float64, with those that training drops."""
+    """Annotations as columns for evaluation: in float64, and including those that training drops."""
 
     ids: np.ndarray  # [N] int, of the annotations
-    image_index: np.ndarray  # [N] int: the image of each
+    image_index: np.ndarray  # [N] int: index of each annotation's image
     labels: np.ndarray  # [N] int, 0-based
     boxes_xywh: np.ndarray  # [N, 4] float64, pixels of the original image
     areas: np.ndarray  # [N] float64, which decide whether an object is small, medium or large
     is_crowd: np.ndarray  # [N] bool: boxes of many objects, which evaluation ignores
 
     def select(self, chosen: np.ndarray) -> "GroundTruth":
-        """Those of some indices, or of a mask."""
+        """The annotations that an array of indices or a mask chooses."""
         return GroundTruth(*(column[chosen] for column in self))
 
     def corners(self) -> np.ndarray:
@@ -44,8 +44,8 @@ class GroundTruth(NamedTuple):
 def coco_content(dataset: "DetectionDataset", file_names: Sequence[str] | None = None) -> dict[str, Any]:
     """The content of a COCO annotation file for any data set; difficult boxes become crowds.
 
-    With `file_names` of the images, it is for a file: then ids that are not COCO's own count from 1 instead of 0,
-    sizes are those of the image files, and boxes are rounded to thousandths of a pixel.
+    With `file_names` of the images, the content is meant for a file: ids that do not come from COCO count from 1
+    instead of 0, sizes are those of the image files, and boxes are rounded to thousandths of a pixel.
     """
     for_file = file_names is not None
     first_id = int(for_file and not dataset.has_coco_ids)
@@ -65,9 +65,9 @@ def coco_content(dataset: "DetectionDataset", file_names: Sequence[str] | None =
 
 
 def from_coco(entries: list[Any]) -> GroundTruth | None:
-    """COCO's annotations as columns, with ids in place of positions and labels; None if one of them is malformed.
+    """COCO's annotations as columns, with ids in place of image indices and labels; None if one is malformed.
 
-    Types are compared exactly: NumPy would take True for 1, and "1" for a text column.
+    Types are compared exactly, because NumPy would take True for 1, and make a text column of a "1".
     """
     try:
         columns = [[entry[key] for entry in entries] for key in ID_KEYS]
@@ -92,39 +92,39 @@ def from_coco(entries: list[Any]) -> GroundTruth | None:
 
 
 def _area(value: Any) -> float:
-    """NaN where an annotation has no area, or an invalid one."""
+    """The area that an annotation declares; NaN if it declares none, or an invalid one."""
     return value if type(value) is float or (type(value) is int and abs(value) < MAX_ID) else math.nan
 
 
 def check_areas(path: Path, truth: GroundTruth, report: Report) -> GroundTruth:
-    """The area of the box in place of a declared one that is not above 0, or larger than the box."""
+    """Replace declared areas that are not above 0, or are larger than the box, by the area of the box."""
     areas, (widths, heights) = truth.areas, truth.boxes_xywh[:, 2:].T
     with np.errstate(all="ignore"):
-        good = (areas > 0) & (areas <= (widths + 1) * (heights + 1))  # some tools count pixels
+        good = (areas > 0) & (areas <= (widths + 1) * (heights + 1))  # + 1: some tools count pixels
         own = widths * heights
     report.add_rows(
         "declared area",
         ~good & ~np.isnan(areas),
         lambda row: f"{path}: annotation {truth.ids[row]}",
-        lambda row: f"area {areas[row]:g} does not fit a box of {widths[row]:g} x {heights[row]:g}; its own is used",
+        lambda row: f"area {areas[row]:g} does not fit a box of {widths[row]:g} x {heights[row]:g}; the box's is used",
     )
     return truth._replace(areas=np.where(good, areas, own))
 
 
 def from_arrays(dataset: "DetectionDataset", rounded: bool = False) -> GroundTruth:
-    """The annotations of a data set, image by image, the difficult ones of an image after the others."""
+    """The annotations of a data set, image by image; the difficult ones of an image follow the others."""
     index = np.concatenate([dataset.image_index, dataset.difficult_image_index])
     order = np.argsort(index, kind="stable")
     rows = np.concatenate([dataset.annotations, dataset.difficult_annotations])[order].astype(np.float64)
     boxes = np.concatenate([rows[:, :2], rows[:, 2:4] - rows[:, :2]], axis=1)
-    if rounded:  # by Python: NumPy's rounding differs from that of the decimal number in the last digit
+    if rounded:  # by Python, because NumPy may miss the float that is closest to the rounded decimal number
         boxes = np.array([[round(number, 3) for number in box] for box in boxes.tolist()]).reshape(-1, 4)
     ids, labels = np.arange(1, len(rows) + 1), rows[:, 4].astype(np.int64)
     return GroundTruth(ids, index[order], labels, boxes, boxes[:, 2] * boxes[:, 3], order >= len(dataset.annotations))
 
 
 def quiet_coco(content: dict[str, Any]) -> "COCO":
-    """Pycocotools' COCO object from the content of an annotation file, without its messages."""
+    """Pycocotools' COCO object for the content of an annotation file, created without its messages."""
     from pycocotools.coco import COCO  # only evaluation needs it
 
     coco = COCO()

@@ -1,7 +1,8 @@
-"""Image files -> arrays, whatever their kind, and whatever is wrong with them.
+"""Image files of any kind -> arrays, or clear errors.
 
-Pillow reads what has 8 bits; JPEG is decoded by what is faster. What Pillow would read with fewer bits or bands becomes
-a `pixels.RawImage`: by tifffile, see `tiff`, or by Pillow in its own modes, see `deep`.
+Pillow reads 8-bit images, except that JPEG is decoded by something faster if it is installed. Images of which Pillow
+would lose bits or bands become a `pixels.RawImage`, read by tifffile (see `tiff`) or by Pillow in its own modes (see
+`deep`).
 """
 
 import contextlib
@@ -29,31 +30,32 @@ from retinanet.data.tiff import TIFF_STARTS, has_more_pages, open_tiff
 from retinanet.errors import shown
 from retinanet.process import log, progress
 
-# Pillow warns of large, palette and oddly tagged images, which are read, without their names; torchvision of its end.
+# Pillow warns about large, palette and oddly tagged images, which are read nevertheless, without naming them;
+# torchvision warns about the removal of its decoder.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torchvision\.io")
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
-# What decodes JPEG, bytes [N] uint8 -> [3, H, W] uint8, best first, where it is installed. Pillow gives the same
-# pixels, more slowly.
+# The installed decoders of JPEG, bytes [N] uint8 -> [3, H, W] uint8, best first. Pillow gives the same pixels, but more
+# slowly.
 JPEG_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {}
-with contextlib.suppress(Exception):  # whatever its libraries of other versions raise
+with contextlib.suppress(Exception):  # mismatched versions of its libraries raise errors of many types
     from torchcodec.decoders import decode_image
 
     JPEG_DECODERS["torchcodec"] = functools.partial(decode_image, mode="RGB")
-with contextlib.suppress(ImportError):  # torchvision 0.29 announces that it will go
+with contextlib.suppress(ImportError):  # torchvision 0.29 announces its removal
     from torchvision.io import ImageReadMode, decode_jpeg
 
     JPEG_DECODERS["torchvision"] = functools.partial(decode_jpeg, mode=ImageReadMode.RGB)
 
-# Formats that are read. Pillow knows more; some of them start other programs, or hold other files.
+# Formats that are read. Pillow knows more, but some of them start other programs or refer to other files.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PIXEL_LIMIT = 179  # millions of pixels of an image; Pillow, too, takes a larger one for a decompression bomb
-PILLOW_LIMIT, PILLOW_LOCK = 2 * 89_478_485, threading.Lock()  # pixels; its setting is one of the whole process
-LOOKS, SAMPLED = 500, 32  # images whose bands are looked at, and of each type those whose pixels choose its range
-LARGE = 2**24  # pixels from which `open_image` decodes parts where it can
-# What turns an image of each EXIF orientation upright. ImageOps.exif_transpose also rewrites EXIF, and fails where
-# that is broken.
+PILLOW_LIMIT, PILLOW_LOCK = 2 * 89_478_485, threading.Lock()  # pixels; Pillow's setting is global to the process
+LOOKS, SAMPLED = 500, 32  # images whose bands are looked at; images of each type whose pixels choose its range
+LARGE = 2**24  # pixels above which `open_image` decodes parts if it can
+# What turns an image of each EXIF orientation upright. ImageOps.exif_transpose also rewrites EXIF, and fails if that is
+# broken.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -68,9 +70,9 @@ BITS, NUMBER_KIND, BANDS = 258, 339, 277  # tags of TIFF
 
 @contextlib.contextmanager
 def _open(path: str | Path, pixel_limit: float | None) -> Iterator[Image.Image | RawImage]:
-    """Open an image of at most `pixel_limit` million pixels: by Pillow, unless that would lose bits or bands.
+    """Open an image of at most `pixel_limit` million pixels, by Pillow unless that would lose bits or bands.
 
-    Whatever a broken image raises inside becomes a FileError that names it.
+    Any exception that a broken image raises within the context becomes a FileError that names it.
     """
     with reading(path):
         if not os.path.isfile(path):  # noqa: PTH113, pathlib raises errors of its own for impossible names
@@ -88,11 +90,11 @@ def _open(path: str | Path, pixel_limit: float | None) -> Iterator[Image.Image |
 
 
 def _identify(file: BinaryIO, path: str | Path) -> Image.Image | None:
-    """The image as Pillow recognises it, None for a TIFF file that it cannot read.
+    """The image as Pillow recognises it; None for a TIFF file that it cannot read.
 
-    Image.open would also refuse what is above its own limit of pixels, though nothing is decoded yet.
+    Image.open is not used because it refuses images above Pillow's own limit of pixels, though it decodes nothing.
     """
-    Image.init()  # only once
+    Image.init()  # does nothing the second time
     start = file.read(16)
     for name in FORMATS:
         factory, accept = Image.OPEN[name]
@@ -107,7 +109,7 @@ def _identify(file: BinaryIO, path: str | Path) -> Image.Image | None:
 
 @contextlib.contextmanager
 def _allowed_by_pillow(pixels: int) -> Iterator[None]:
-    """Lift Pillow's own limit, which it also applies when it decodes TIFF files."""
+    """Raise Pillow's own limit, which it also applies when it decodes TIFF files."""
     with PILLOW_LOCK:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels
         try:
@@ -117,7 +119,7 @@ def _allowed_by_pillow(pixels: int) -> Iterator[None]:
 
 
 def _open_raw(image: Image.Image | None, file: BinaryIO, path: str | Path) -> RawImage | None:
-    """An image that Pillow does not read, or with fewer bits or bands; None for all others."""
+    """An image that Pillow cannot read, or only with fewer bits or bands, as a RawImage; None for all others."""
     if image is not None and image.format != "TIFF":
         return (found := deep_pixels(image, file)) and RawImage(*found, orientation=_orientation(image))
     if image is not None and max(image.tag_v2.get(BITS, (1,))) <= 8 and max(image.tag_v2.get(NUMBER_KIND, (1,))) == 1:
@@ -130,8 +132,8 @@ def _open_raw(image: Image.Image | None, file: BinaryIO, path: str | Path) -> Ra
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, from 1 to 8; 1, upright, in place of anything else."""
-    # The method of the base class, because PNG's own decodes the whole image to find EXIF at its end.
+    """EXIF's orientation, from 1 to 8; anything else counts as 1, upright."""
+    # The base class's method, because that of PNG decodes the whole image to find EXIF data at its end.
     orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     return orientation if isinstance(orientation, int) and orientation in TURNS else 1
 
@@ -139,12 +141,12 @@ def _orientation(image: Image.Image) -> int:
 def read_image(path: str | Path, pixel_range: PixelRanges = None, pixel_limit: float = PIXEL_LIMIT) -> np.ndarray:
     """Read an image of any common kind as RGB, [H, W, 3] uint8, turned upright as its EXIF orientation says.
 
-    Grey, palette and CMYK images are converted; of those with alpha or more bands, the first three are taken.
+    Grey, palette and CMYK images are converted; of images with alpha or more bands, the first three bands are used.
 
     Args:
         path: the file.
-        pixel_range: what becomes black and white in images of more than 8 bits, for all types or a dict by type;
-            default: this image's own range, see `pixels`.
+        pixel_range: the values that become black and white in images of more than 8 bits, for all types or a dict by
+            type; default: this image's own range, see `pixels`.
         pixel_limit: millions of pixels that the image may have.
 
     Raises:
@@ -154,7 +156,7 @@ def read_image(path: str | Path, pixel_range: PixelRanges = None, pixel_limit: f
         if isinstance(image, RawImage):
             pixels, orientation = image.decode(pixel_range), image.orientation
         else:
-            orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns TIFF files by itself
+            orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow itself turns TIFF upright
             pixels = _decode_jpeg(image) if image.format in ("JPEG", "MPO") and orientation == 1 else None
             if pixels is None:
                 image.load()
@@ -164,7 +166,10 @@ def read_image(path: str | Path, pixel_range: PixelRanges = None, pixel_limit: f
 
 
 def _decode_jpeg(image: Image.Image) -> np.ndarray | None:
-    """[H, W, 3] by the best of JPEG_DECODERS; None without one, or if the file is cut off, which they do not notice."""
+    """[H, W, 3] by the best of JPEG_DECODERS; None if there is none, or if the file is truncated.
+
+    The decoders do not notice truncated files.
+    """
     image.fp.seek(0)
     data = bytearray(image.fp.read())
     if not JPEG_DECODERS or not data.endswith(b"\xff\xd9"):
@@ -179,11 +184,11 @@ def _decode_jpeg(image: Image.Image) -> np.ndarray | None:
 def open_image(
     path: str | Path, pixel_range: PixelRanges = None, pixel_limit: float = PIXEL_LIMIT
 ) -> np.ndarray | RawImage:
-    """Open an image of which parts are wanted; arguments and errors are those of `read_image`.
+    """Open an image to read parts of it; arguments and errors are those of `read_image`.
 
-    Returns what that gives; or, of TIFF files of more than LARGE pixels whose compression allows it, an object with
-    `shape` [H, W, 3] that gives the same when sliced by rows and columns, and decodes no more than that. Of such a
-    file, damage is found only when the damaged part is read.
+    Returns the same array; or, for TIFF files of more than LARGE pixels whose compression allows it, an object with
+    `shape` [H, W, 3] that gives the same pixels when sliced by rows and columns, and decodes no more than needed.
+    Damage in such a file is found only when the damaged part is read.
     """
     with _open(path, pixel_limit) as image:
         if isinstance(image, RawImage) and image.by_parts and image.shape[0] * image.shape[1] > LARGE:
@@ -198,18 +203,18 @@ def to_rgb(image: Image.Image, pixel_range: PixelRanges = None) -> np.ndarray:
         values = np.asarray(image)
         return RawImage(values.astype(values.dtype.newbyteorder("="))).decode(pixel_range)
     pixels, rows = np.empty((image.height, image.width, 3), dtype=np.uint8), max(1, LARGE // image.width)
-    for top in range(0, image.height, rows):  # in parts, because Pillow copies what it converts
+    for top in range(0, image.height, rows):  # in parts, because Pillow makes a copy to convert
         part = image.crop((0, top, image.width, min(top + rows, image.height))) if rows < image.height else image
         pixels[top : top + rows] = part.convert("RGB")
     return pixels
 
 
 class ImageHeader(NamedTuple):
-    """What an image's file says before it is decoded."""
+    """What an image's header says."""
 
-    height: int  # pixels, as `read_image` turns it
+    height: int  # pixels, after `read_image` turns the image upright
     width: int
-    orientation: int  # of EXIF, from 1, upright, to 8: how the file stores it
+    orientation: int  # EXIF's, from 1 (upright) to 8: how the file stores the image
 
 
 def read_header(path: str | Path, pixel_limit: float | None = None) -> ImageHeader:
@@ -225,9 +230,9 @@ def read_header(path: str | Path, pixel_limit: float | None = None) -> ImageHead
 def choose_pixel_range(
     files: Sequence[str], given: PixelRanges = None, pixel_limit: float = PIXEL_LIMIT
 ) -> PixelRanges:
-    """The ranges of a data set, for each type of its images of more than 8 bits: the given one, or else their own.
+    """The range of each type of a data set's images of more than 8 bits: the given one, or else the images' own.
 
-    What is not read of the files is logged, once for all, and so is what is nearly black or white.
+    Logs, once for all files, which bands and pages are not read, and which images are nearly black or white.
     """
     deep, extra, pages, looks = defaultdict(list), [], [], {*evenly(files, LOOKS)}
     for path in progress(files, "looking for deep images"):
@@ -241,8 +246,8 @@ def choose_pixel_range(
                     extra += [path] * (bands == 2 or bands > 3)
                     pages += [path] * has_more_pages(path)
     for found, text in (
-        (extra, "bands beyond red, green and blue, or beyond grey, such as alpha or near infrared; they are not read"),
-        (pages, "several pages, of which the first is read"),
+        (extra, "bands beyond RGB or grey, such as alpha or near infrared, which are not read"),
+        (pages, "several pages, of which only the first is read"),
     ):
         if found:
             log.info("some images have %s (%s%s)", text, shown(str(found[0])), ", ..." * (len(found) > 1))
@@ -259,8 +264,8 @@ def choose_pixel_range(
         if known is None:
             log.info("pixels of %s: %g becomes black, %g white (--pixel_range)", name, low, high)
         if hidden := [path for path, sample in samples.items() if is_hidden(sample, (low, high))]:
-            text = "warning: %d of %d images of %s are nearly black or white in this range, the first is %s: are they "
-            text += "of another kind than the others? Another --pixel_range, or one scale for all files, may help"
+            text = "warning: %d of %d images of %s are nearly black or white in this range, the first of them %s; if "
+            text += "they differ in kind from the others, another --pixel_range, or one scale for all files, may help"
             log.warning(text, len(hidden), len(samples), name, shown(str(hidden[0])))
     return given if isinstance(given, tuple) else {**chosen, **(given or {})} or None
 
@@ -273,6 +278,6 @@ def _may_be_deep(path: str) -> bool:
 
 
 def _bands(image: Image.Image) -> int:
-    """The number of bands in the file of an image, with CMYK as three."""
+    """The number of bands in an image's file; CMYK counts as three."""
     bands = 3 if image.mode == "CMYK" else len(image.getbands())
     return image.tag_v2.get(BANDS, bands) if image.format == "TIFF" and image.mode != "CMYK" else bands

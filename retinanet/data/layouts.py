@@ -1,4 +1,4 @@
-"""What the folder layouts of all formats share: names of sets, and the division of a folder that has none."""
+"""What the folder layouts of all formats share: names of sets, and the split of a folder that has no sets."""
 
 import hashlib
 import itertools
@@ -8,30 +8,30 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from retinanet.data.report import Report
+from retinanet.data.report import Report, counted
 from retinanet.errors import UserError, shown
 
-# Names of one set; COCO's, of the year 2017, are the defaults of --coco_train_set and --coco_val_set.
+# Different names of the same set. COCO's, of 2017, are the defaults of --coco_train_set and --coco_val_set.
 SAME_NAMES = (("train", "train2017", "training"), ("val", "val2017", "valid", "validation"))
-# The flags that read files of a suffix.
+# The flags that read files with a suffix.
 READERS = {
     ".json": "--dataset coco --coco_path IMAGES --coco_train_set FILE.json",
     ".xml": "--dataset voc --voc_path FOLDER",
     ".txt": "--dataset yolo --yolo_path FOLDER",
     ".csv": "--dataset csv --csv_train FILE.csv",
 }
-ALL = "all"  # the set of all images of a folder that names no sets
+ALL = "all"  # the set of all images in a folder without sets
 
 Source = TypeVar("Source")
 
 
 def any_case(pattern: str) -> str:
-    """A pattern for `glob` whose letters may be upper or lower case."""
+    """A pattern for `glob` that ignores letter case."""
     return re.sub("[A-Za-z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", pattern)
 
 
 def find_places(root: Path, patterns: Iterable[str]) -> Iterator[tuple[str, str, Path]]:
-    """The paths that match patterns such as `images/{}`: pattern, what stands for its `{}`, and path; in any case."""
+    """The pattern, what `{}` stands for, and path, of all that matches patterns such as `images/{}` in any case."""
     for pattern in patterns:
         before, after = pattern.split("{}")
         for path in sorted(root.glob(any_case(f"{before}*{after}"))):
@@ -40,18 +40,18 @@ def find_places(root: Path, patterns: Iterable[str]) -> Iterator[tuple[str, str,
 
 
 def find_set(root: Path, set_name: str, sets: Mapping[str, Source], val_share: float | None = None) -> Source:
-    """The set of a name, or else the one set of another name for the same, such as `valid` for `val`."""
+    """The set with a name, or else the only one with an equivalent name, such as `valid` for `val`."""
     listed = ", ".join(map(shown, sorted(sets)[:20]))
     if val_share is not None:
-        raise UserError(f"{root}: has the sets {listed}; --val_share is for folders without sets")
+        raise UserError(f"{root}: has the sets {listed}, but --val_share is for folders without sets")
     alike = [name for names in SAME_NAMES if set_name in names for name in names if name in sets]
     if set_name not in sets and len(alike) != 1:
-        raise UserError(f"{root}: has no set named {shown(set_name)}; the sets there are: {listed}")
+        raise UserError(f"{root}: has no set named {shown(set_name)}; its sets are: {listed}")
     return sets[set_name if set_name in sets else alike[0]]
 
 
 def refused(root: Path, wanted: str) -> UserError:
-    """The error about a folder in no layout of a format: what it holds instead, and which flags read that."""
+    """The error about a folder in none of a format's layouts: what it holds instead, and which flags read that."""
     if not root.is_dir():
         return UserError(f"{root}: is not a folder")
     files = itertools.islice((path for path in root.rglob("*") if path.is_file()), 10_000)
@@ -65,21 +65,22 @@ def refused(root: Path, wanted: str) -> UserError:
 def choose_share(
     root: Path, set_name: str, val_share: float | None, files: Mapping[Path, Source]
 ) -> Mapping[Path, Source]:
-    """Of the images of a folder without sets, with their files, those of a set.
+    """Choose the images of a set, with their files, in a folder without sets.
 
-    The share for validation (None: all are for training) is drawn by a hash of the names: it is always the same.
+    The share for validation (None: all images are for training) is chosen by a hash of the names, so it is always the
+    same.
     """
     is_train, is_val = (set_name in same for same in SAME_NAMES)
     if set_name == ALL or (is_train and val_share is None):
         return files
     if val_share is None or not (is_train or is_val):
         raise UserError(
-            f"{root}: has no set named {shown(set_name)}: its {len(files):,} images are in no sets, and all for "
-            f"training; --val_share 0.2 sets a fifth of them aside for validation, and the set named `{ALL}` is all"
+            f"{root}: has no set named {shown(set_name)}: its {len(files):,} images are not divided into sets, and all "
+            f"are for training; use --val_share 0.2 to validate on a fifth of them, or the set `{ALL}` for all of them"
         )
     number = min(max(round(val_share * len(files)), 1), len(files) - 1)
     if number < 1:
-        raise UserError(f"{root}: --val_share cannot divide {len(files)} images")
+        raise UserError(f"{root}: --val_share cannot split {counted(len(files), 'image')}")
 
     def digest(path: Path) -> bytes:
         name = path.relative_to(root).as_posix().encode(errors="surrogatepass")
@@ -90,7 +91,7 @@ def choose_share(
 
 
 def report_list(source: Path, folder: Path, lines: Sequence[str], found: Sequence[Path | None], report: Report) -> None:
-    """Report the lines of a list whose images were not found, which is None in `found`, or found before."""
+    """Report the lines of a list whose images do not exist (None in `found`), or are repeated."""
     cause = None if any(found) else folder
     seen: set[Path | None] = set()
     for line, image in zip(lines, found, strict=True):

@@ -19,19 +19,19 @@ from retinanet.errors import UserError
 from retinanet.process import get_rank, get_world_size, seeded
 from retinanet.signals import guard_worker, held, resume_workers
 
-WAIT = 5  # seconds until workers that gave no batch are looked at
-MAX_WAITS = 36  # so often in a row, then the program ends
+WAIT = 5  # seconds without a batch after which stopped workers are resumed
+MAX_WAITS = 36  # such waits in a row before an error ends the program
 
 
 def collater(data: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Stack samples to a batch, with images and annotations padded to the largest.
+    """Stack samples into a batch, with images and annotations padded to the largest.
 
-    `img` [H, W, 3] become [B, 3, H, W] in their dtype, `annot` [G, 5] become [B, G, 5] float32 with rows of -1 as
-    padding (G is at least 1), and other entries that all samples have lists: `scale`, `size`, `index`.
+    `img` [H, W, 3] becomes [B, 3, H, W] in its dtype; `annot` [G, 5] becomes [B, G, 5] float32 with rows of -1 as
+    padding (G is at least 1). Other entries that all samples have become lists: `scale`, `size`, `index`.
     """
     images = [torch.as_tensor(sample["img"]).permute(2, 0, 1) for sample in data]  # [3, H, W] each
     if len(dtypes := {str(image.dtype) for image in images}) > 1:
-        raise UserError(f"images of one batch are {' and '.join(sorted(dtypes))}: normalise all of them, or none")
+        raise UserError(f"images of one batch are {' and '.join(sorted(dtypes))}; normalise all of them or none")
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     annotations = [torch.as_tensor(sample["annot"], dtype=torch.float32) for sample in data]
     padded = torch.full((len(data), max([1, *map(len, annotations)]), 5), -1.0, dtype=torch.float32)
@@ -43,7 +43,7 @@ def collater(data: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def read_sample(dataset: Dataset, seed: int, epoch: int, number: int) -> dict[str, Any]:
-    """A sample with its augmentation as training draws it: from the seed, the epoch and the number alone.
+    """A sample as training augments it, which depends on the seed, the epoch and the number alone.
 
     The number is the sample's index, or that of a repeat, see `AspectRatioBasedSampler.numbered_batches`.
     """
@@ -53,7 +53,7 @@ def read_sample(dataset: Dataset, seed: int, epoch: int, number: int) -> dict[st
 
 @dataclass
 class _KeySampler:
-    """The batches of an AspectRatioBasedSampler, each number with its epoch, for `_Reader`."""
+    """The batches of an AspectRatioBasedSampler as keys (epoch, number) for `_Reader`."""
 
     sampler: AspectRatioBasedSampler
 
@@ -67,12 +67,12 @@ class _KeySampler:
 
 
 class _Reader(Dataset):
-    """A data set as a loader reads it, with augmentations from `seed` for keys (epoch, number)."""
+    """A data set as a loader reads it: by index, or augmented from `seed` by keys (epoch, number)."""
 
     def __init__(self, dataset: DetectionDataset, seed: int, workers: int):
         self.dataset = dataset
         self.seed = seed
-        # What each worker reads: its process id, and an index or -1. The main process sees it after a worker's death.
+        # What each worker reads: its process id, and an index or -1. Shared, so that it outlives a dead worker.
         self.reading = torch.full((max(1, workers), 2), -1).share_memory_()
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any] | UserError:
@@ -83,13 +83,13 @@ class _Reader(Dataset):
         try:
             return self.dataset[number] if epoch is None else read_sample(self.dataset, self.seed, epoch, number)
         except UserError as error:
-            return error  # _Loader raises it; DataLoader would pass on only the text of a worker's traceback
+            return error  # _Loader raises it, because DataLoader would keep only the text of a worker's traceback
         finally:
             state[1] = -1
 
 
 def _collate(samples: Sequence[dict[str, Any] | UserError]) -> dict[str, Any] | UserError:
-    """A batch, or the first error of its samples."""
+    """A batch, or the first error among its samples."""
     try:
         return next((sample for sample in samples if isinstance(sample, UserError)), None) or collater(samples)
     except UserError as error:
@@ -100,14 +100,14 @@ class _Loader(DataLoader):
     """A DataLoader that raises the errors of its workers as they were raised there."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        with held():  # workers start here
+        with held():  # because workers start here
             batches = super().__iter__()
         waited = 0
         while True:
             try:
                 batch = next(batches, None)
             except RuntimeError as error:
-                waited += 1  # not a time: the whole program may have been stopped, and continued
+                waited += 1  # a count, not a time, because the whole program may have been stopped and continued
                 if "timed out" not in str(error) or waited == MAX_WAITS:
                     raise
                 resume_workers()
@@ -120,7 +120,7 @@ class _Loader(DataLoader):
             yield batch
 
     def explain_death(self, message: str) -> str | None:
-        """What a dead worker was reading, from DataLoader's error message; None if it is about something else."""
+        """A message that says what a dead worker was reading; None if DataLoader's message is about something else."""
         reader = self.dataset
         reading = {pid: reader.dataset.image_path(index) for pid, index in reader.reading.tolist() if index >= 0}
         if "DataLoader timed out" in message:
@@ -132,15 +132,15 @@ class _Loader(DataLoader):
         paths = [reading[pid] for pid in map(int, found[1].split(",")) if pid in reading]
         return (
             f"a data-loading worker {found[2].strip().rstrip('.')} while it read {', '.join(paths) or 'nothing'}: "
-            "look at that image; if memory ran out, lower --workers"
+            "check that image, or lower --workers if memory ran out"
         )
 
 
 @dataclass
 class _TiledLoader:
-    """The batches of `whole`, then those of the tiles of larger images, read in this process, one at a time.
+    """The batches of `whole`, then batches of tiles of the larger images, read one at a time in this process.
 
-    The batches of tiles have `tile`, see `Tiling.batches`, and are of one image each; one image's come in order.
+    A batch of tiles holds tiles of one image, in order, and their places as `tile`, see `Tiling.batches`.
     """
 
     whole: _Loader
@@ -170,25 +170,25 @@ def make_loader(
     device: torch.device | None = None,
     tiling: Tiling | None = None,
 ) -> "_Loader | _TiledLoader":
-    """A loader of batches: for training those of `batch_sampler`, else all samples, or `indices` in order.
+    """A loader of batches: those of `batch_sampler` for training, otherwise all samples, or `indices` in order.
 
-    With an AspectRatioBasedSampler, augmentations follow from its seed, the epoch and the image alone. Without a
+    With an AspectRatioBasedSampler, augmentations depend on its seed, the epoch and the image alone. Without a
     sampler, all samples are sorted by shape, so that the images of a batch need little padding, and each process of a
     torchrun job gets its share of the batches; `detection.detect` gathers the detections.
 
     Args:
-        dataset: gives samples.
-        batch_size: images a batch; like `indices` and `tiling` for loaders without a `batch_sampler`.
-        workers: processes that read images; 0 reads them in this one.
-        batch_sampler: gives the indices of each batch.
+        dataset: the samples.
+        batch_size: images per batch; ignored, like `indices` and `tiling`, with a `batch_sampler`.
+        workers: number of processes that read images; with 0, this process reads them.
+        batch_sampler: the indices of each batch.
         indices: which samples; default: all.
-        device: where the batches will go; CUDA takes them from pinned memory.
-        tiling: images that are larger than its tiles come after all others, as batches of their tiles.
+        device: where the batches will go; for CUDA they are put into pinned memory.
+        tiling: images larger than its tiles come after all others, as batches of their tiles.
     """
     seed, generator = 0, None
     if isinstance(batch_sampler, AspectRatioBasedSampler):
         seed = batch_sampler.seed
-        # The loader would draw its workers' seeds from the global generator, at other times in a resumed run.
+        # Without it, the loader would draw its workers' seeds from the global generator, and resumed runs would differ.
         generator = torch.Generator()
         batch_sampler = _KeySampler(batch_sampler)
     elif batch_sampler is None:
@@ -199,7 +199,7 @@ def make_loader(
         if large := [index for index in chosen if tiling and not tiling.fits(*sizes[index])]:
             if not isinstance(dataset.transform, Resizer | None):
                 name = transform_name(dataset.transform)
-                raise UserError(f"tiles do not pass the data set's transform, {name}: leave out one of them")
+                raise UserError(f"tiles are not passed through the data set's transform {name}: use only one of them")
             small = [index for index in chosen if tiling.fits(*sizes[index])]
             whole = make_loader(dataset, batch_size, workers if small else 0, indices=small, device=device)
             return _TiledLoader(whole, dataset, large[get_rank() :: get_world_size()], tiling, batch_size)
@@ -226,7 +226,7 @@ class WorkerDiedError(UserError):
 def explained(loader: Iterable, precision: torch.dtype) -> Iterator[dict[str, Any]]:
     """Turn errors about memory and dead workers into messages that say what to do.
 
-    It yields a dict, in which the body keeps the `shape` of the batch that it computes with.
+    It yields a dict, in which the body must store the `shape` of its current batch.
     """
     seen: dict[str, Any] = {}
     try:
@@ -234,11 +234,11 @@ def explained(loader: Iterable, precision: torch.dtype) -> Iterator[dict[str, An
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             if "shape" not in seen:
-                raise UserError("out of memory while images were read: lower --workers, or shrink them") from error
+                raise UserError("out of memory while images were read: lower --workers or shrink the images") from error
             batch, _, height, width = seen["shape"]
             raise UserError(
                 f"out of memory with {batch} images of {height} x {width} pixels a batch in {precision}: lower "
-                "--batch_size (in training, raise --accumulate as much) or the images' size, or use --precision bf16"
+                "--batch_size (and in training raise --accumulate) or the size of the images, or use --precision bf16"
             ) from error
         loader = loader.whole if isinstance(loader, _TiledLoader) else loader
         message = loader.explain_death(str(error)) if isinstance(loader, _Loader) else None
@@ -251,7 +251,7 @@ def explained(loader: Iterable, precision: torch.dtype) -> Iterator[dict[str, An
 def transformed(
     dataset: DetectionDataset | None, transform: Callable[[dict], dict], by_parts: bool = False
 ) -> Iterator[None]:
-    """Within the context, a data set without a transform has this one, which may take images of `open_image`."""
+    """Within the context, a data set without a transform has this one; `by_parts` gives it images of `open_image`."""
     if dataset is None or dataset.transform is not None:
         yield
         return

@@ -1,8 +1,8 @@
-"""From pixels of any depth to 8 bits: the range of values that becomes black to white.
+"""From pixels of any depth to 8 bits: which values become black and white.
 
-8-bit pixels stay as they are. All others are scaled linearly, those of a data set that have one type (uint16, float32,
-...) by one range: types differ in their units. It is what the files declare, else what their values are: from the
-0.1th to the 99.9th percentile of a sample, so that a defect of the sensor does not decide.
+8-bit pixels stay as they are. All others are scaled linearly, with one range for all images of a type (uint16, float32,
+...) in a data set, because types differ in their units. The range is what the files declare, or else that of their
+values: from the 0.1th to the 99.9th percentile of a sample, so that defects of the sensor do not matter.
 """
 
 import contextlib
@@ -16,42 +16,42 @@ import numpy as np
 from retinanet.errors import shown
 
 PixelRange = tuple[float, float]  # the values that become black and white
-PixelRanges = PixelRange | dict[str, PixelRange] | None  # of all types, or by the type's name; others have their own
+PixelRanges = PixelRange | dict[str, PixelRange] | None  # one for all types, or one for each named type
 
 PERCENTILES = 0.1, 99.9
-SAMPLE_SIDE = 256  # pixels of each side of an image, at most, that are looked at
-NODATA = (-9999, -32768)  # what geodata without a declared one have where there is no measurement
-HUGE = 1e30  # so do some floating-point files with the largest numbers that there are
-VISIBLE = 1 / 32  # a declared range of which the values take up less would leave a black or a white image
+SAMPLE_SIDE = 256  # pixels that are sampled along an image's shorter side, at most
+NODATA = (-9999, -32768)  # usual values of missing pixels in geodata that declare none
+HUGE = 1e30  # larger numbers, such as the largest float, mark missing pixels in some floating-point files
+VISIBLE = 1 / 32  # if the values fill a smaller share of a declared range, the image would be black or white
 DARK = 16  # of 255: an image whose pixels are all darker is nearly black
 STRIP = 2**22  # pixels that are scaled at once
 
 
 def checked_range(values: Any) -> PixelRanges:
-    """Two rising numbers, or a dict of them by type; or a ValueError."""
+    """A valid range: two increasing numbers, or a dict of them by type; a ValueError for anything else."""
     if isinstance(values, dict):
         return {np.dtype(name).name: checked_range(pair) for name, pair in values.items()}
     with contextlib.suppress(TypeError, ValueError):
         low, high = map(float, values)
         if -HUGE <= low < high <= HUGE:
             return low, high
-    raise ValueError(f"a pixel range must be two numbers, of which the second is larger, not {shown(values)}")
+    raise ValueError(f"a pixel range must be two numbers, the second one larger, not {shown(values)}")
 
 
 def range_of(ranges: PixelRanges, dtype: np.dtype) -> PixelRange | None:
-    """The range for a type; None: there is none."""
+    """The range for a type; None if there is none."""
     return ranges.get(dtype.name) if isinstance(ranges, dict) else ranges
 
 
 class Sample(NamedTuple):
-    """What is looked at of an image to choose a range."""
+    """The values of an image that are used to choose a range."""
 
     values: np.ndarray  # [N] float64, finite
-    declared: PixelRange | None  # by the file, unless that says no more than its data type does
+    declared: PixelRange | None  # by the file, unless it is the full range of the data type
 
 
 def percentile_range(values: np.ndarray) -> PixelRange:
-    """The range of values [N], some of which are left out; never an empty one."""
+    """The range of values [N] between PERCENTILES; never an empty one."""
     low, high = np.percentile(values, PERCENTILES) if len(values) else (0.0, 0.0)
     if low == high and len(values):  # nearly all are background
         low, high = values.min(), values.max()
@@ -61,7 +61,7 @@ def percentile_range(values: np.ndarray) -> PixelRange:
 
 
 def pooled_range(samples: Iterable[Sample]) -> PixelRange:
-    """The one range of several images: the union of those that all of them declare, else that of their values."""
+    """One range for several images: the union of what they all declare, if it fits, else that of their values."""
     samples = list(samples)
     low, high = percentile_range(np.concatenate([sample.values for sample in samples]))
     declared = [sample.declared for sample in samples if sample.declared]
@@ -74,7 +74,7 @@ def pooled_range(samples: Iterable[Sample]) -> PixelRange:
 
 
 def is_hidden(sample: Sample, pixel_range: PixelRange) -> bool:
-    """Whether an image is nearly black or nearly white in a range, unless it is of one colour."""
+    """Whether a range makes an image nearly black or nearly white; False for images of one colour."""
     if not len(sample.values) or sample.values.min() == sample.values.max():
         return False
     darkest, brightest = to_bytes(np.array(percentile_range(sample.values)), pixel_range)
@@ -82,11 +82,11 @@ def is_hidden(sample: Sample, pixel_range: PixelRange) -> bool:
 
 
 def to_bytes(values: np.ndarray, pixel_range: PixelRange, nodata: float | None = None) -> np.ndarray:
-    """Scale numbers of any type to uint8, black to white; NaN and `nodata` become black, uint8 stays as it is."""
+    """Scale numbers of any type to uint8; NaN and `nodata` become black, and uint8 stays as it is."""
     if values.dtype in (np.uint8, np.bool_):
         return values if values.dtype == np.uint8 else values * np.uint8(255)
     low, high = pixel_range
-    with np.errstate(all="ignore"):  # infinite ones are clipped
+    with np.errstate(all="ignore"):  # infinity is clipped
         scaled = values.astype(np.result_type(values.dtype, np.float32))
         scaled -= low
         scaled *= 255 / (high - low)
@@ -96,7 +96,7 @@ def to_bytes(values: np.ndarray, pixel_range: PixelRange, nodata: float | None =
 
 
 def to_three_bands(image: np.ndarray) -> np.ndarray:
-    """[H, W] or [H, W, C] -> [H, W, 3]: one or two bands become grey, from more the first three are taken."""
+    """[H, W] or [H, W, C] -> [H, W, 3]: one or two bands become grey; of more bands, the first three are used."""
     image = np.atleast_3d(image)
     return np.ascontiguousarray(image[:, :, :3] if image.shape[2] >= 3 else image[:, :, [0, 0, 0]])
 
@@ -119,21 +119,21 @@ class Deferred:
 
 @dataclass
 class RawImage:
-    """An image as its file has it, of more than 8 bits or of many bands; sliced, it gives [h, w, 3] uint8 RGB."""
+    """An image of more than 8 bits or of many bands, as its file stores it; slices are [h, w, 3] uint8 RGB."""
 
-    values: Any  # [H, W] or [H, W, C] of any real type; sliced by rows and columns, gives such an array
+    values: Any  # [H, W] or [H, W, C] of any real type, or an object that gives such arrays when sliced
     declared: PixelRange | None = None  # by the file
-    nodata: float | None = None  # the value of pixels that were not measured
+    nodata: float | None = None  # the value of missing pixels
     inverted: bool = False  # whether the largest value is black
-    orientation: int = 1  # of EXIF; sliced, the image is not turned
+    orientation: int = 1  # EXIF's; slices are not turned
     by_parts: bool = False  # whether a slice costs no more than its share of the image
-    ranges: PixelRanges = None  # None: its own
+    ranges: PixelRanges = None  # None: the image's own range
 
     dtype = np.dtype(np.uint8)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the RGB image."""
+        """[H, W, 3], the shape of the RGB image."""
         return (*self.values.shape[:2], 3)
 
     @property
@@ -150,7 +150,7 @@ class RawImage:
         return 255 - grey if self.inverted else grey
 
     def decode(self, ranges: PixelRanges = None) -> np.ndarray:
-        """All of it, [H, W, 3]."""
+        """The whole image, [H, W, 3] uint8 RGB."""
         self.ranges = ranges
         image, step = np.empty(self.shape, dtype=np.uint8), max(1, STRIP // self.shape[1])
         for top in range(0, len(image), step):
@@ -158,7 +158,7 @@ class RawImage:
         return image
 
     def sample(self) -> Sample:
-        """Some of its values: all windows of a grid, or a grid of all pixels."""
+        """Some of its values: every n-th pixel, in large images only within a grid of windows."""
         height, width = self.shape[:2]
         if height * width <= STRIP:
             step, parts = -(-min(height, width) // SAMPLE_SIDE), [self.values[:, :]]
@@ -168,6 +168,6 @@ class RawImage:
         values = np.concatenate([to_three_bands(part)[::step, ::step].ravel() for part in parts])
         values = values[np.isfinite(values)].astype(np.float64)
         with np.errstate(over="ignore"):
-            missing = NODATA if self.nodata is None else (self.nodata, np.float32(self.nodata))  # as rounded in files
+            missing = NODATA if self.nodata is None else (self.nodata, np.float32(self.nodata))  # files may round it
         values = values[~np.isin(values, missing)]
         return Sample(values[np.abs(values) < HUGE], self.declared)

@@ -1,7 +1,7 @@
-"""Boxes of images that were turned or resized after their annotation: they are turned and resized likewise.
+"""Moving the boxes of images that were turned or resized after their annotation.
 
-Annotation files declare the sizes of their images. An image file of another size is the same image, turned by its
-EXIF orientation, which some tools ignore, or resized since; its boxes fit the declared size.
+Annotation files declare the sizes of their images. If an image file has another size, it is the same image, turned by
+its EXIF orientation, which some tools ignore, or resized after annotation; its boxes fit the declared size.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ from retinanet.process import progress
 if TYPE_CHECKING:
     from retinanet.data.dataset import DetectionDataset
 
-SOME_IMAGES = 5000  # an eighth of a second to read their headers; all of a usual validation set
-SLACK = 5, 0.02  # pixels, or share of the image's side, whichever is more: boxes overhang by so much now and then
+SOME_IMAGES = 5000  # as many as a usual validation set has; reading their headers takes an eighth of a second
+SLACK = 5, 0.02  # pixels, or share of the longer side, whichever is more, by which boxes may overhang their image
 
-# EXIF's orientations: (x, y, 1) in the image as stored -> (x, y) in the upright one, in shares of their sides.
+# For each EXIF orientation: (x, y, 1) in the image as stored -> (x, y) in the upright one, as shares of their sides.
 UPRIGHT = np.array([
     [[1, 0, 0], [0, 1, 0]], [[1, 0, 0], [0, 1, 0]], [[-1, 0, 1], [0, 1, 0]],
     [[-1, 0, 1], [0, -1, 1]], [[1, 0, 0], [0, -1, 1]], [[0, 1, 0], [1, 0, 0]],
@@ -30,28 +30,28 @@ UPRIGHT = np.array([
 ])  # fmt: skip
 
 
-# What may be wrong with an image, and what it means for its boxes.
+# What may be wrong with an image, and what that means for its boxes.
 KINDS = {
     "turned boxes": "its boxes are turned by EXIF as the image is",
-    "scaled boxes": "its boxes are scaled to it",
-    "boxes of another size": "its boxes fit the declared size only: are they another image's?",
+    "scaled boxes": "its boxes are scaled to the file's size",
+    "boxes of another size": "its boxes fit only the declared size: do they belong to another image?",
     "declared size": "its boxes stay as they are",
     "EXIF rotation": "EXIF turns it, and its boxes must fit the upright image",
 }
 
 
 def overhang(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """[N] pixels by which boxes [N, 4] exceed images of [N, 2] height and width; negative inside."""
+    """[N] pixels by which boxes [N, 4] exceed images of height and width [N, 2]; negative for boxes inside."""
     return np.maximum(-boxes[:, :2], boxes[:, 2:] - sizes[:, ::-1]).max(axis=1, initial=-np.inf)
 
 
 def exceeds(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """[N] bool: boxes that exceed their images by more than rounding and careless drawing explain."""
+    """[N] bool: boxes that exceed their images by more than rounding and careless drawing can explain."""
     return overhang(boxes, sizes) > np.maximum(SLACK[0], SLACK[1] * sizes.max(axis=1))
 
 
 def move(boxes: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Boxes [N, 4] as annotated -> as read, by the affine [N, 2, 3] of the image of each."""
+    """Boxes [N, 4] as annotated -> in the image as read, by the affine [N, 2, 3] of each box's image."""
     corners = boxes.reshape(-1, 2, 2) @ affine[:, :, :2].transpose(0, 2, 1) + affine[:, None, :, 2]
     return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
 
@@ -61,17 +61,25 @@ def find_placement(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Find the images that were turned or resized after their annotation.
 
-    All images of a data set that were turned (or resized) are treated alike: where the boxes of one fit both sizes,
-    those of the others decide, and without any, the declared size does. Sizes [I, 2] are height and width,
-    `declared` as annotated, `sizes` as read, upright, 0: unknown; `boxes` [N, 4] are as annotated.
+    All images of a data set that were turned (or resized) are treated alike: if the boxes of an image fit both sizes,
+    the boxes of the other images decide; if those do not either, the declared size is taken to be right.
 
-    Gives [I, 2, 3] float64: (x, y, 1) as annotated -> (x, y) as read; and [I] bool, the images of each of KINDS.
+    Args:
+        declared: [I, 2] height and width as annotated; 0 if unknown.
+        sizes: [I, 2] height and width as read, upright; 0 if unknown.
+        orientations: [I] EXIF's, from 1 to 8.
+        boxes: [N, 4] xyxy, pixels of the images as annotated.
+        image_index: [N] index of each box's image.
+
+    Returns:
+        [I, 2, 3] float64, affines from (x, y, 1) as annotated to (x, y) as read; and [I] bool, the images of each of
+        KINDS.
     """
 
     def fits(limits: np.ndarray) -> np.ndarray:
         return np.bincount(image_index, exceeds(boxes, limits[image_index]), minlength=len(limits)) == 0
 
-    def alike(others: np.ndarray) -> np.ndarray:  # one size is the other one times a factor, but for a pixel
+    def alike(others: np.ndarray) -> np.ndarray:  # one size is a multiple of the other, give or take a pixel
         with np.errstate(all="ignore"):
             return ((others - 1) / declared).max(axis=1) <= ((others + 1) / declared).min(axis=1)
 
@@ -85,7 +93,7 @@ def find_placement(
         as_declared, as_file = kind & fits_declared & ~fits_file, kind & fits_file & ~fits_declared
         found.append(kind & ~as_file & (as_declared | (as_declared.sum() >= as_file.sum())))
     turned, scaled = found
-    # Sizes do not tell of a square, or of a half turn or a mirror image; the other images of the set do.
+    # The size does not show that a square was turned, or any image by 180 degrees, or mirrored; the other images do.
     if turned.any() and not (known & sideways & ~alike(stored)).any():
         turned = turned | (known & (orientations > 1) & alike(stored))
     misfit = differs & ~turned & ~alike(sizes) & fits_declared & ~fits_file
@@ -100,17 +108,17 @@ def find_placement(
 
 
 def read_headers(dataset: "DetectionDataset", indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-    """[I, 2] height and width as the files have them, 0 where they are not read; and [I] orientations of EXIF."""
+    """[I, 2] height and width of the files, upright, 0 for files that are not read; and [I] their EXIF orientations."""
     sizes, orientations = np.zeros((len(dataset), 2), dtype=np.int64), np.ones(len(dataset), dtype=np.int64)
     for index in progress(indices, "reading image sizes"):
-        with contextlib.suppress(FileError):  # reported by whoever needs the image
+        with contextlib.suppress(FileError):  # reported when the image is needed
             if (path := dataset.find_image(index)) is not None:
                 *sizes[index], orientations[index] = read_header(path)
     return sizes, orientations
 
 
 def place_by_some_headers(dataset: "DetectionDataset") -> None:
-    """Place the boxes of a data set whose files declare sizes: by some headers, or by all if one of those differs."""
+    """Move boxes to fit the image files by reading some headers, or all headers if one of those differs."""
     declared = dataset.declared_sizes
     sizes, orientations = read_headers(dataset, evenly(range(len(dataset)), SOME_IMAGES))
     if ((sizes != declared) & sizes.all(axis=1, keepdims=True) & declared.all(axis=1, keepdims=True)).any():
@@ -119,8 +127,11 @@ def place_by_some_headers(dataset: "DetectionDataset") -> None:
 
 
 def place_boxes(dataset: "DetectionDataset", sizes: np.ndarray, orientations: np.ndarray) -> None:
-    """Move the boxes of images that were turned or resized since, by what `read_headers` gives, and report them."""
-    new = sizes.all(axis=1) & ~dataset.headers_read  # others are settled
+    """Move the boxes of images that were turned or resized after annotation, and report them.
+
+    `sizes` and `orientations` are those of `read_headers`.
+    """
+    new = sizes.all(axis=1) & ~dataset.headers_read  # the others are done
     sizes, declared = np.where(new[:, None], sizes, 0), dataset.declared_sizes
     boxes = np.concatenate([dataset.annotations, dataset.difficult_annotations])[:, :4].astype(np.float64)
     index = np.concatenate([dataset.image_index, dataset.difficult_image_index])

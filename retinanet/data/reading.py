@@ -15,11 +15,11 @@ from retinanet.data.report import MIN_SIDE, FileError, Report
 from retinanet.errors import UserError
 from retinanet.process import progress
 
-MAX_BYTES = 2**33  # of a file of annotations
+MAX_BYTES = 2**33  # of an annotation file
 MAX_NAME = 1024  # characters of an image's path
-MAX_COORDINATE = 1e6  # pixels; float32 still tells sixteenths of a pixel apart there
+MAX_COORDINATE = 1e6  # pixels; up to here float32 is exact to a sixteenth of a pixel
 
-EMPTY = {"", "nan", "none", "null", "na", "n/a", "<na>"}  # what tools write in place of a number that there is not
+EMPTY = {"", "nan", "none", "null", "na", "n/a", "<na>"}  # what tools write for a missing number
 SIDE = re.compile(r"([0-9]{1,6})(\.0*)?")
 
 
@@ -30,14 +30,14 @@ def parse_side(text: str) -> int:
 
 
 def parse_number(text: str) -> float:
-    """`float(text)`, but a ValueError for digits with separators: float() takes 5_0 for 50."""
+    """`float(text)`, but with a ValueError for digits with separators, because float() takes 5_0 for 50."""
     if "_" in text:
         raise ValueError(f"could not convert string to float: {text!r}")
     return float(text)
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a regular file of at most MAX_BYTES; a FileError for others: a pipe, for one, may never end."""
+    """The content of a regular file of at most MAX_BYTES; a FileError for others, such as a pipe that may never end."""
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise OSError("it is not a file")
@@ -51,7 +51,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark; a FileError if it is anything else."""
+    """The text of a file in UTF-8, with or without a byte order mark; a FileError for other encodings."""
     data = read_bytes(path)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise FileError(str(path), "is in UTF-16; save it as UTF-8")
@@ -70,10 +70,10 @@ def read_text(path: Path) -> str:
 def read_annotations(
     pairs: Mapping[Path, Path | None], read: Callable[[Path, Path | None], tuple[tuple[int, int], list]], report: Report
 ) -> dict[str, Any]:
-    """Read the annotation file of each image: arguments of `DetectionDataset`.
+    """Read the annotation file of each image into arguments of `DetectionDataset`.
 
-    `read` takes an image and its file, and gives the image's height and width, and for each box (number in the file,
-    difficult, x1, y1, x2, y2, label). Images of which it raises a FileError are reported and left out.
+    `read` takes an image and its file. It returns the image's height and width, and for each box (number in the file,
+    difficult, x1, y1, x2, y2, label). If it raises a FileError, the image is reported and left out.
     """
     images, files, sizes, rows = [], [], [], []
     for image, file in progress(pairs.items(), "reading annotations", len(pairs)):
@@ -102,7 +102,7 @@ def read_annotations(
 
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Inside, Python does not look for garbage among millions of new objects, which takes longer than they do."""
+    """Within the context, Python collects no garbage, which among millions of new objects takes most of the time."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -126,7 +126,7 @@ def load_json(path: Path) -> Any:
         raise UserError(f"{path}: is not in UTF-8 ({error.reason} at byte {error.start})") from error
     except (ValueError, RecursionError, MemoryError) as error:
         reason = error or type(error).__name__
-        raise UserError(f"{path}: is not valid JSON, or too deep or too large to be read ({reason})") from error
+        raise UserError(f"{path}: is not valid JSON, or is too deep or too large to be read ({reason})") from error
 
 
 def check_boxes(
@@ -136,22 +136,26 @@ def check_boxes(
     where: Callable[[int], str],
     written: Callable[[int, np.ndarray], Iterable[float]] = lambda _, box: box,
 ) -> np.ndarray:
-    """Report what is wrong with boxes in themselves, whatever the sizes of their images.
+    """Report what is wrong with boxes by themselves, without the sizes of their images.
 
-    Annotations are [N, 5] float64; those of label -1, an unknown class, are reported elsewhere. Boxes of different
-    `groups` [N], such as images, are no duplicates. `written` gives the numbers of a box as its file has them.
+    Args:
+        report: collects the problems.
+        annotations: [N, 5] float64 (x1, y1, x2, y2, label); label -1 is an unknown class, which is reported elsewhere.
+        groups: [N]; boxes of different groups, such as images, are no duplicates.
+        where: the file and place of a row, for messages.
+        written: the numbers of a row's box as its file has them, for messages.
 
     Returns:
-        [N] bool: the boxes that stay, where nothing is fatal.
+        [N] bool: the boxes to keep if nothing is fatal.
     """
     boxes, labels = annotations[:, :4], annotations[:, 4]
 
     def show(row: int) -> str:
         return ",".join(f"{number:.10g}" for number in written(row, boxes[row]))
 
-    finite = (np.abs(boxes) <= MAX_COORDINATE).all(axis=1)  # NaN: false
+    finite = (np.abs(boxes) <= MAX_COORDINATE).all(axis=1)  # False for NaN
     with np.errstate(invalid="ignore", over="ignore"):
-        shorter = (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf)  # side
+        shorter = (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf)  # the shorter side
     valid = finite & (shorter >= 0)
     small = valid & (shorter < MIN_SIDE)
     good = valid & ~small & (labels >= 0)
@@ -163,7 +167,7 @@ def check_boxes(
         first = int(tiny.argmax())
         message = (
             f"{'' if all_tiny else 'a guess: '}{tiny.sum():,} of {len(boxes):,} boxes, such as {show(first)}, lie "
-            "between 0 and 1; boxes must be in pixels: multiply by the image's width and height"
+            "between 0 and 1, but must be in pixels: multiply them by the image's width and height"
         )
         report.add("looks normalised" if all_tiny else "guess", where(first), message)
     for kind, rows, message in (
@@ -177,14 +181,14 @@ def check_boxes(
 
 
 def _repeated(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """[N] bool: whether each row equals an earlier one; the last column is the image."""
+    """[N] bool: whether each row equals an earlier one; the last column is the group."""
     x1, image = columns[0], columns[-1]
-    # NumPy's unique rows of all would take several times as long as sorting by two columns to find candidates.
+    # Sorting by two columns finds candidates several times as fast as NumPy finds unique rows among all.
     order = np.lexsort([x1, image])
     alike = (x1[order[1:]] == x1[order[:-1]]) & (image[order[1:]] == image[order[:-1]])
     candidates = np.union1d(order[1:][alike], order[:-1][alike])
     rows = np.column_stack([column[candidates] for column in columns])
     repeated = np.zeros(len(x1), dtype=bool)
     repeated[candidates] = True
-    repeated[candidates[np.unique(rows, axis=0, return_index=True)[1]]] = False  # the first of each
+    repeated[candidates[np.unique(rows, axis=0, return_index=True)[1]]] = False  # the first of each is none
     return repeated

@@ -1,4 +1,4 @@
-"""What can be wrong with annotations and images, what is done about each, and reports of it."""
+"""What can be wrong with annotations and images, what is done about each problem, and reports of problems."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import islice
@@ -9,10 +9,10 @@ import numpy as np
 from retinanet.errors import UserError, escaped
 
 MAX_EXAMPLES = 20  # of each kind of problem in a report
-MIN_SIDE = 0.995  # pixels: a box of one pixel stays, though its numbers, or YOLO's fractions, were rounded
+MIN_SIDE = 0.995  # pixels; a little less than 1, so that boxes of one pixel survive rounding
 
-# What is done about each kind of problem. FATAL: nothing is read until it is fixed; with `--skip_bad`, the kinds of
-# SKIPPABLE are SKIPPED instead. The others are warnings, which `--strict` makes fatal.
+# What is done about each kind of problem. FATAL stops the program; with `--skip_bad`, kinds that are SKIPPABLE are
+# SKIPPED instead. The others are warnings, which `--strict` makes fatal.
 FATAL, SKIPPED, DROPPED, CLIPPED, WARNED = "fatal", "skipped", "dropped", "clipped", "warned"
 SKIPPABLE = (
     *("wrong column count", "not a number", "not finite", "inverted box", "unknown class", "bad entry"),
@@ -21,7 +21,7 @@ SKIPPABLE = (
 KINDS = {
     FATAL: (
         *SKIPPABLE,
-        # Guesses that alone explain the data; the others are of the kind "guess".
+        # Mistakes that nothing else explains; less certain ones are of the kind "guess".
         *("looks like x, y, width, height", "looks like x1, y1, x2, y2", "looks normalised", "looks swapped"),
         *("class list", "different classes", "duplicate image id", "no boxes"),
     ),
@@ -41,15 +41,15 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else noun + ('es' if noun[-1] in 'sx' else 's')}"
 
 
-Rows = Sequence | np.ndarray  # anything that tells rows apart, or a mask [N] bool of them
+Rows = Sequence | np.ndarray  # indices or other identifiers of rows, or a mask [N] bool
 OfRow = Callable[[Any], str]
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong, or all that have one cause."""
+    """One problem, or all problems with the same cause."""
 
     kind: str  # a key of POLICIES
-    where: str  # file and line, or file and the id of an image or annotation: the first one
+    where: str  # file and line, or file and id of an image or annotation, of the first one
     message: str  # what is wrong, and what may help
     count: int = 1
     cause: Hashable = None
@@ -60,11 +60,11 @@ class Problem(NamedTuple):
 
 
 class Report:
-    """Problems, counted by kind, with the first MAX_EXAMPLES of each; those of one cause are one example.
+    """Problems, counted by kind, with the first MAX_EXAMPLES of each; those with one cause are one example.
 
     Args:
-        tolerant: data sets are made of what is good, whatever else is wrong, so that `check` can look at all of it.
-        skip_bad: what is SKIPPABLE is left out instead of fatal, and listed in `skipped`: where, and what is wrong.
+        tolerant: data sets raise no errors and use what is good, so that `check` can look at all of it.
+        skip_bad: problems that are SKIPPABLE are not fatal, but left out and listed in `skipped` (place and message).
     """
 
     def __init__(self, tolerant: bool = False, skip_bad: bool = False):
@@ -80,16 +80,16 @@ class Report:
         return SKIPPED if self.skip_bad and kind in SKIPPABLE else POLICIES[kind]
 
     def add(self, kind: str, where: str, message: str, cause: Hashable = None, count: int = 1) -> None:
-        """Add a problem; `cause` (a class's name, a missing folder) joins it to the others of its kind and cause."""
+        """Add a problem; those of a kind with the same `cause` (a class name, a missing folder) are joined."""
         if self.policy(kind) == SKIPPED:
             self.skipped.append((where, message))
         self._add(Problem(kind, where, message, count, cause))
 
     def add_rows(self, kind: str, rows: Rows, where: OfRow, message: str | OfRow, cause: Any = None) -> None:
-        """Add a problem of many rows; `message` and `cause` are those of all, or functions of a row.
+        """Add a problem of many rows; `message` and `cause` are the same for all, or functions of a row.
 
-        `where` and `message` are not called for rows that are neither an example nor listed as skipped, and `message`
-        is called once a cause.
+        To save time, `where` and `message` are called only for rows that are examples or listed as skipped, and
+        `message` only once per cause.
         """
         if isinstance(rows, np.ndarray) and rows.dtype == bool:
             rows = np.flatnonzero(rows)
@@ -127,19 +127,19 @@ class Report:
         self.skipped += other.skipped
 
     def kinds(self, *policies: str) -> list[str]:
-        """The kinds that were found, of these policies."""
+        """The kinds that were found and have one of these policies."""
         return [kind for kind in POLICIES if kind in self.counts and self.policy(kind) in policies]
 
     def errors(self, strict: bool = False) -> list[str]:
-        """The kinds that were found and are fatal; `strict` makes all fatal that are not skipped."""
+        """The kinds that were found and are fatal; with `strict`, all that are not skipped."""
         return self.kinds(*KINDS) if strict else self.kinds(FATAL)
 
     def warnings(self, strict: bool = False) -> list[str]:
-        """The other kinds that were found."""
+        """The kinds that were found and are not fatal."""
         return self.kinds(SKIPPED) if strict else self.kinds(SKIPPED, DROPPED, CLIPPED, WARNED)
 
     def text(self, kinds: Iterable[str], max_examples: int = MAX_EXAMPLES) -> str:
-        """These kinds, each with its count, what is done about it, and examples; one problem alone as one line."""
+        """List kinds, each with its policy, count and examples; a single problem is one line."""
         kinds = list(kinds)
         if sum(len(self.examples[kind]) for kind in kinds) == 1:
             return str(self.examples[kinds[0]][0])
@@ -153,7 +153,7 @@ class Report:
         return "\n".join(lines)
 
     def raise_errors(self, strict: bool = False) -> None:
-        """Raise a DataError that lists all that is fatal, if anything is."""
+        """Raise a DataError that lists everything fatal, if anything is."""
         if self.errors(strict):
             raise DataError(self, strict)
 

@@ -1,4 +1,4 @@
-"""Batches of images of similar shape, drawn again for every epoch."""
+"""Batches of images with similar shapes, drawn anew for every epoch."""
 
 from collections.abc import Iterator
 
@@ -7,16 +7,16 @@ from torch.utils.data import Sampler
 
 from retinanet.data.dataset import DetectionDataset
 
-# Images are sorted by shape within so many steps: few, so that the batches of every epoch differ.
+# Images are sorted by shape within this many steps: few enough that the batches of every epoch differ.
 SORTED_STEPS = 32
 
 
 def repeat_factors(dataset: DetectionDataset, threshold: float | None, tile: int | None = None) -> np.ndarray:
     """How often an epoch should show each image [I], at least 1, so that rare classes are seen more often.
 
-    A class that a share f of the images holds asks for sqrt(threshold / f), an image for what its rarest class does
-    (repeat-factor sampling: Gupta et al., "LVIS", 2019, appendix B.2).
-    With a `tile`, the side of those that are drawn from images, each image is shown as often as tiles cover it.
+    A class that occurs in a share f of the images has the factor sqrt(threshold / f), and an image that of its rarest
+    class (repeat-factor sampling: Gupta et al., "LVIS", 2019, appendix B.2). If tiles of side `tile` are drawn from the
+    images, the factor is multiplied by the number of tiles that cover the image.
     """
     factors = np.ones(len(dataset))
     if threshold is not None:
@@ -27,26 +27,26 @@ def repeat_factors(dataset: DetectionDataset, threshold: float | None, tile: int
 
 
 def epoch_size(factors: np.ndarray) -> int:
-    """The number of images of an epoch, the same for all: the sum of the factors, rounded up."""
-    return int(np.ceil(factors.sum() - 1e-6))  # a whole sum may be a little more than that in floating point
+    """The number of images in every epoch: the sum of the factors, rounded up."""
+    return int(np.ceil(factors.sum() - 1e-6))  # in floating point, a whole sum may come out slightly too large
 
 
 class AspectRatioBasedSampler(Sampler[list[int]]):
-    """Batches of images of similar shape, so that little is padded; drawn again for every epoch.
+    """Batches of images with similar shapes, so that they need little padding; drawn anew for every epoch.
 
-    The images of an optimizer step are drawn first, then dealt to the processes and their batches. So two
+    The images of an optimizer step are drawn first, then divided among the processes and their batches. So two
     processes with batches of two see, step by step, what one process sees with batches of four.
 
     Args:
         data_source: a data set with `image_aspect_ratio`.
-        batch_size: images a batch.
+        batch_size: images per batch.
         drop_last: drop the last step if it is not full.
-        seed: the order follows from it and the epoch alone.
-        rank: which share of the batches is this process's.
+        seed: the order depends on it and the epoch alone.
+        rank: which share of the batches this process gets.
         world_size: number of shares; all have the same length, so a few images of the last step may be repeated.
-        accumulate: batches of one process in an optimizer step.
-        balance, tile: of `repeat_factors`. Every epoch shows each image once, and as many repeats as make up
-            `epoch_size`: chance decides, anew for each epoch, whether a factor is rounded up or down.
+        accumulate: batches per process in an optimizer step.
+        balance, tile: see `repeat_factors`. Every epoch shows each image once, and enough repeats to make up
+            `epoch_size`; whether a factor is rounded up or down is drawn anew for each epoch.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class AspectRatioBasedSampler(Sampler[list[int]]):
         self.epoch_size = epoch_size(self.factors)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Set the epoch that the next iteration draws, and its first step; the epoch then advances by itself."""
+        """Set the epoch and the first step of the next iteration; the epoch then advances by itself."""
         self.epoch = epoch
         self.first_step = first_step
 
-    def _num_batches(self, num_images: int) -> int:  # of each process, that hold the images of a step
+    def _num_batches(self, num_images: int) -> int:  # that each process needs for so many images of a step
         return -(-num_images // (self.batch_size * self.world_size))
 
     def __len__(self) -> int:
@@ -95,8 +95,8 @@ class AspectRatioBasedSampler(Sampler[list[int]]):
         """The images of an epoch, in random order, numbered as in `numbered_batches`."""
         images = np.arange(self.num_images)
         if extra := self.epoch_size - self.num_images:
-            # The images lie on a line, each as long as its repeats. Points at equal distances, of 1 or a little less,
-            # hit each as often as that, rounded up or down.
+            # Each image is a section of a line, with its number of repeats as length. Points at equal distances, of 1
+            # or slightly less, hit each section that many times, rounded up or down.
             line = (self.factors - 1).cumsum()
             hit = np.searchsorted(line[:-1], (np.arange(extra) + rng.random()) * line[-1] / extra, side="right")
             repeat = np.arange(extra) - np.searchsorted(hit, hit) + 1  # 1, 2, ... of each image
@@ -107,7 +107,7 @@ class AspectRatioBasedSampler(Sampler[list[int]]):
         return numbers[np.argsort(self.aspect_ratios[numbers % self.num_images], kind="stable")]
 
     def numbered_batches(self) -> Iterator[list[int]]:
-        """As iteration, but the k-th repeat of image i is i + k * `num_images`: each is augmented in its own way."""
+        """Like iteration, but the k-th repeat of image i is i + k * `num_images`, so each is augmented differently."""
         rng = np.random.default_rng([self.seed, self.epoch])
         first_step, self.first_step = self.first_step, 0
         self.epoch += 1
@@ -118,7 +118,7 @@ class AspectRatioBasedSampler(Sampler[list[int]]):
         order = np.concatenate([self._sorted(part) for part in stretches])
         steps = [*order.reshape(num_whole, self.step_size)[rng.permutation(num_whole)]]
         if len(rest) and not self.drop_last:
-            steps.append(self._sorted(rest))  # always the last, as it has fewer batches than the others
+            steps.append(self._sorted(rest))  # always the last, because it has fewer batches than the others
         for images in steps[first_step:]:
             parts = self._num_batches(len(images)) * self.world_size
             if len(images) < parts:  # every process needs a batch, or the others would wait for it forever

@@ -1,6 +1,6 @@
-"""The embedded data set: images of flat shapes, drawn by scikit-image, the same for the same seed.
+"""The built-in data set: images of flat shapes, drawn by scikit-image, identical for the same seed.
 
-With it, everything can be tried and tested without a download.
+It allows trying and testing everything without a download.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ WHITE, INK = 255, ((0, 200),)
 
 
 def draw_shapes(size: int, seed: int | list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one image of one to four shapes that do not overlap; the seed decides everything in it.
+    """Draw one image of one to four shapes that do not overlap; it depends on the seed alone.
 
-    The image is [size, size, 3] uint8, its boxes are [G, 5] float32 (x1, y1, x2, y2, label), exact to the pixel.
+    The image is [size, size, 3] uint8; its boxes are [G, 5] float32 (x1, y1, x2, y2, label), exact to the pixel.
     """
     rng = np.random.default_rng(seed)
     image = np.full((size, size, 3), WHITE, dtype=np.uint8)

@@ -1,6 +1,6 @@
-"""CSV text -> columns, whatever the tool that wrote it calls them.
+"""CSV text -> columns, under the names that many tools give them.
 
-Rows are converted some hundreds at a time, column by column; they are looked at one by one only where that fails.
+Rows are converted some hundreds at a time, column by column, and looked at one by one only if that fails.
 """
 
 import csv
@@ -18,8 +18,8 @@ from retinanet.data.report import DataError, Report
 from retinanet.errors import UserError, shown
 
 CHUNK_ROWS = 500  # few enough that the texts of a chunk stay in the processor's cache
-NO_CLASS = "\0"  # in place of the class of a negative; no text that is read holds it
-# The names of the columns in the headers of all tools, the most telling first; those that a row must have, in order.
+NO_CLASS = "\0"  # the class of an image without objects; `read_text` lets no file contain it
+# The required columns, in order, with the names that tools give them in headers, the most specific name first.
 COLUMNS = {
     "path": (
         *("path", "image_path", "img_path", "file_path", "filepath", "filename", "file_name", "file", "image_name"),
@@ -38,14 +38,14 @@ class Layout(NamedTuple):
     """Where the columns are in a row."""
 
     places: Sequence[int] = range(6)  # of COLUMNS
-    sizes: Sequence[int] = ()  # of SIZES
+    sizes: Sequence[int] = ()  # places of SIZES
     number: int = 6  # of all columns
     header: list[str] | None = None
     note: str = ""  # the message about the header
 
 
 class Table(NamedTuple):
-    """The N well-formed rows of a file; texts are codes, which index the list of the different ones."""
+    """The N well-formed rows of a file; texts are stored as codes, indices into a list of the distinct texts."""
 
     path: Path
     lines: np.ndarray  # [N] int, from 1
@@ -68,7 +68,7 @@ class Table(NamedTuple):
 
 
 def read_table(path: Path, report: Report) -> Table:
-    """Read a file of boxes; a UserError if it is missing, empty, or not a CSV file in UTF-8, or lacks columns."""
+    """Read a CSV file of boxes; a UserError if it is missing, empty, not CSV in UTF-8, or lacks columns."""
     layout, paths, classes, parts = None, {}, {}, []
     for numbers, rows in read_rows(path, 6, report):
         layout = layout or _read_header(path, numbers, rows, report)
@@ -85,9 +85,9 @@ def read_table(path: Path, report: Report) -> Table:
     has_header = layout.header is not None
     table = Table(path, lines, [*paths], path_codes, boxes, has_box, [*classes], class_codes, sizes, has_header)
     named = np.array([text != NO_CLASS for text in classes], dtype=bool)[class_codes]
-    message = "is read as an image without objects, whose line is best written `path,,,,,`"
+    message = "is read as an image without objects; better write its line as `path,,,,,`"
     report.add_rows("no objects", ~has_box & named, table.where, message, "")
-    message = "height or width is not a whole number of pixels; those of the image file are used"
+    message = "height or width is not a whole number of pixels, so those of the image file are used"
     report.add_rows("declared size", (sizes < 0).any(axis=1), table.where, message, "")
     return table
 
@@ -95,7 +95,7 @@ def read_table(path: Path, report: Report) -> Table:
 def read_rows(path: Path, num_columns: int, report: Report) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
     """The rows of a file, some hundreds at a time, with their line numbers from 1.
 
-    Columns are separated by the sign that gives the first line the right number of columns, or else most lines.
+    The separator is the one that gives the first line the right number of columns, or else the most lines.
     """
     text = read_text(path)
     some = list(itertools.islice(filter(str.strip, io.StringIO(text, newline="")), CHUNK_ROWS))
@@ -111,22 +111,22 @@ def read_rows(path: Path, num_columns: int, report: Report) -> Iterator[tuple[Se
         while rows := list(itertools.islice(reader, CHUNK_ROWS)):
             if reader.line_num - done != len(rows):
                 line = next(line for line, row in enumerate(rows, start=done + 1) if {"\r", "\n"} & set("".join(row)))
-                raise UserError(f"{path}:{line}: a quoted field continues on line {line + 1}: is its quote not closed?")
+                raise UserError(f"{path}:{line}: a quoted field continues on line {line + 1}; is a quote missing?")
             yield range(done + 1, reader.line_num + 1), rows
             done = reader.line_num
     except csv.Error as error:
-        message = f"the quotes do not match, or a field is too long ({error}), somewhere from line {done + 1} to here"
-        raise UserError(f"{path}:{reader.line_num}: is not a CSV file: {message}") from error
+        message = f"quotes do not match or a field is too long ({error}) between line {done + 1} and this one"
+        raise UserError(f"{path}:{reader.line_num}: is not a valid CSV file: {message}") from error
 
 
 def _read_header(path: Path, numbers: Sequence[int], rows: Sequence[list[str]], report: Report) -> Layout:
-    """The columns that the first row names, if it is one of names, or else the usual ones."""
+    """The columns that the first row names if it is a header, or else the usual ones."""
     row = next((row for row in rows if any(map(str.strip, row))), [])
     names = [re.sub(r"[\s-]+", "_", field.strip().lower()) for field in row]
     if any(map(_is_number, row)) or sum(map(bool, names)) < 2:
         return Layout()
     roles = COLUMNS | SIZES
-    # Of several columns that may be the same, the one whose name comes first in the table.
+    # If several columns fit one role, the one whose name comes first in COLUMNS or SIZES is used.
     places = {role: names.index(name) for role in roles for name in reversed(roles[role]) if name in names}
     lacking = [role for role in COLUMNS if role not in places]
     where, found = f"{path}:{numbers[rows.index(row)]}", shown(",".join(row))
@@ -147,7 +147,7 @@ def _read_header(path: Path, numbers: Sequence[int], rows: Sequence[list[str]], 
 def _to_columns(
     rows: Sequence[list[str]], layout: Layout, path_codes: dict[str, int], class_codes: dict[str, int]
 ) -> tuple[np.ndarray, ...]:
-    """The codes of paths [n], boxes [n, 4], the codes of classes [n] and sizes [n, 2]; a ValueError if a row is bad."""
+    """The path codes [n], boxes [n, 4], class codes [n] and sizes [n, 2] of rows; a ValueError if a row is bad."""
     columns = list(zip(*rows, strict=True)) if rows else [()] * layout.number
     if len(columns) != layout.number:
         raise ValueError
@@ -163,7 +163,7 @@ def _to_columns(
 
 
 def _encode(texts: Sequence[str], codes: dict[str, int]) -> np.ndarray:
-    """The codes [n] of texts; new ones get the next."""
+    """The codes [n] of texts; new texts are added to `codes`."""
     for text in dict.fromkeys(texts):
         codes.setdefault(text, len(codes))
     return np.fromiter(map(codes.__getitem__, texts), np.int64, len(texts))
@@ -172,7 +172,7 @@ def _encode(texts: Sequence[str], codes: dict[str, int]) -> np.ndarray:
 def _look_closer(
     path: Path, numbers: Sequence[int], rows: Sequence[list[str]], layout: Layout, report: Report
 ) -> tuple[list[int], list[list[str]]]:
-    """The line numbers of good rows, and these; rows without a box have `nan` in place of its numbers."""
+    """The good rows and their line numbers; rows without a box get `nan` for its numbers. Bad rows are reported."""
     good: dict[int, list[str]] = {}
     *places, class_place = layout.places[1:]
     for number, row in zip(numbers, rows, strict=True):
@@ -190,7 +190,7 @@ def _look_closer(
         elif not (bad := [row[place] for place in places if not _is_number(row[place])]):
             good[number] = row
         else:
-            hint = "; the decimal sign is a point" if any(_is_number(field.replace(",", ".")) for field in bad) else ""
+            hint = "; use a decimal point" if any(_is_number(field.replace(",", ".")) for field in bad) else ""
             report.add("not a number", where, f"x1, y1, x2, y2 must be numbers, not {shown(bad[0])}{hint}")
     return list(good), list(good.values())
 

@@ -1,4 +1,4 @@
-"""TIFF files that Pillow does not read, reads with fewer bits, or reads whole where a part is enough: by tifffile."""
+"""TIFF files that Pillow cannot read, or only with fewer bits, or only as a whole: tifffile reads them."""
 
 import contextlib
 import functools
@@ -16,17 +16,17 @@ from retinanet.data.pixels import Deferred, PixelRange, RawImage
 if TYPE_CHECKING:
     from tifffile import TiffPage
 
-CACHE = 2**27  # bytes of decoded strips or tiles that are kept; a row of tiles of a wide image has fewer
+CACHE = 2**27  # bytes of decoded strips or tiles to keep; enough for a row of tiles of a wide image
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2  # photometric interpretations
-ASSOCIATED_ALPHA = 1  # colours are multiplied by it
+ASSOCIATED_ALPHA = 1  # colours are already multiplied by it
 ORIENTATION, GDAL_NODATA = 274, 42113  # tags
 DECLARED = (340, 341), (280, 281)  # SMinSampleValue and SMaxSampleValue, MinSampleValue and MaxSampleValue
 REDUCED, MASK = 1, 4  # kinds of pages
 
 
 class Segments:
-    """[H, W, C] of a TIFF file: a slice decodes the strips or tiles that it touches, and has three bands at most."""
+    """A TIFF image [H, W, C]: a slice decodes the strips or tiles that it touches, and has at most three bands."""
 
     def __init__(self, path: str | Path, page: "TiffPage"):
         self.path, self.page, self.dtype = path, page, page.dtype
@@ -65,7 +65,7 @@ class Segments:
             data = file.read(page.databytecounts[index])
             if len(data) < page.databytecounts[index]:
                 raise ValueError("image file is truncated")
-            values, _, shape = page.decode(data or None, index, jpegtables=page.jpegtables)  # None: a hole
+            values, _, shape = page.decode(data or None, index, jpegtables=page.jpegtables)  # no data: sparse file
         return np.full(shape[1:], page.nodata, self.dtype) if values is None else values[0]
 
 
@@ -81,21 +81,21 @@ def _explained() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _first_page(path: str | Path) -> "Iterator[TiffPage]":
-    from tifffile import TiffFile  # takes a tenth of a second, which few need
+    from tifffile import TiffFile  # here, because it takes a tenth of a second and few images need it
 
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it warns of is read, or an error of its own
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it warns of files that are read, or that raise errors
     with _explained(), TiffFile(path) as file:
         if not len(file.pages):
             raise ValueError("it holds no image")
         page = file.pages.first
         if page.dtype is None or page.dtype.kind not in "buif" or not math.prod(page.shaped) or page.shaped[1] != 1:
-            kind = f"{page.bitspersample} bits a number of kind {page.dtype}"
-            raise ValueError(f"it has the shape {page.shape} and {kind}")
+            kind = f"{page.bitspersample} bits per sample of type {page.dtype}"
+            raise ValueError(f"images of shape {page.shape} with {kind} are not supported")
         yield page
 
 
 def has_more_pages(path: str | Path) -> bool:
-    """Whether a file is a TIFF file with images beside the first one, other than smaller copies and masks of it."""
+    """Whether a file is a TIFF file with more images than the first one and its smaller copies and masks."""
     with open(path, "rb") as file:
         if file.read(4) not in TIFF_STARTS:
             return False
@@ -105,9 +105,9 @@ def has_more_pages(path: str | Path) -> bool:
 
 
 def open_tiff(path: str | Path, by_pillow: Deferred | None) -> RawImage | None:
-    """A TIFF file's first image; None for colours other than RGB and grey, which are Pillow's part.
+    """A TIFF file's first image; None for colours other than RGB and grey, which are left to Pillow.
 
-    `by_pillow`, turned upright, is taken where tifffile needs imagecodecs, which is not there.
+    `by_pillow`, which is upright, is used if tifffile would need imagecodecs, but that is not installed.
     """
     from tifffile import TIFF
 
@@ -134,7 +134,7 @@ def open_tiff(path: str | Path, by_pillow: Deferred | None) -> RawImage | None:
 
 
 def _declarations(page: "TiffPage") -> tuple[PixelRange | None, float | None]:
-    """The range that a file declares, unless it is that of its data type; and its value for missing pixels."""
+    """The range that a file declares, unless it is the full range of its data type, and its value of missing pixels."""
     bits, is_unsigned = page.bitspersample, page.dtype.kind == "u"
     full = 2.0**bits - 1
     low, high = (0.0, full) if is_unsigned else (-math.inf, math.inf)

@@ -1,7 +1,7 @@
-"""Tiles of large images: where they lie, batches of them, how boxes of tiles become boxes of the image.
+"""Tiles of large images: where they lie, batches of them, and how boxes of tiles become boxes of the image.
 
 Tiles are squares of the image's own pixels, so that small objects keep their size. They overlap, so that an object on
-the border of one lies whole in the next, unless it is larger than the overlap.
+the border of a tile lies whole in the next one, unless it is larger than the overlap.
 """
 
 from collections.abc import Iterator
@@ -19,18 +19,17 @@ from retinanet.data.samples import clip_to_image, crop_boxes
 from retinanet.data.transforms import pad_images, padded_side
 from retinanet.errors import UserError, shown
 
-SIDES = (16, 16_384)  # pixels that a tile may have
+SIDES = (16, 16_384)  # limits of a tile's side, pixels
 MAX_OVERLAP = 0.9  # share of a tile's side
-OVERLAP = 0.25  # by default
-BACKGROUND = 0.2  # share of training tiles without a box, by default
-# In training, a box whose part in the tile is smaller than this share of its area is no object of the tile.
-KEPT_SHARE = 0.4
+OVERLAP = 0.25  # default overlap
+BACKGROUND = 0.2  # default share of training tiles that are drawn anywhere
+KEPT_SHARE = 0.4  # training tiles keep a box if at least this share of its area is inside
 TRIES = 10  # draws of a training tile without a box
-# A box counts as cut if it comes as near to an inner border of its tile: a share of its side, or pixels.
+# A box counts as cut if it is this near to an inner border of its tile: a share of the box's side, or pixels.
 NEAR_SHARE, NEAR_PIXELS = 0.1, 2
-BAND_ROWS = 64  # of a reduced image, that are read together
-COVERED = 0.5  # share of a cut box within a whole one, from which it is a part of that
-SAME_IOU = 0.5  # boxes of two tiles with this IoU, where both tiles see them, are one object
+BAND_ROWS = 64  # rows of a reduced image that are computed together
+COVERED = 0.5  # a cut box is part of a whole one if at least this share of it lies within that
+SAME_IOU = 0.5  # boxes of two tiles are one object if they have this IoU where both tiles see them
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class Tiling:
     """How images are cut into tiles.
 
     Attributes:
-        side: of a tile, pixels.
-        overlap: share of the side that neighbours have in common, at least.
+        side: side of a tile, pixels.
+        overlap: minimum share of the side that neighbours have in common.
 
     Raises:
         UserError: one of them is out of range.
@@ -50,12 +49,13 @@ class Tiling:
 
     def __post_init__(self):
         if isinstance(self.side, bool) or not isinstance(self.side, int) or not SIDES[0] <= self.side <= SIDES[1]:
-            raise UserError(f"tile must be a whole number of pixels from {SIDES[0]} to {SIDES[1]}: {shown(self.side)}")
+            limits = f"from {SIDES[0]} to {SIDES[1]}"
+            raise UserError(f"tile must be a whole number of pixels {limits}, not {shown(self.side)}")
         if not isinstance(self.overlap, Real) or not 0 <= self.overlap <= MAX_OVERLAP:
-            raise UserError(f"tile_overlap must be a share from 0 to {MAX_OVERLAP}: {shown(self.overlap)}")
+            raise UserError(f"tile_overlap must be a share from 0 to {MAX_OVERLAP}, not {shown(self.overlap)}")
 
     def fits(self, height: int, width: int) -> bool:
-        """Whether an image is no larger than one tile: then it is not cut."""
+        """Whether an image fits into one tile, so that it is not cut."""
         return max(height, width) <= self.side
 
     def _starts(self, length: int) -> list[int]:
@@ -77,11 +77,11 @@ class Tiling:
         """The tiles of an image as batches like those of `collater`, at full resolution.
 
         Args:
-            image: [H, W, 3] uint8, or what gives such parts of it when sliced.
-            batch_size: tiles a batch.
+            image: [H, W, 3] uint8, or an object that gives parts of such an array when sliced.
+            batch_size: tiles per batch.
 
         Yields:
-            `img` [B, 3, H, W] uint8; lists of `size` and `scale`; and `tile` [B, 4] xyxy, pixels of the image.
+            `img` [B, 3, H, W] uint8; lists `size` and `scale`; and `tile` [B, 4] xyxy, pixels of the image.
         """
         tiles = self.boxes(*image.shape[:2])
         for group in np.split(tiles, range(batch_size, len(tiles), batch_size)):
@@ -93,14 +93,14 @@ class Tiling:
 
 @dataclass
 class RandomTile:
-    """Cuts a random tile for training: one that holds a box, or, now and then, background.
+    """Cuts out a random tile for training: one that holds a box, or sometimes background.
 
-    The box is drawn first, each alike, then the tile around it. Boxes are clipped to the tile; those of which less than
-    KEPT_SHARE of the area is inside are dropped. Images that fit into a tile stay as they are.
+    The box is drawn first, each with equal probability, then a tile around it. Boxes are clipped to the tile, and
+    dropped if less than KEPT_SHARE of their area is inside. Images that fit into a tile stay as they are.
 
     Args:
-        side: of the tile, pixels.
-        background: share of the tiles that are drawn anywhere, until one holds no box, at most TRIES times.
+        side: side of the tile, pixels.
+        background: share of tiles that are drawn anywhere, again until one holds no box, at most TRIES times.
     """
 
     side: int
@@ -113,7 +113,7 @@ class RandomTile:
         size = np.minimum(self.side, whole)
         if len(annotations) and np.random.rand() >= self.background:
             box = annotations[np.random.randint(len(annotations)), :4]
-            # Between these starts the tile holds the box; if that is larger, the box holds the tile.
+            # Between these starts, the tile contains the box, or a larger box contains the tile.
             starts = np.sort([np.ceil(box[2:] - self.side), np.floor(box[:2])], axis=0)
             (first, last), tries = starts.clip(0, whole - size).astype(int), 1
         else:
@@ -132,21 +132,21 @@ def merge_cut_boxes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Join what the borders between tiles cut apart.
 
-    Two boxes of a class from different tiles are one object if they agree where both tiles see them; of each tile, an
-    object has one box at most, because NMS has been there. Of the boxes of an object, those that a border cuts lose to
-    those that are whole; if all are cut, as those of an object larger than the overlap, the box around them is its
-    box, with the best of their scores. A cut box is dropped, too, if a tile that sees all of it has a whole box there
-    with a better score, whatever its class: half an object may look like another one.
+    Two boxes of a class from different tiles are one object if they agree where both tiles see them. An object has at
+    most one box from each tile, because NMS has run on each tile. Among the boxes of an object, whole ones replace
+    those that a border cuts. If all are cut, as with an object larger than the overlap, the box around them all
+    replaces them, with the best of their scores. A cut box is also dropped if a tile that sees all of it has a whole
+    box there with a better score, whatever its class, because half an object may look like another class.
 
     Args:
-        scores: [N], of the tiles in order.
+        scores: [N], in the order of the tiles.
         labels: [N].
         boxes: [N, 4] xyxy, pixels of the image, within their tiles.
-        tile_index: [N] int, rising: the tile of each.
+        tile_index: [N] int, ascending: index of each box's tile.
         tiles: [T, 4] xyxy, pixels of the image, row by row.
 
     Returns:
-        Scores, labels and boxes of what is left; whole boxes may still repeat an object, which NMS finds.
+        Scores, labels and boxes that remain; whole boxes may still repeat an object, so run NMS on them.
     """
     bounds = torch.cat([tiles[:, :2].amin(dim=0), tiles[:, 2:].amax(dim=0)])  # the image
     of_box = tiles[tile_index]  # [N, 4]
@@ -157,19 +157,19 @@ def merge_cut_boxes(
     agreements = []
     for tile in tile_index.unique().tolist():
         begin, end = (int(torch.searchsorted(tile_index, value)) for value in (tile, tile + 1))
-        # Those of earlier tiles that have something in common with this one; rows of tiles go down the image.
+        # Boxes of earlier tiles that overlap this one. Tiles go down the image row by row, so their lower edges ascend.
         first = int(torch.searchsorted(of_box[:begin, 3].contiguous(), tiles[tile, 1], right=True))
         shared = box_intersection(of_box[first:begin], tiles[tile : tile + 1])[:, 0] > 0
         others = shared.nonzero()[:, 0] + first  # [M]
         low, high = of_box[others].maximum(tiles[tile]), of_box[others].minimum(tiles[tile])
-        low, high = low[:, [0, 1, 0, 1]], high[:, [2, 3, 2, 3]]  # [M, 4]: what both tiles see
+        low, high = low[:, [0, 1, 0, 1]], high[:, [2, 3, 2, 3]]  # [M, 4]: the region that both tiles see
         own, theirs = boxes[begin:end, None].clamp(low, high), boxes[others].clamp(low, high)
         iou = box_iou(own[:, :, None], theirs[:, None])[:, :, 0, 0]  # [end - begin, M]
         possible = (labels[begin:end, None] == labels[others]) & (cut[begin:end, None] | cut[others])
         rows, columns = ((iou >= SAME_IOU) & possible).nonzero().unbind(dim=1)
         agreements += zip(iou[rows, columns].tolist(), (rows + begin).tolist(), others[columns].tolist(), strict=True)
 
-    objects = {}  # each box in a pair -> the boxes of its object
+    objects = {}  # index of each box in a pair -> indices of the boxes of its object
     for _, one, other in sorted(agreements, reverse=True):
         ours, theirs = objects.setdefault(one, [one]), objects.setdefault(other, [other])
         both = tile_index[ours + theirs]
@@ -196,10 +196,10 @@ def merge_cut_boxes(
 
 
 def overview(image: np.ndarray, limit: int) -> tuple[np.ndarray, float]:
-    """An image, of the kind that `Tiling.batches` takes, reduced by a whole factor to sides of at most `limit` pixels.
+    """Reduce an image, as `Tiling.batches` takes it, by a whole factor to sides of at most `limit` pixels.
 
     Returns:
-        [h, w, 3] uint8, and its size / that of the image.
+        [h, w, 3] uint8, and the scale (its size / the image's size).
     """
     height, width = image.shape[:2]
     factor = -(-max(height, width) // limit)

@@ -1,4 +1,4 @@
-"""Videos -> frames, and drawn frames -> videos. Needs PyAV; audio is left out."""
+"""Videos -> frames, and drawn frames -> videos, without audio; needs PyAV."""
 
 import contextlib
 import os
@@ -17,12 +17,12 @@ VIDEO_SUFFIXES = {
     *(".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv"),
     *(".ts", ".vob", ".webm", ".wmv"),
 }
-# Encoders of H.264, of which the first that this PyAV has is taken; BT.709 is the YUV into which frames are converted.
+# Encoders of H.264 with their options; the first that PyAV has is used. Frames are converted to the YUV of BT.709.
 ENCODERS = {
     "libx264": {"colorspace": "bt709", "crf": "20", "preset": "veryfast"},
     "libopenh264": {"colorspace": "bt709"},
 }
-MISSING_SECONDS, MISSING_SHARE = 0.5, 0.02  # at the end of a video, from which on it counts as cut off
+MISSING_SECONDS, MISSING_SHARE = 0.5, 0.02  # a video that lacks more than the larger of these at its end is damaged
 
 
 class Frame(NamedTuple):
@@ -39,17 +39,17 @@ def is_video(path: str | Path) -> bool:
 
 
 class Video:
-    """The frames of a video file, upright; to iterate again reads the file again.
+    """The frames of a video file, upright; every iteration reads the file anew.
 
-    A damaged file gives what can be read, and one warning.
+    A damaged file is read as far as possible, with one warning.
 
     Args:
-        path: of the file.
-        every: give frames 0, `every`, 2 * `every`, ... only.
+        path: the file.
+        every: give only frames 0, `every`, 2 * `every`, ...
 
     Raises:
         UserError: PyAV is not installed.
-        FileError: the file is missing, is no video, or has no frame that can be read.
+        FileError: the file is missing or not a video, or no frame can be read.
     """
 
     def __init__(self, path: str | Path, every: int = 1):
@@ -62,18 +62,18 @@ class Video:
             stream = container.streams.best("video")
             if stream is None:
                 raise FileError(self.path, "has streams, but no video among them")
-            self.rate = stream.average_rate or stream.guessed_rate or Fraction(25)  # frames a second
-            self.time_base = stream.time_base or 1 / self.rate  # seconds a tick
+            self.rate = stream.average_rate or stream.guessed_rate or Fraction(25)  # frames per second
+            self.time_base = stream.time_base or 1 / self.rate  # seconds per tick
             self.pixel_aspect = stream.sample_aspect_ratio or Fraction(1)  # width / height, as stored
             ticks, microseconds = stream.duration or 0, container.duration or 0
             self.duration = float(ticks * self.time_base or Fraction(microseconds, av.time_base))  # 0: unknown
             total = stream.frames or round(self.duration * self.rate)
-            self.total = -(-total // every) or None  # number of frames that will come, as the file says
+            self.total = -(-total // every) or None  # expected number of frames, according to the file
 
     def _open(self) -> Any:
         if not os.path.exists(self.path):  # noqa: PTH110, pathlib raises errors of its own for impossible names
             raise FileError(self.path, "the file does not exist")
-        try:  # as a local file: FFmpeg also follows addresses, and lists of them
+        try:  # as a local file only, because FFmpeg also follows URLs, and playlists of them
             return self.av.open(f"file:{self.path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
         except self.av.FFmpegError as error:
             raise FileError(self.path, f"cannot be read as a video ({error.strerror})") from error
@@ -99,9 +99,9 @@ class Video:
             log.warning("warning: %s is damaged: %s could be read, up to %.1f s%s", self.path, found, end, of)
 
     def _decode(self, container: Any, damage: list[str]) -> Iterator[Any]:
-        """All frames that can be decoded, in their order; the messages of errors are added to `damage`."""
+        """All frames that can be decoded, in order; messages of errors are added to `damage`."""
         stream = container.streams.best("video")
-        stream.thread_type = "AUTO"  # threads
+        stream.thread_type = "AUTO"  # decodes in several threads
         packets = container.demux(stream)
         while True:
             try:
@@ -118,10 +118,10 @@ class Video:
 
 @contextlib.contextmanager
 def video_writer(path: str | Path, video: Video) -> Iterator[Callable[[np.ndarray, Fraction], None]]:
-    """Open an mp4 file (H.264) for drawn frames of `video`: a function that adds a frame at its time since the first.
+    """Open an mp4 file (H.264) for drawn frames of `video`; yields a function of a frame and its time since the first.
 
-    Sides are made even, as H.264 needs them, by repeating the last row or column. Frames, [H, W, 3] uint8, of another
-    size than the first are scaled to it.
+    Frames are [H, W, 3] uint8. Their sides are made even, as H.264 needs, by repeating the last row or column. Frames
+    that differ in size from the first are scaled to its size.
     """
     av, stream = video.av, None
 
@@ -129,10 +129,10 @@ def video_writer(path: str | Path, video: Video) -> Iterator[Callable[[np.ndarra
         nonlocal stream
         height, width = image.shape[:2]
         image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        if stream is None:  # of the size of the first frame
+        if stream is None:  # it has the size of the first frame
             name = next((name for name in ENCODERS if name in av.codecs_available), None)
             if name is None:
-                raise UserError(f"{path}: cannot be written, this PyAV has no encoder of H.264")
+                raise UserError(f"{path}: cannot be written, because this PyAV has no H.264 encoder")
             stream = container.add_stream(name, rate=video.rate, options=ENCODERS[name])
             (stream.height, stream.width), stream.pix_fmt = image.shape[:2], "yuv420p"
             stream.codec_context.time_base = video.time_base

@@ -1,10 +1,10 @@
-"""Pascal VOC's layout and similar ones: one XML file an image.
+"""Data sets in Pascal VOC's layout and similar ones: one XML file per image.
 
     <annotation><filename>a.jpg</filename><size><width>640</width><height>480</height></size>
       <object><name>car</name><difficult>0</difficult>
         <bndbox><xmin>11</xmin><ymin>21</ymin><xmax>110</xmax><ymax>220</ymax></bndbox></object></annotation>
 
-VOC counts pixels from 1 and includes the last one: this box is from x = 10 to 110, and from y = 20 to 220.
+VOC counts pixels from 1 and includes the last one: this box goes from x = 10 to 110, and from y = 20 to 220.
 """
 
 import functools
@@ -25,7 +25,8 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-# Where lists of sets, XML files and images lie, in upper or lower case; or else all of them beside each other.
+# Folders of the lists of sets, of the XML files and of the images, the latter two in any case. Without these folders,
+# XML files and images lie beside each other.
 LISTS = ("ImageSets/Main", "ImageSets")
 XML = {".xml"}
 XML_FOLDERS = ("annotations", "annotation", "xmls", "xml", "labels")
@@ -37,13 +38,13 @@ class VOCDataset(DetectionDataset):
 
     Args:
         root_dir: holds `Annotations`, `JPEGImages` and `ImageSets/Main/<set_name>.txt`, such as `VOCdevkit/VOC2012`;
-            or, without lists, the images and XML files of each set in a folder `<set_name>`, or those of all sets.
+            or, without lists, a folder `<set_name>` with images and XML files for each set; or all files, without sets.
         set_name: such as `train`.
         transform: sample -> sample.
-        class_names: the classes, in order; default: those of `classes.txt` in `root_dir`, or else VOC's twenty, or
-            all that the XML files have, sorted, if there are others among them.
-        val_share: of the images that are for validation, in a folder without sets.
-        report: gets what is wrong.
+        class_names: the classes, in order; default: those in `classes.txt` in `root_dir`, or else VOC's twenty, or all
+            classes in the XML files, sorted, if VOC's twenty do not include them.
+        val_share: share of the images for validation, in a folder without sets.
+        report: collects the problems.
     """
 
     annotation_format = "{}: object {}"
@@ -65,7 +66,7 @@ class VOCDataset(DetectionDataset):
         content_of = functools.cache(_read_xml)
         if class_names is None:
             class_names = read_class_list(root / "classes.txt")
-        if class_names is None:  # those of all sets, so that these agree
+        if class_names is None:  # the classes of all sets together, so that the sets agree
             xml_files = walk(folder if base == root else root, XML)
             used = {name for path in xml_files for name, *_ in content_of(path).objects} - {""}
             class_names = VOC_CLASSES if used <= set(VOC_CLASSES) else sorted(used)
@@ -78,7 +79,7 @@ class VOCDataset(DetectionDataset):
             if content.fault:
                 raise FileError(str(path), content.fault)
             if min(content.size) < 0:
-                message = "height or width is not a whole number; those of the image file are used"
+                message = "height or width is not a whole number, so those of the image file are used"
                 report.add("declared size", str(path), message, "")
             size = content.size if min(content.size) > 0 else (0, 0)
             return size, list(_read_objects(path, content.objects, class_names, report))
@@ -106,9 +107,9 @@ def _subfolder(base: Path, names: Sequence[str]) -> Path:
 
 
 def _read_list(path: Path) -> list[tuple[str, list[str]]]:
-    """The lines of a list, and what may be the image's name in each.
+    """The lines of a list, each with the possible names of its image.
 
-    The lists of one class have a second column, names have spaces, and some tools list files, or their paths.
+    Lists for one class have a second column, names may contain spaces, and some tools list file names or paths.
     """
     lines = []
     for line in filter(None, map(str.strip, read_text(path).splitlines())):
@@ -123,7 +124,10 @@ def _read_list(path: Path) -> list[tuple[str, list[str]]]:
 def _pair_files(
     list_file: Path | None, folder: Path, image_folder: Path, content_of: Callable[[Path], "_Content"], report: Report
 ) -> dict[Path, Path | None]:
-    """Each image of a list, or of all XML files, and its XML file: of the same name, or naming it as its own."""
+    """The images of a list, or of all XML files, with their XML files.
+
+    An image has the name of its XML file, or the one that the XML file gives in `<filename>`.
+    """
     xml_files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in walk(folder, XML)}
     lines = _read_list(list_file) if list_file else [(name, [name]) for name in xml_files]
     files = [next((xml_files[name] for name in names if name in xml_files), None) for _, names in lines]
@@ -134,13 +138,13 @@ def _pair_files(
     report_list(list_file or folder, image_folder, [line for line, _ in lines], found, report)
     pairs = {image: path for image, path in zip(found, files, strict=True) if image}
     without = [image for image, path in pairs.items() if path is None]
-    needed = "an image without objects needs one without <object>"
+    needed = "an image without objects needs an XML file without <object>"
     if not list_file:
         message = f"has no XML file, and is left out; {needed}"
         report.add_rows("stray file", sorted(set(images.values()) - set(pairs)), str, message, "no XML")
     elif len(without) > len(pairs) / 2:
-        message = f"{len(without):,} of the {len(pairs):,} images that are listed have no XML file, such as "
-        report.add("bad entry", str(folder), f"{message}{without[0].name}; {needed}", "no XML", len(without))
+        message = f"{len(without):,} of the {len(pairs):,} listed images, such as {without[0].name}, have no XML file"
+        report.add("bad entry", str(folder), f"{message}; {needed}", "no XML", len(without))
     else:
         message = "has no XML file, and is read as an image without objects"
         report.add_rows("no annotations", without, str, message, "no XML")
@@ -148,10 +152,10 @@ def _pair_files(
 
 
 class _Content(NamedTuple):
-    """What an XML file says, or why it cannot be read."""
+    """The content of an XML file, or why it cannot be read."""
 
     file_name: str = ""  # of the image
-    size: tuple[int, int] = (0, 0)  # height and width, of `parse_side`
+    size: tuple[int, int] = (0, 0)  # height and width, by `parse_side`
     objects: Sequence[tuple[str, bool, list[str]]] = ()  # class, `difficult`, xmin, ymin, xmax, ymax
     fault: str = ""
 
@@ -161,9 +165,9 @@ def _read_xml(path: Path) -> _Content:
         root = ElementTree.fromstring(read_bytes(path))
     except FileError as error:
         return _Content(fault=error.message)
-    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two of strange encodings
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two from unknown encodings
         return _Content(fault=f"is not valid XML ({error})")
-    for entry in root.iter():  # without the namespace, in lower case
+    for entry in root.iter():  # tags without namespaces, in lower case
         entry.tag = entry.tag.rpartition("}")[2].lower()
     if root.tag != "annotation":
         return _Content(fault=f"is not a VOC annotation: its root is {shown(root.tag)}, not 'annotation'")
@@ -183,7 +187,7 @@ def _read_xml(path: Path) -> _Content:
 def _read_objects(
     path: Path | None, objects: Sequence[tuple], class_names: Sequence[str], report: Report
 ) -> Iterator[tuple[float, ...]]:
-    """Number from 1, `difficult`, the box from 0, and label of each object of an image."""
+    """Number (from 1), `difficult`, x1, y1, x2, y2 (pixels from 0) and label of each object of an image."""
     for number, (name, difficult, texts) in enumerate(objects, start=1):
         where = f"{path}: object {number}"
         if name not in class_names:
@@ -193,5 +197,5 @@ def _read_objects(
             x1, y1, x2, y2 = map(parse_number, texts)
         except ValueError as error:
             report.add("not a number", where, f"needs a bndbox of four numbers ({error})")
-        else:  # some tools count from 0 nevertheless
+        else:  # clipped at 0, because some tools count pixels from 0 nevertheless
             yield number, difficult, max(x1 - 1, 0), max(y1 - 1, 0), x2, y2, class_names.index(name)

@@ -1,4 +1,4 @@
-"""YOLO's layouts: one text file an image, one box a line, in fractions of the image's size."""
+"""Data sets in YOLO's layouts: one text file per image, one box per line, in fractions of the image's size."""
 
 import glob
 import itertools
@@ -20,26 +20,26 @@ from retinanet.data.report import Report, counted
 from retinanet.errors import UserError, shown
 from retinanet.process import log
 
-# Where the images of a set may lie; a text file lists them, a path a line.
+# Where the images of a set may lie; a text file lists them, one path per line.
 PLACES = ("images/{}", "{}/images", "{}", "{}.txt")
 CLASS_LISTS = ("classes.txt", "obj.names", "_darknet.labels")
-SETTINGS = ("data.yaml", "data.yml", "dataset.yaml", "obj.data")  # of which those name sets and classes
-NO_SETS = ("path", "names", "nc", "classes", "backup", "kpt_shape")  # the entries of SETTINGS that name no set
+SETTINGS = ("data.yaml", "data.yml", "dataset.yaml", "obj.data")  # files that name sets and classes
+NO_SETS = ("path", "names", "nc", "classes", "backup", "kpt_shape")  # entries of these files that are not sets
 
 
 class YoloDataset(DetectionDataset):
     """A data set in YOLO's layout, as Darknet, Ultralytics, Roboflow, CVAT and Label Studio write it.
 
     An image without a text file has no boxes. Outlines (more than four numbers) become their bounding boxes; the key
-    points of poses, which `kpt_shape` in `data.yaml` announces, are ignored.
+    points of poses, which `kpt_shape` in `data.yaml` declares, are ignored.
 
     Args:
-        root_dir: holds a set's images where `data.yaml` or `obj.data` say, or in one of PLACES, or else the images of
-            all sets; their text files in `labels` in place of `images`, or beside them; and the classes' names.
+        root_dir: holds the class names; a set's images where `data.yaml` or `obj.data` say, or in one of PLACES, or
+            else all images, without sets; and their text files beside them, or in `labels` in place of `images`.
         set_name: such as `train`.
         transform: sample -> sample.
-        val_share: of the images that are for validation, in a folder without sets.
-        report: gets what is wrong.
+        val_share: share of the images for validation, in a folder without sets.
+        report: collects the problems.
     """
 
     annotation_format = "{}:{}"
@@ -72,7 +72,7 @@ class YoloDataset(DetectionDataset):
 
 
 def _read_settings(root: Path) -> dict[Path, dict[str, Any]]:
-    """What `data.yaml` and `obj.data` say, if they exist."""
+    """The content of those of SETTINGS that exist."""
 
     def read(path: Path) -> dict[str, Any]:
         if path.suffix != ".data":
@@ -85,7 +85,7 @@ def _read_settings(root: Path) -> dict[Path, dict[str, Any]]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        import yaml  # an extra: nothing else needs it
+        import yaml  # an optional dependency that nothing else needs
     except ModuleNotFoundError as error:
         message = "is not read, because PyYAML is not installed (pip install 'retinanet[yolo]')"
         if any((path.parent / name).is_file() for name in CLASS_LISTS):
@@ -93,14 +93,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             return {}
         raise UserError(f"{path}: {message}, and no {path.parent / 'classes.txt'} lists the class names") from error
     try:
-        content = yaml.load(read_text(path), yaml.BaseLoader)  # texts alone: `no` does not become False
+        content = yaml.load(read_text(path), yaml.BaseLoader)  # all values stay text: `no` does not become False
     except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid YAML, or too deep ({error})") from error
+        raise UserError(f"{path}: is not valid YAML, or is nested too deeply ({error})") from error
     return content if isinstance(content, dict) else {"names": None}
 
 
 def _places(text: str, root: Path, *bases: Path) -> list[Path]:
-    """Where a path of a list or of `data.yaml` may lead, whatever folder its tool started in."""
+    """The existing places that a path in a list or in `data.yaml` may mean; tools use different working directories."""
     parts = PurePosixPath(text.replace("\\", "/")).parts
     own = itertools.dropwhile(lambda part: part in ("..", ".", "data"), parts)
     places = [*(Path(base, *parts) for base in (*bases, root)), Path(root, *own)]
@@ -108,15 +108,15 @@ def _places(text: str, root: Path, *bases: Path) -> list[Path]:
 
 
 def _resolve(text: str, root: Path, base: Path) -> list[Path]:
-    """Where a path of `data.yaml` leads: one place, or none."""
+    """The place that a path in `data.yaml` means: one, or none; a UserError if there are several."""
     found = {os.path.realpath(path): path for path in _places(text, root, base)}
     if len(found) > 1:
-        raise UserError(f"{root}: {shown(text)} may be {' or '.join(map(str, found.values()))}; write the whole path")
+        raise UserError(f"{root}: {shown(text)} may be {' or '.join(map(str, found.values()))}; give the full path")
     return list(found.values())
 
 
 def _find_sets(root: Path, set_name: str, settings: Mapping[Path, dict]) -> dict[str, list[list[Path]]]:
-    """The folders and lists of the images of each set, as each source names them, the most explicit source first."""
+    """The folders and lists of images of each set, from each source that names it, the most explicit source first."""
     sets: dict[str, list[list[Path]]] = {}
     wanted = {set_name}.union(*(names for names in SAME_NAMES if set_name in names))
     for source, content in settings.items():
@@ -126,10 +126,10 @@ def _find_sets(root: Path, set_name: str, settings: Mapping[Path, dict]) -> dict
             found = {text: _resolve(text, root, base) for text in values if isinstance(text, str) and text}
             paths = list(itertools.chain.from_iterable(found.values()))
             if lost := [shown(text) for text in found if name in wanted and not found[text]]:
-                message = f"{source}: {', '.join(lost)} of the set {shown(name)} leads nowhere"
+                message = f"{source}: {', '.join(lost)} of the set {shown(name)} does not exist"
                 if paths:
                     raise UserError(message)
-                log.warning("warning: %s; the usual folders are looked for", message)  # a path of another machine
+                log.warning("warning: %s; trying the usual folders", message)  # often a path of another computer
             if paths:
                 sets.setdefault(name, []).append(paths)
     known = {name for names in (*SAME_NAMES, ["test", set_name]) for name in names}
@@ -149,12 +149,12 @@ def _find_sets(root: Path, set_name: str, settings: Mapping[Path, dict]) -> dict
 def _find_files(
     root: Path, set_name: str, val_share: float | None, settings: Mapping[Path, dict], report: Report
 ) -> tuple[dict[Path, Path], Path]:
-    """The images of a set and their text files; and the list, or the folder of text files, that they are from."""
+    """The images of a set with their text files, and the source: the list of images, or the folder of text files."""
     sets = _find_sets(root, set_name, settings)
     flat = [[root / "images" if (root / "images").is_dir() else root]]
     sources, *others = find_set(root, set_name, sets, val_share) if sets else flat
     others = {other[0] for other in others if sources[0].is_dir() and not other[0].samefile(sources[0])}
-    message = f"is not read as the set {shown(set_name)}, but {sources[0]} is"
+    message = f"is ignored: the set {shown(set_name)} is read from {sources[0]}"
     report.add_rows("other source", sorted(others), str, message)
     images = dict.fromkeys(path for source in sources for path in _list_source(root, source, report))
     if not images:
@@ -169,7 +169,7 @@ def _find_files(
 
 
 def _check_files(files: Mapping[Path, Path], folders: Mapping[Path, Path], report: Report) -> None:
-    """Stop where two images have one text file, or a folder has none; report text files of no image."""
+    """Raise a UserError if two images share a text file or a folder has none; report text files without an image."""
     owners = {file: path for path, file in files.items()}
     for path, file in files.items():
         if owners[file] != path:
@@ -179,12 +179,12 @@ def _check_files(files: Mapping[Path, Path], folders: Mapping[Path, Path], repor
         if not texts and labels == folder:
             message = "does not exist; it must hold the boxes, unless they lie beside the images"
             raise UserError(f"{_label_folder(folder, must_exist=False)}: {message}")
-        strangers = [path for path in texts if path not in owners and path.name not in CLASS_LISTS]
-        report.add_rows("stray file", strangers, str, lambda path: f"no image of the set has the name {path.stem}")
+        stray = [path for path in texts if path not in owners and path.name not in CLASS_LISTS]
+        report.add_rows("stray file", stray, str, lambda path: f"no image of the set has the name {path.stem}")
 
 
 def _list_source(root: Path, source: Path, report: Report) -> list[Path]:
-    """The images of a folder, or of a list."""
+    """The images in a folder, or in a list."""
     if source.is_dir():
         return list(list_images(source).values())
     lines = list(filter(None, map(str.strip, read_text(source).splitlines())))
@@ -195,7 +195,7 @@ def _list_source(root: Path, source: Path, report: Report) -> list[Path]:
 
 
 def _label_folder(folder: Path, must_exist: bool = True) -> Path:
-    """Where the text files of a folder's images lie: in `labels` in place of `images` in its path, or beside them."""
+    """The folder of the text files of a folder's images: with `labels` for `images` in its path, or the same folder."""
     parts = folder.parts
     last = max((place for place, part in enumerate(parts) if part.lower() == "images"), default=len(parts))
     labels, base = Path("labels", *parts[last + 1 :]), Path(*parts[:last])
@@ -204,7 +204,7 @@ def _label_folder(folder: Path, must_exist: bool = True) -> Path:
 
 
 def _class_names(root: Path, folders: Iterable[Path], settings: Mapping[Path, dict]) -> list[str]:
-    """The class names, on which all files that name them must agree."""
+    """The class names; all files that name classes must agree."""
     paths = [folder / name for folder in dict.fromkeys(folders) for name in CLASS_LISTS]
     for content in settings.values():
         if isinstance(text := content.get("names"), str):
@@ -214,7 +214,7 @@ def _class_names(root: Path, folders: Iterable[Path], settings: Mapping[Path, di
         if path.suffix != ".data" and ("names" in content or not sources):
             sources[path] = _yaml_names(path, content.get("names"))
     if not sources:
-        raise UserError(f"{root}: has neither classes.txt nor data.yaml, which name the classes")
+        raise UserError(f"{root}: has neither classes.txt nor data.yaml to name the classes")
     (first, names), *others = sources.items()
     for path, other in others:
         if difference := class_difference(str(first), names, str(path), other):
@@ -237,7 +237,7 @@ def _yaml_names(path: Path, names: Any) -> list[str]:
 
 
 def _key_numbers(path: Path, content: Mapping[str, Any]) -> int:
-    """How many numbers of key points follow each box; 0 without poses."""
+    """How many numbers of key points follow each box; 0 if there are no poses."""
     shape = content.get("kpt_shape", [])
     if not isinstance(shape, list) or not all(re.fullmatch("[0-9]{1,4}", str(side)) for side in shape):
         raise UserError(f"{path}: kpt_shape must be two whole numbers, not {shown(shape)}")
@@ -247,7 +247,7 @@ def _key_numbers(path: Path, content: Mapping[str, Any]) -> int:
 def _read_boxes(
     path: Path, lines: Sequence[str], num_classes: int, key_numbers: int, report: Report
 ) -> Iterator[tuple[float, ...]]:
-    """Number from 1, False, (x1, y1, x2, y2) in fractions of the image's size, and label of each line."""
+    """Line number (from 1), False, x1, y1, x2, y2 (fractions of the image's size) and label of each box."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -268,7 +268,7 @@ def _read_boxes(
             continue
         if label not in range(num_classes):
             report.add("unknown class", where, f"class {label:g} is not one of 0 to {num_classes - 1}", label)
-        # Values slightly outside are rounded ones; values far outside are pixels instead of fractions.
+        # Values slightly outside 0 to 1 were rounded; values far outside are pixels instead of fractions.
         elif not all(-0.5 < value < 1.5 for value in points):
             report.add("bad entry", where, "a box must be in fractions of the image's size, from 0 to 1")
         else:

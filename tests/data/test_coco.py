@@ -247,7 +247,7 @@ def test_a_broken_file_is_an_error_that_says_where(tmp_path, spoil, message):
 
 def test_a_file_that_is_missing_or_not_json_is_an_error(tmp_path):
     root = write_coco_data(tmp_path)
-    with pytest.raises(UserError, match=r"has no set named 'test'; the sets there are: 'val2017'$"):
+    with pytest.raises(UserError, match=r"has no set named 'test'; its sets are: 'val2017'$"):
         CocoDataset(root, "test")
     with pytest.raises(UserError, match=r"none\.json: cannot be read"):
         CocoDataset(root, "none.json")
@@ -259,7 +259,7 @@ def test_a_file_that_is_missing_or_not_json_is_an_error(tmp_path):
         (json.dumps([1, 2]).encode(), ": has no list named"),
         (b"{}{}", ":1: is not valid JSON .*two documents"),
         (b'"\xff"', ": is not in UTF-8"),
-        (b"[" * 100_000, ": is not valid JSON, or too deep"),
+        (b"[" * 100_000, ": is not valid JSON, or is too deep"),
     ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"instances_val2017\.json{message}"):

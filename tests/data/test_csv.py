@@ -101,7 +101,7 @@ def test_a_missing_image_is_an_error_that_names_its_line(tmp_path):
         ("a.png,1,one,9,9,circle", "not a number", "x1, y1, x2, y2 must be numbers, not 'one'"),
         ("a.png,1,,9,9,circle", "not a number", "must be numbers, not ''"),
         ("a.png,1,1,9,1_0,circle", "not a number", "not '1_0'"),
-        ('a.png,1,"1,5",9,9,circle', "not a number", "the decimal sign is a point"),
+        ('a.png,1,"1,5",9,9,circle', "not a number", "use a decimal point"),
         ("a.png,1,1,9,inf,circle", "not finite", "found 1,1,9,inf"),
         ("a.png,-inf,1,9,9,circle", "not finite", "found -inf,1,9,9"),
         ("a.png,1,1,nan,9,circle", "not finite", "found 1,1,nan,9"),
@@ -139,7 +139,7 @@ def test_a_repeated_box_is_dropped_whatever_its_spelling_but_not_in_another_imag
 def test_a_quote_that_is_not_closed_is_named_by_its_line(tmp_path):
     with pytest.raises(UserError, match=r"data\.csv:2: a quoted field continues on line 3"):
         CSVDataset(*write_csv_data(tmp_path, [GOOD, '"a.png,1,1,9,9,circle', 'a.png",1,1,9,9,circle']))
-    with pytest.raises(UserError, match=r"data\.csv:3: is not a CSV file: the quotes do not match"):
+    with pytest.raises(UserError, match=r"data\.csv:3: is not a valid CSV file: quotes do not match"):
         CSVDataset(*write_csv_data(tmp_path, [GOOD, GOOD, '"a.png,1,1,9,9,circle']))
 
 

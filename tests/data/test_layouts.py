@@ -273,7 +273,7 @@ def test_a_layout_is_read_with_its_boxes_and_classes(tmp_path, layout):
 )
 def test_a_wrong_name_of_a_set_lists_those_that_are_there(tmp_path, layout, read):
     layout(tmp_path)
-    with pytest.raises(UserError, match=r"has no set named 'test'; the sets there are: '(train|train2017)'"):
+    with pytest.raises(UserError, match=r"has no set named 'test'; its sets are: '(train|train2017)'"):
         read(tmp_path, "test")
 
 
@@ -308,5 +308,5 @@ def test_a_folder_without_sets_is_divided_by_the_names_of_its_images(tmp_path, m
     assert len(val) == 4 and train == set(BOXES) - val
     assert found(read(tmp_path, "train")) == found(read(tmp_path, "all")) == BOXES
     assert set(found(read(tmp_path, "valid", val_share=0.2))) == val
-    with pytest.raises(UserError, match=r"--val_share 0.2 sets a fifth"):
+    with pytest.raises(UserError, match=r"use --val_share 0.2 to validate on a fifth"):
         read(tmp_path, "val")

@@ -77,7 +77,7 @@ def test_a_data_set_without_a_resizer_can_be_detected_in_unless_its_images_chang
     plain.transform = lambda sample: {**sample, "img": sample["img"][::2, ::2], "annot": sample["annot"][:0]}
     with pytest.raises(UserError, match=r"no scale and size: .* with Resizer"):
         detect(net, make_loader(plain, 1), device)
-    with pytest.raises(UserError, match=r"tiles do not pass the data set's transform, .*<lambda>"):
+    with pytest.raises(UserError, match=r"tiles are not passed through the data set's transform .*<lambda>"):
         make_loader(plain, 1, tiling=Tiling(32))
 
 

@@ -137,7 +137,7 @@ def test_what_the_sample_of_headers_misses_is_moved_when_it_is_read(tmp_path, mo
     assert data.report.counts == {}
     assert data[1]["annot"][0, :4].tolist() == white_box(data[1]["img"]) == [5, 10, 25, 15]
     assert data.image_sizes[:2].tolist() == [[HEIGHT, WIDTH], [HEIGHT // 2, WIDTH // 2]]
-    with pytest.raises(UserError, match=r"image 3: .*its boxes fit the declared size only"):
+    with pytest.raises(UserError, match=r"image 3: .*its boxes fit only the declared size"):
         data[2]
     data = CocoDataset(tmp_path, "train")
     counts = checks.check_dataset(data, "headers").counts

@@ -116,7 +116,7 @@ def test_a_wrong_annotation_is_an_error_that_names_it(tmp_path, xml, message):
 
 def test_a_missing_file_is_an_error_that_names_it(tmp_path):
     root = write_voc(tmp_path, {"a": []})
-    with pytest.raises(UserError, match=r"has no set named 'test'; the sets there are: 'train'"):
+    with pytest.raises(UserError, match=r"has no set named 'test'; its sets are: 'train'"):
         VOCDataset(root, "test")
     (root / "Annotations" / "a.xml").unlink()
     with pytest.raises(UserError, match=r"Annotations: 1 of the 1 images .* such as a\.png"):

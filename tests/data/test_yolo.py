@@ -144,7 +144,7 @@ def test_a_missing_folder_or_file_is_an_error(tmp_path):
     save(gradient(40, 80), root / "images/train/a.png")
     with pytest.raises(UserError, match=r"has neither classes\.txt nor data\.yaml"):
         YoloDataset(root)
-    with pytest.raises(UserError, match=r"no set named 'val'; the sets there are: 'train'"):
+    with pytest.raises(UserError, match=r"no set named 'val'; its sets are: 'train'"):
         YoloDataset(root, "val")
 
 
@@ -229,7 +229,7 @@ def test_paths_of_yaml_are_followed_and_what_they_leave_out_is_named(tmp_path):
     assert len(YoloDataset(root)) == 3 and len(YoloDataset(root, "val")) == 1
     (tmp_path / "more/data.yaml").write_text("train: ../images/train\nnames: [cat, dog]\n")
     write_yolo(tmp_path / "more", {"d": BOX}, names=None)
-    with pytest.raises(UserError, match=r"'../images/train' may be .*/images/train or .*/more/images/train; write"):
+    with pytest.raises(UserError, match=r"'../images/train' may be .*/images/train or .*/more/images/train; give"):
         YoloDataset(tmp_path / "more")
 
 
@@ -258,7 +258,7 @@ def test_a_list_names_each_image_once_and_missing_ones_together(tmp_path):
     [
         ("kpt_shape: [" + "9" * 5000 + ", 3]\nnames: [cat, dog]\n", "kpt_shape must be two whole numbers"),
         ("kpt_shape: 7\nnames: [cat, dog]\n", "kpt_shape must be two whole numbers, not '7'"),
-        ("names: " + "[" * 500 + "]" * 500, "is not valid YAML, or too deep"),
+        ("names: " + "[" * 500 + "]" * 500, "is not valid YAML, or is nested too deeply"),
         ("a: &a [x]\nb: &b [*a, *a]\nnames: *b\n", "needs `names`"),
     ],
     ids=["digits", "number", "deep", "aliases"],
@@ -284,12 +284,12 @@ def test_a_path_of_yaml_that_leads_nowhere_is_named(tmp_path, caplog):
     root = write_yolo(tmp_path, {"a": BOX})
     names = "names: [cat, dog]\n"
     (root / "data.yaml").write_text(f"train: [images/train, images/extrra]\n{names}")
-    with pytest.raises(UserError, match=r"data\.yaml: 'images/extrra' of the set 'train' leads nowhere"):
+    with pytest.raises(UserError, match=r"data\.yaml: 'images/extrra' of the set 'train' does not exist"):
         YoloDataset(root)
     (root / "data.yaml").write_text(f"train: /home/someone/images/train\n{names}")  # of another machine
     with caplog.at_level("WARNING", logger="retinanet"):
         assert len(YoloDataset(root)) == 1
-    assert "'/home/someone/images/train' of the set 'train' leads nowhere" in caplog.text
+    assert "'/home/someone/images/train' of the set 'train' does not exist" in caplog.text
     (root / "data.yaml").write_text(f"train: images/train\nval: images/gone\n{names}")
     assert len(YoloDataset(root)) == 1  # the set that is wanted
 
