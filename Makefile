@@ -1,4 +1,4 @@
-# Two commands: `make demo` trains and shows a detector; `make test` checks everything. Both make .venv first.
+# `make demo` trains a detector and shows its results; `make test` runs all checks. Both create .venv first.
 PYTHON ?= python3
 DATA = --dataset shapes --shapes_val 120
 RUN = runs/demo
@@ -10,10 +10,10 @@ demo: .venv/installed
 		--batch_size 4 --min_side 96 --lr 7e-4 --val_every 4 --out_dir $(RUN)
 	.venv/bin/python visualize.py $(DATA) --model $(RUN)/best.pt --out_dir $(RUN)
 	@echo
-	@echo "Scores on pictures that the detector never saw:"
+	@echo "Scores on images that the detector was not trained on:"
 	@.venv/bin/python validate.py $(DATA) --model $(RUN)/best.pt
-	@echo "Its detections beside the ground truth: $(RUN)/detections.png; its training: $(RUN)/curves.png"
-	@echo "Your own data:"
+	@echo "Detections beside the ground truth: $(RUN)/detections.png; training curves: $(RUN)/curves.png"
+	@echo "To train on your own data:"
 	@echo "  .venv/bin/python train.py --dataset csv --csv_train train.csv --csv_val val.csv --csv_classes classes.csv"
 
 test: .venv/installed-for-tests lint

@@ -1,4 +1,4 @@
-"""Packaging: `pip install .`; pyproject.toml takes the run-time requirements from requirements.txt."""
+"""Packaging for `pip install .`; pyproject.toml reads the run-time requirements from requirements.txt."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Train a RetinaNet on COCO, CSV, Pascal VOC, YOLO or generated data; in one process, or in many under torchrun."""
+"""Train a RetinaNet on COCO, CSV, Pascal VOC, YOLO or generated data, in one process or in many under torchrun."""
 
 import argparse
 import sys
@@ -29,28 +29,28 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     count, rate = flags.positive_int, flags.positive_float
     add("--depth", type=count, choices=sorted(ARCHITECTURES), help=f"layers of the ResNet {flags.DEFAULT}")
-    text = "imagenet, imagenet_v2, coco (for depth 50), none (random), or a checkpoint, whose classes are taken by name"
+    text = "imagenet, imagenet_v2, coco (for depth 50), none (random), or a checkpoint, with classes matched by name"
     add("--weights", help=f"{text} (default: the recipe's; modern imagenet_v2, scratch none, others imagenet)")
     flags.add_anchor_arguments(parser)
     add = parser.add_argument_group("training").add_argument
-    text = "how to train, and what flags that are not given say: as the original, from ImageNet weights; as the "
-    text += "paper's authors, likewise; modern, the best published for photographs, likewise; scratch, from random "
-    add("--recipe", choices=sorted(RECIPES), help=f"{text}weights {flags.DEFAULT}")
+    text = "how to train, and the defaults of other flags. From ImageNet weights: original; paper, as its authors; "
+    text += "modern, the best published for photographs. From random weights: scratch"
+    add("--recipe", choices=sorted(RECIPES), help=f"{text} {flags.DEFAULT}")
     add("--epochs", type=count, help="passes over the training set (default: the recipe's; modern 12, others 100)")
-    add("--batch_size", type=count, help=f"images a batch, of each process {flags.DEFAULT}")
+    add("--batch_size", type=count, help=f"images per batch and process {flags.DEFAULT}")
     add("--accumulate", type=count, help=f"batches averaged for one optimizer step {flags.DEFAULT}")
     add("--lr", type=rate, help="peak learning rate (default: the recipe's, in proportion to the global batch)")
-    add("--backbone_lr", type=rate, help=f"learning rate of the backbone, times that {flags.DEFAULT}")
-    text = "leave so many stages of the backbone as they are: 1 is conv1, 2 adds the first residual stage, ... "
+    add("--backbone_lr", type=rate, help=f"learning rate of the backbone, as a multiple of --lr {flags.DEFAULT}")
+    text = "number of the backbone's stages that are not trained: 1 is conv1, 2 adds the first residual stage, ... "
     text += "(default: the recipe's; paper and modern 2, others 0)"
     add("--freeze_stages", type=flags.non_negative_int, choices=range(5), help=text)
     add("--clip_norm", type=rate, help="limit of the gradient's norm (default: the recipe's)")
-    text = "average the weights with this decay, such as 0.999, and save the average; 0: do not"
+    text = "average the weights with this decay, such as 0.999, and save the average; 0: no average"
     add("--ema", type=flags.fraction, help=f"{text} (default: the recipe's; modern 0.9998, others 0)")
     add("--early_stop", type=count, help="stop after this many validations without a better AP")
-    text = "repeat images of rare classes: those in less than this share of the images, such as 0.01"
+    text = "repeat images of classes that are in less than this share of the images, such as 0.01"
     add("--balance", type=rate, help=f"{text} (repeat-factor sampling)")
-    add("--seed", type=flags.non_negative_int, help=f"for weights, order and augmentation {flags.DEFAULT}")
+    add("--seed", type=flags.non_negative_int, help=f"seed of weights, order and augmentation {flags.DEFAULT}")
     add = parser.add_argument_group("images").add_argument
     text = "pixels of the resized short side (default: the recipe's; modern 800, others 608)"
     add("--min_side", type=count, help=text)
@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("output").add_argument
     add("--out_dir", help=f"folder for checkpoints and logs {flags.DEFAULT}")
     add("--resume", help="continue a run: auto (from last.pt of --out_dir, if it exists), or the path of a last.pt")
-    add("--checkpoint_every", type=interval, help=f"steps (500) or minutes (10m) {flags.DEFAULT}")
+    add("--checkpoint_every", type=interval, help=f"steps (500) or minutes (10m) between checkpoints {flags.DEFAULT}")
     add("--val_every", type=count, help=f"epochs from one validation to the next {flags.DEFAULT}")
     add("--log_every", type=count, help=f"optimizer steps between lines of log.jsonl {flags.DEFAULT}")
     add("--tensorboard", action="store_true", help="write the log for TensorBoard as well")
@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Flags -> values; a usage error lists all contradictions and exits with 2."""
+    """Parse the flags; a usage error lists all contradictions and exits with 2."""
     parser = make_parser()
     args = parser.parse_args(argv)
     errors = flags.check_data_arguments(args, ["csv_train"])

@@ -22,20 +22,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = flags.make_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="checkpoint, such as best.pt")
-    source.add_argument("--detections", help="COCO results file of any detector, in place of a model")
+    source.add_argument("--detections", help="COCO results file of any detector, instead of a model")
     flags.add_data_arguments(parser, training=False)
     flags.add_detection_arguments(parser)
     flags.add_tile_arguments(parser, training=False)
     flags.add_machine_arguments(parser)
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--batch_size", type=flags.positive_int, default=4, help=f"images a batch {flags.DEFAULT}")
+    group.add_argument("--batch_size", type=flags.positive_int, default=4, help=f"images per batch {flags.DEFAULT}")
     group.add_argument("--limit", type=flags.positive_int, help="number of images, from the first one (default: all)")
-    text = f"IoU from which a box counts as found, for VOC's scores {flags.DEFAULT}"
+    text = f"smallest IoU at which a box counts as found, for VOC's scores {flags.DEFAULT}"
     group.add_argument("--iou_threshold", type=flags.fraction, default=0.5, help=text)
-    text = "also print the lowest score of each class that has this precision, such as 0.95"
+    text = "also print each class's lowest score threshold that has this precision, such as 0.95"
     group.add_argument("--min_precision", type=flags.fraction, help=text)
-    group.add_argument("--voc07", action="store_true", help="VOC's mAP by 11 points instead of the area")
-    group.add_argument("--analyse", action="store_true", help="find out which kinds of errors cost how much AP (TIDE)")
+    group.add_argument("--voc07", action="store_true", help="VOC's mAP from 11 points instead of the area")
+    group.add_argument("--analyse", action="store_true", help="find out how much AP each kind of error costs (TIDE)")
     group.add_argument("--save_csv", metavar="FILE.csv", help=flags.SAVE_CSV)
     group.add_argument("--out", help="folder for report.html, detections.json, metrics.json and charts")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""See what the detector sees: data, anchors, assignment, features, losses and detections, as PNG files."""
+"""Draw data, anchors, assignment, features, losses and detections, as PNG files."""
 
 import argparse
 import json
@@ -35,27 +35,27 @@ from retinanet.visual import anchor_fit, anchor_report, anchor_views, heatmaps, 
 from retinanet.visual.drawing import draw_boxes, save_image, side_by_side
 
 SHOWS = {
-    "truth": "annotations as training sees them, with --augment after augmentation",
-    "detections": "beside the ground truth: right ones solid, false ones dashed, missed boxes dotted",
+    "truth": "annotations as training sees them; with --augment, after augmentation",
+    "detections": "detections beside the ground truth: right ones solid, false ones dashed, missed boxes dotted",
     "anchors": "the anchors of one location of each pyramid level",
-    "matches": "which anchors are positive, for which box, and which are ignored; boxes without any are red",
+    "matches": "the positive anchors of each box, and the ignored anchors; boxes without a positive anchor are red",
     "tiles": "where training computes the box head: the tiles of each level that hold a positive anchor",
     "pyramid": "the activations and class probabilities of each level, as heat maps",
     "loss": "where the class loss comes from: maps, and the paper's Figure 4",
-    "anchor_fit": "whether the anchors fit the boxes of the training set, and which would fit better",
+    "anchor_fit": "how well the anchors fit the boxes of the training set, and which would fit better",
 }
 NEED_MODEL = ("detections", "pyramid", "loss")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Flags -> values; a usage error lists all contradictions and exits with 2."""
+    """Parse the flags; a usage error lists all contradictions and exits with 2."""
     parser = flags.make_parser(__doc__)
     shows = "; ".join(f"{name}: {text}" for name, text in SHOWS.items())
     parser.add_argument("--show", choices=SHOWS, default="detections", help=f"what to draw {flags.DEFAULT}. {shows}")
     parser.add_argument("--model", help=f"checkpoint, such as best.pt; --show {', '.join(NEED_MODEL)} need it")
-    text = "in place of a data set: images, videos, folders of them, or patterns"
+    text = "instead of a data set: images, videos, folders of them, or patterns"
     parser.add_argument("--images", nargs="+", metavar="PATH", help=text)
-    text = f"of videos, draw every so many frames; the others are left out {flags.DEFAULT}"
+    text = f"for videos: process only every N-th frame {flags.DEFAULT}"
     parser.add_argument("--every", type=flags.positive_int, default=1, metavar="N", help=text)
     flags.add_data_arguments(parser, training=True, required=False)
     group = parser.add_argument_group("choice of images")
@@ -64,19 +64,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text = f"number of images, without --indices {flags.DEFAULT}"
     group.add_argument("--limit", type=flags.positive_int, default=12, help=text)
     group.add_argument("--augment", action="store_true", help="augment as in the first epoch of training with --seed")
-    text = f"of augmentation, shapes and search {flags.DEFAULT}"
+    text = f"seed of augmentation, shapes and the search for anchors {flags.DEFAULT}"
     group.add_argument("--seed", type=flags.non_negative_int, default=0, help=text)
     group.add_argument("--min_side", type=flags.positive_int, help="short side, pixels (default: the model's, or 608)")
-    group.add_argument("--max_side", type=flags.positive_int, help="long side's limit (default: the model's, or 1024)")
+    group.add_argument("--max_side", type=flags.positive_int, help="limit of the long side (default: model's, or 1024)")
     flags.add_augmentation_arguments(parser)
     flags.add_anchor_arguments(parser)
     group = parser.add_argument_group("assignment")
-    text = "IoU from which a box's best anchor is positive (default: as the model was trained; recipe paper: 0.4)"
+    text = "smallest IoU at which a box's best anchor is positive (default: as in the model's training; paper: 0.4)"
     group.add_argument("--best_match_iou", type=flags.fraction, help=text)
     flags.add_detection_arguments(parser, best=True)
     flags.add_tile_arguments(parser, training=True)
     flags.add_machine_arguments(parser)
-    parser.add_argument("--batch_size", type=flags.positive_int, default=4, help=f"images a batch {flags.DEFAULT}")
+    parser.add_argument("--batch_size", type=flags.positive_int, default=4, help=f"images per batch {flags.DEFAULT}")
     group = parser.add_argument_group("output")
     text = f"images in a row of detections.png {flags.DEFAULT}"
     group.add_argument("--columns", type=flags.positive_int, default=3, help=text)
@@ -90,7 +90,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def contradictions(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the flags together: one message each."""
+    """A message for each contradiction among the flags."""
     errors = []
     if (args.dataset is None) == (args.images is None):
         errors.append("give either --dataset or --images")
@@ -131,7 +131,7 @@ def choose_indices(args: argparse.Namespace, dataset: DetectionDataset) -> list[
 def show_inputs(
     args: argparse.Namespace, dataset: DetectionDataset, net: RetinaNet | None, anchors: Anchors, device: torch.device
 ) -> int:
-    """Draw annotations, anchors, matches, pyramid or loss of each chosen image; returns their number."""
+    """Draw annotations, anchors, matches, tiles, pyramid or loss of each chosen image; returns the number of images."""
     folder, names = make_out_dir(args.out_dir), list(dataset.labels.values())
     indices, losses = choose_indices(args, dataset), []
     for index in progress(indices, args.show):
@@ -162,7 +162,7 @@ def show_inputs(
 def show_detections(
     args: argparse.Namespace, dataset: DetectionDataset, net: RetinaNet, info: dict[str, Any], device: torch.device
 ) -> int:
-    """Draw detections beside the ground truth: a file an image, and all on one sheet; returns the number of images."""
+    """Draw detections beside the ground truth, a file per image and a sheet of all; returns the number of images."""
     folder, names = make_out_dir(args.out_dir), list(dataset.labels.values())
     if args.save_csv:
         check_csv(args.save_csv)
@@ -184,7 +184,7 @@ def show_detections(
 
 
 def show_anchor_fit(args: argparse.Namespace, dataset: DetectionDataset, anchors: Anchors) -> None:
-    """Measure how well the anchors fit the boxes of the data set, and search better ones."""
+    """Measure how well the anchors fit the boxes of the data set, and search for better ones."""
     folder = make_out_dir(args.out_dir)
     sides = (None, None) if args.tile else (args.min_side, args.max_side)
     fit = anchor_fit.measure(dataset, anchors, *sides, args.best_match_iou)

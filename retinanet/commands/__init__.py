@@ -1,7 +1,7 @@
 """The command line: `python -m retinanet COMMAND`, or `retinanet COMMAND` after `pip install .`.
 
-`flags` has what the commands share. `check`, `convert` and `export` are here; `train`, `validate` and `visualize` are
-the scripts of these names.
+`flags` holds the flags that the commands share. `check`, `convert` and `export` are in this package; `train`,
+`validate` and `visualize` run the scripts of these names.
 """
 
 import argparse

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging()
     report, broken, found = Report(skip_bad=args.skip_bad), [], []
     for split in ("train", "val"):
-        # Tolerant: what is wrong in one place must not hide what is wrong in another.
+        # Tolerant, so that an error in one place does not hide errors in others.
         own = Report(tolerant=True, skip_bad=args.skip_bad)
         try:
             dataset = flags.make_dataset(args, split, None, report=own)

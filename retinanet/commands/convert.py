@@ -2,8 +2,8 @@
 
     python -m retinanet convert --from voc --source VOCdevkit/VOC2012 --set train --to coco --out coco_folder
 
-One run converts one set; several sets may be written to the same folder. Nothing is overwritten with other content.
-Inside its image, no box moves by a pixel or more.
+Each run converts one set; several sets may be written to the same folder. No file is overwritten with other content.
+The part of a box inside its image moves by less than a pixel.
 """
 
 import csv
@@ -34,23 +34,23 @@ from retinanet.process import log, progress, script, setup_logging
 
 IMAGE_FOLDERS = {"csv": "images/{}", "coco": "images/{}", "voc": "JPEGImages", "yolo": "images/{}"}
 
-# What cannot be written to XML or UTF-8, or what ends a line for a reader.
+# Characters that cannot be written to XML or UTF-8, or that readers take for the end of a line.
 UNWRITABLE = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
 def is_plain(name: str) -> bool:
-    """Whether a line of a text file, or an XML file, gives a name back as it is."""
+    """Whether a name is read back unchanged from a line of a text file and from an XML file."""
     return bool(name) and name == name.strip() and not UNWRITABLE.search(name)
 
 
 def plan_images(dataset: DetectionDataset, root: Path, folder: Path, to: str) -> dict[str, Path]:
-    """Choose the images' names in a folder of `root`: the old names, or all with their folders' in front if two clash.
+    """Choose names for the images in `folder`, below `root`: the old ones, with their folders in front if two clash.
 
-    The folder is created, but nothing is written to it. New name -> image; a UserError if an image is missing, the
-    layout cannot hold a name, or the folder holds another image with such a name, or is outside `root`.
+    The folder is created, but nothing is written to it. Returns new name -> image. A UserError if an image is missing,
+    the layout cannot hold a name, or the folder holds another image with such a name or is outside `root`.
     """
     paths = [Path(dataset.image_path(index)) for index in range(len(dataset))]
-    # Only the folders are resolved: the target of a link may have another name, such as a hash.
+    # Links to folders are resolved, but not links to images: their targets may have other names, such as hashes.
     paths = [path.parent.resolve() / path.name for path in paths]
     names = [path.name for path in paths]
     if len({path.stem for path in paths}) < len(paths):
@@ -59,7 +59,7 @@ def plan_images(dataset: DetectionDataset, root: Path, folder: Path, to: str) ->
     stems = Counter(Path(name).stem for name in names)
     if repeated := next((name for name in names if stems[Path(name).stem] > 1), None):
         # VOC and YOLO name an image without its suffix.
-        raise UserError(f"{repeated}: two images of one folder have this name, or differ only in their suffix")
+        raise UserError(f"{repeated}: two images have this name, or names that differ only in their suffix")
     if to != "coco":  # JSON holds any name
         hidden = "." if to in ("voc", "yolo") else "\0"  # files that their readers skip
         unfit = [f"class {shown(name)}" for name in dataset.labels.values() if not is_plain(name)]
@@ -82,14 +82,14 @@ def plan_images(dataset: DetectionDataset, root: Path, folder: Path, to: str) ->
 
 
 def _make_folder(root: Path, folder: Path) -> None:
-    """Create a folder below `root`, which no link may lead out of."""
+    """Create a folder below `root`; a UserError if a link leads out of `root`."""
     if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root)):
         raise UserError(f"{folder}: leads out of --out {root}")
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def _write_text(root: Path, name: str, text: str, same: Callable[[str, str], bool] = str.__eq__) -> None:
-    """Write a file below `root`, where none is that has other content."""
+    """Write a file below `root`; a UserError if it exists with other content."""
     path = output_file(root / name)
     _make_folder(root, path.parent)
     if path.exists() and not same(path.read_text(encoding="utf-8", errors="replace"), text):
@@ -153,7 +153,7 @@ def write_yolo(dataset: DetectionDataset, names: Sequence[str], root: Path, set_
     _write_text(root, "classes.txt", "".join(f"{name}\n" for name in class_names))
     folder = root / "images" / set_name
     others = set(list_images(folder)) - {Path(name).stem for name in names}
-    if others:  # without a label file, an image counts as one without objects
+    if others:  # without label files, they would be read as images without objects
         raise UserError(f"{folder}: holds other images, such as {min(others)}; choose another --out")
     sets = sorted(path.name for path in (root / "images").iterdir() if path.is_dir())
     names_line = f"names: {json.dumps(class_names, ensure_ascii=False)}\n"  # JSON is YAML, too
@@ -177,13 +177,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--from", dest="kind", choices=sorted(WRITERS), required=True, help="layout of the source")
-    add("--source", required=True, help="the data set's folder; of CSV data, the annotation file")
+    add("--source", required=True, help="the data set's folder or, for CSV data, the annotation file")
     add("--set", help="name of the set, such as train or val2017 (default: the CSV file's name)")
-    add("--csv_classes", help="of CSV data: the file class_name,id (default: all classes, sorted)")
-    add("--crowds_are_objects", action="store_true", help="of COCO data: read crowds as objects")
+    add("--csv_classes", help="for CSV data: the file class_name,id (default: all classes, sorted)")
+    add("--crowds_are_objects", action="store_true", help="for COCO data: read crowds as objects")
     add("--to", choices=sorted(WRITERS), required=True, help="layout to write")
     add("--out", required=True, help="folder to write to")
-    add("--out_set", help="name of the set there, such as train (default: as in the source)")
+    add("--out_set", help="name of the set to write, such as train (default: as in the source)")
     add("--link", action="store_true", help="link to the images instead of copying them")
     add("--skip_bad", action="store_true", help=SKIP_BAD)
     args = parser.parse_args(argv)
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         errors.append("--crowds_are_objects needs --from coco")
     if not is_plain(set_name) or set_name[0] == "." or set(set_name) & set("/\\:#\"'"):
         name = shown(set_name)
-        errors.append(f"the name of the set, {name}, must be a plain word: choose an --out_set, such as train")
+        errors.append(f"the name of the set, {name}, must be a plain word; choose another --out_set, such as train")
     if errors:
         parser.error("; ".join(errors))
     setup_logging()
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         folder = root / IMAGE_FOLDERS[args.to].format(set_name)
         images = plan_images(dataset, root, folder, args.to)
-        WRITERS[args.to](dataset, list(images), root, set_name)  # before the images, because it may refuse
+        WRITERS[args.to](dataset, list(images), root, set_name)  # before the images, because it may raise
         for name, path in progress(images.items(), "images", len(images)):
             if args.link and not (folder / name).exists():
                 (folder / name).symlink_to(path.resolve())
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def report(dataset: DetectionDataset, written: DetectionDataset, names: list[str], kind: str, root: Path) -> None:
-    """Log what was written, read back from the files, and what was lost; no class or image may have changed."""
+    """Log what the written files hold, and what was lost; a UserError if a class or an image changed."""
     written_names = [Path(written.image_path(index)).name for index in range(len(written))]
     for what, before, after in (
         ("classes", list(dataset.labels.values()), list(written.labels.values())),
@@ -239,16 +239,16 @@ def report(dataset: DetectionDataset, written: DetectionDataset, names: list[str
     ):
         for old, new in itertools.zip_longest(before, after):
             if old != new:
-                message = f"{shown(old)} is read back as {shown(new)}: do not use what was written"
-                raise UserError(f"{root}: the {what} written are not those of the source: {message}")
+                message = f"{shown(old)} is read back as {shown(new)}; do not use these files"
+                raise UserError(f"{root}: the {what} differ from those of the source: {message}")
     difficult = len(dataset.difficult_annotations) - len(written.difficult_annotations)
     if difficult and kind in ("csv", "yolo"):
         what = counted(difficult, "difficult box")
-        log.warning("warning: left out: %s (crowds, in COCO): %s cannot mark them", what, kind)
+        log.warning("warning: left out: %s (crowds, in COCO), which %s files cannot mark", what, kind)
         difficult = 0
     lost = len(dataset.annotations) - len(written.annotations) + difficult
     if lost:
-        log.warning("warning: left out: %s, outside their images, or equal after rounding", counted(lost, "box"))
+        log.warning("warning: left out: %s, outside the image or equal to another after rounding", counted(lost, "box"))
     images, boxes = counted(len(written), "image"), counted(len(written.annotations), "box")
     difficult, classes = len(written.difficult_annotations), counted(written.num_classes(), "class")
     log.info("%s: %s, %s (and %d difficult), %s", root, images, boxes, difficult, classes)

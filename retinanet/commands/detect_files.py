@@ -29,11 +29,11 @@ from retinanet.training.files import make_out_dir
 from retinanet.visual.drawing import draw_boxes, legible_zoom, save_image
 from retinanet.visual.text import readable_names
 
-DRAWN_SIDE = 8192  # pixels: larger images are drawn smaller
+DRAWN_SIDE = 8192  # pixels: larger images are reduced to this before they are drawn
 
 
 def output_paths(files: Sequence[Path], folder: Path) -> list[Path]:
-    """Where the drawn files go: below `folder`, as the files lie below their common folder, each name once."""
+    """Paths of the drawn files: below `folder`, as the files lie below their common folder; each path is unique."""
     common = Path(os.path.commonpath([file.absolute().parent for file in files]))
     outputs: dict[Path, None] = {}
     for file in files:
@@ -44,8 +44,8 @@ def output_paths(files: Sequence[Path], folder: Path) -> list[Path]:
             number += 1
         outputs[path] = None
     mixed = {path.resolve().parent for path in outputs} & {file.resolve().parent for file in files}
-    if mixed:  # the next run over that folder would take drawn files for new ones
-        raise UserError(f"--out_dir {folder}: drawn files would lie among the others, in {min(mixed)}; choose another")
+    if mixed:  # the next run on that folder would take drawn files for new ones
+        raise UserError(f"--out_dir {folder}: drawn files would be mixed with inputs in {min(mixed)}; choose another")
     return list(outputs)
 
 
@@ -53,9 +53,9 @@ def output_paths(files: Sequence[Path], folder: Path) -> list[Path]:
 def detections_json(
     path: Path, head: dict[str, Any], failures: list[str]
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Write detections.json: one line for each entry that the function is called with which this gives.
+    """Write detections.json with one line per entry: the context gives a function to call with each of them.
 
-    So memory does not grow with the length of a video. What an interrupted program leaves can be read, too.
+    So memory does not grow with the length of a video, and the file is valid even if the program is interrupted.
     """
     with open(output_file(path), "w") as file:
         separators = itertools.chain(["\n"], itertools.repeat(",\n"))
@@ -67,7 +67,7 @@ def detections_json(
 
 
 def draw_frame(image: np.ndarray, found: Detections, names: Sequence[str], of_video: bool) -> np.ndarray:
-    """Draw the detections of an image, or of a frame: all frames of a video have one size, so they get no legend."""
+    """Draw the detections of an image or a frame; frames get no legend, because all must have the same size."""
     scores, labels, boxes = (values.numpy() for values in found)
     drawn_names = readable_names(names)
     captions = [f"{drawn_names[label]} {score:.2f}" for score, label in zip(scores, labels, strict=True)]
@@ -77,7 +77,7 @@ def draw_frame(image: np.ndarray, found: Detections, names: Sequence[str], of_vi
 
 
 def describe(frame: Frame, found: Detections, names: Sequence[str], of_video: bool) -> dict[str, Any]:
-    """What detections.json says of an image or of a frame; boxes are xyxy, pixels of it."""
+    """The entry of an image or a frame in detections.json; boxes are xyxy, in its pixels."""
     entry = dict(zip(("height", "width"), frame.image.shape, strict=False))
     if of_video:
         entry |= {"frame": frame.number, "seconds": round(float(frame.seconds), 6)}
@@ -87,16 +87,16 @@ def describe(frame: Frame, found: Detections, names: Sequence[str], of_video: bo
 
 
 def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any], device: torch.device) -> None:
-    """Detect on the images and videos of `--images`: each is drawn, and all detections are in detections.json.
+    """Detect objects in the images and videos of `--images`, draw each, and write all detections to detections.json.
 
-    What cannot be read is listed in a UserError at the end.
+    Files that cannot be read are listed in a UserError at the end.
     """
     files, folder = find_images(args.images), make_out_dir(args.out_dir)
     tiling, table = inference.choose_tiling(info, flags.given_tiles(args)), []
     if args.save_csv:
         check_csv(args.save_csv)
     targets, names, failures = output_paths(files, folder), info["class_names"], []
-    read: collections.deque[tuple[Path, Path, Video | None, Frame]] = collections.deque()  # and not yet drawn
+    read: collections.deque[tuple[Path, Path, Video | None, Frame]] = collections.deque()  # read, but not yet drawn
 
     def load() -> Iterator[np.ndarray]:
         for path, target in zip(progress(files, "detecting"), targets, strict=True):
@@ -121,7 +121,7 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
                 found = detection.detect_images(net, images, resizer, args.batch_size, precision, tiling, **limits)
                 yield from ((*read.popleft(), detections) for _, detections in found)
                 is_done = True
-            except UserError as error:  # a part of a large image cannot be read: the next image may be whole
+            except UserError as error:  # a part of a large image cannot be read; the next image may be intact
                 failures.append(str(error))
                 read.clear()
 

@@ -43,10 +43,10 @@ MIN_DYNAMIC_SIDE, MAX_DYNAMIC_SIDE = 129, 4096
 MAX_DYNAMIC_BATCH = 256
 CHECK_SIZES = ((320, 448), (417, 333))  # height and width, pixels, at which a dynamic network is compared
 
-# Differences that count as rounding: another order of sums changes about the sixth digit of a float32.
-LOGIT_TOLERANCE = 1e-4  # of the largest logit
+# Differences that count as rounding: adding in another order changes about the sixth digit of a float32.
+LOGIT_TOLERANCE = 1e-4  # relative to the largest logit
 SCORE_TOLERANCE = 1e-4
-BOX_TOLERANCE = 0.1  # pixels, of a corner
+BOX_TOLERANCE = 0.1  # pixels, for each corner
 IOU_TOLERANCE = 0.01
 
 
@@ -92,7 +92,7 @@ class Detector(nn.Module):
         good = (scores > self.score_threshold) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         candidates, scores, boxes = candidates[good], scores[good], boxes[good]
         labels = candidates % num_classes
-        # Boxes of each class are moved where no other class has any, so that one NMS serves all classes.
+        # Boxes of different classes are moved apart, so that one NMS serves all classes.
         apart = (labels * (torch.sym_max(height, width) + 1))[:, None]
         # torchvision tells torch.export that NMS keeps two boxes or more: two extra ones ensure it.
         extra = boxes.new_tensor([[-2.0, -2.0, -1.0, -1.0], [-4.0, -4.0, -3.0, -3.0]])
@@ -102,7 +102,7 @@ class Detector(nn.Module):
 
 
 def trace(detector: Detector, size: tuple[int, int], dynamic: bool) -> ExportedProgram:
-    """Trace the detector for inputs of one size, pixels; or of any height, width and, without NMS, batch size."""
+    """Trace the detector for inputs of one size, pixels, or if `dynamic`, of any size and (without NMS) batch size."""
     batch, shapes = 1, None
     if dynamic:
         height, width = (Dim(side, min=MIN_DYNAMIC_SIDE, max=MAX_DYNAMIC_SIDE) for side in ("height", "width"))
@@ -126,7 +126,7 @@ def save(program: ExportedProgram, path: Path, file_format: str, metadata: dict[
         onnx_program.model.metadata_props.update(metadata)
         onnx_program.save(path)
     elif file_format == "torch_export":
-        content = io.BytesIO()  # torch itself aborts the process where the disk is full
+        content = io.BytesIO()  # if torch wrote the file itself, a full disk would abort the process
         torch.export.save(program, content, extra_files={"metadata.json": json.dumps(metadata)})
         with replaced(path) as file:
             file.write(content.getbuffer())
@@ -136,9 +136,9 @@ def save(program: ExportedProgram, path: Path, file_format: str, metadata: dict[
 
 
 def load(path: str | Path) -> tuple[Callable[[Tensor], list[Tensor]], dict[str, str]]:
-    """Load what `save` wrote: a function of images, [B, 3, H, W] uint8 -> outputs, and the metadata."""
+    """Load a file that `save` wrote: a function from images [B, 3, H, W] uint8 to outputs, and the metadata."""
     if str(path).endswith(SUFFIXES["onnx"]):
-        import onnxruntime  # an extra
+        import onnxruntime  # an optional dependency
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         metadata = session.get_modelmeta().custom_metadata_map
@@ -162,9 +162,9 @@ def check_image(size: tuple[int, int], photograph: np.ndarray | None, seed: int)
 
 
 def count_missing(found: Detections, candidates: Detections, nms_threshold: float, max_detections: int) -> int:
-    """How many candidates NMS should have kept: those that no equal or better detection overlaps.
+    """The number of candidates that NMS should have kept: those that no equal or better detection overlaps.
 
-    Where `max_detections` are found, only candidates better than the last of them count.
+    If `max_detections` were found, only candidates better than the last of them count.
     """
     better = found.scores[:, None] >= candidates.scores - SCORE_TOLERANCE  # [N, C]
     better &= found.labels[:, None] == candidates.labels
@@ -176,7 +176,7 @@ def count_missing(found: Detections, candidates: Detections, nms_threshold: floa
 
 
 def count_wrong(found: Detections, candidates: Detections, nms_threshold: float) -> int:
-    """How many detections are no candidate, or overlap a better detection."""
+    """The number of detections that are not a candidate or overlap a better detection."""
     equal = (found.scores[:, None] - candidates.scores).abs() <= SCORE_TOLERANCE  # [N, C]
     equal &= (found.boxes[:, None] - candidates.boxes).abs().amax(dim=2) <= BOX_TOLERANCE
     equal &= found.labels[:, None] == candidates.labels
@@ -190,8 +190,8 @@ def compare(detector: Detector, exported: Callable[[Tensor], Sequence[Tensor]], 
     """Compare an exported network with the eager one, on images [1, 3, H, W] uint8; returns a line that reports it.
 
     Two correct lists of detections may differ: of two overlapping boxes whose scores differ by a rounding error,
-    either may suppress the other, which is common for scores near 0. So the exported detections are not compared
-    with the eager ones, but must be a right result of NMS among the eager candidates, or else it is a UserError.
+    either may suppress the other, which is common for scores near 0. So the exported detections need not equal the
+    eager ones, but they must be a correct result of NMS on the eager candidates; otherwise it is a UserError.
     """
     net, outputs, size = detector.net, exported(images), tuple(images.shape[-2:])
     logits, deltas, anchors = (values[0] for values in net.heads(normalize(images)))
@@ -205,7 +205,7 @@ def compare(detector: Detector, exported: Callable[[Tensor], Sequence[Tensor]], 
         chosen = postprocess.best_candidates(logits, net.anchors.level_sizes(*size), score_threshold, top_k)
         return postprocess.select_detections(chosen, logits, deltas, anchors, size, 1.0, max_detections=None)
 
-    # Whether a box near the score threshold or near the last of the top k is a candidate is a matter of rounding, too.
+    # Rounding also decides whether a box near the score threshold or near the end of the top k is a candidate.
     certain = candidates(detector.score_threshold + SCORE_TOLERANCE, detector.top_k // 2)
     possible = candidates(detector.score_threshold - SCORE_TOLERANCE, detector.top_k * 2)
     found = Detections(*outputs)
@@ -229,10 +229,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--height", type=flags.positive_int, help="pixels, a multiple of 32 (default: the model's short side)")
     add("--width", type=flags.positive_int, help="pixels, a multiple of 32 (default: the model's long side)")
     flags.add_detection_arguments(parser)
-    add("--image", help="image to compare with, in place of random colours")
+    add("--image", help="image to compare the networks on, in place of random colours")
     args = parser.parse_args(argv)
     if args.dynamic and (args.height or args.width):
-        parser.error("--dynamic takes any size, without --height and --width")
+        parser.error("--dynamic takes images of any size, so it excludes --height and --width")
     return args
 
 

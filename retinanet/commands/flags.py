@@ -1,4 +1,4 @@
-"""Flags that several commands share, their checks, and what they stand for: data sets, transforms, anchors."""
+"""Flags that several commands share, their checks, and the data sets that they describe."""
 
 import argparse
 import re
@@ -32,10 +32,10 @@ DEFAULT = "(default: %(default)s)"  # argparse fills in the value
 
 
 def _number(kind: type, low: float, high: float, rule: str) -> Callable[[str], Any]:
-    """Argparse type: a number of a range; whole ones, too, may be written as 1e3. A ValueError is a usage error."""
+    """Argparse type: a number in a range; whole numbers may be written as 1e3, too. A ValueError is a usage error."""
 
     def number(text: str) -> Any:
-        if not NUMBER.fullmatch(text):  # Python itself reads 1_000, +1 and the digits of all scripts
+        if not NUMBER.fullmatch(text):  # Python itself would also accept 1_000, +1 and digits of all scripts
             raise ValueError
         value = float(text) if kind is float or not text.isdecimal() else int(text)
         if kind is int and value % 1:
@@ -54,7 +54,7 @@ positive_float = _number(float, sys.float_info.min, sys.float_info.max, "above 0
 fraction = _number(float, 0, 1, "from 0 to 1")
 
 
-# The numbers that flags may have, in every command: beyond them, memory and arithmetic fail without a word.
+# The ranges of flags, in every command: beyond them, memory runs out or arithmetic fails without a message.
 BOUNDS = settings.BOUNDS | {
     **dict.fromkeys(("height", "width"), (1, 16_384)),  # pixels
     **dict.fromkeys(("shapes_train", "shapes_val"), (1, 10**6)),
@@ -68,19 +68,19 @@ SAVE_CSV = "write a line for each detection, file,class,score,x1,y1,x2,y2, and t
 
 
 class _PixelRange(argparse.Action):
-    """Takes `auto`, which is None, or two rising numbers."""
+    """Argparse action: `auto`, which becomes None, or two rising numbers."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
         try:
             chosen = None if values == ["auto"] else checked_range(values)
         except ValueError:
-            text = f"must be auto, or two numbers of which the second is larger, not {' '.join(values)[:100]}"
+            text = f"must be auto or two numbers, the second larger than the first, not {' '.join(values)[:100]}"
             parser.error(f"argument --pixel_range: {text}")
         setattr(namespace, self.dest, chosen)
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that holds all numbers against BOUNDS, and outputs against having no name."""
+    """A parser that checks that all numbers are within BOUNDS and that no output has an empty name."""
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
         values, rest = super().parse_known_args(*args, **kwargs)
@@ -98,7 +98,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser without abbreviations, so that a flag of a later version cannot change what a command means."""
+    """A parser without abbreviations, so that flags of later versions cannot change the meaning of a command."""
     return _Parser(description=description, prog=Path(sys.argv[0]).name, allow_abbrev=False)
 
 
@@ -106,14 +106,14 @@ def add_data_arguments(parser: argparse.ArgumentParser, training: bool, required
     """Add the flags that name the data, with or without those of the training set."""
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=sorted([*FOLDERS, "csv", "shapes"]), required=required, help="kind of data")
-    text = "folder with annotations/instances_SET.json and images/SET/, or SET/_annotations.coco.json; or of the images"
-    add("--coco_path", help=f"{text}, where the set is a path, x.json")
-    text = "folder with Annotations, JPEGImages and ImageSets/Main; or with XML files beside the images, in SET/ or not"
+    text = "folder with annotations/instances_SET.json and images/SET/, or with SET/_annotations.coco.json; or folder "
+    add("--coco_path", help=f"{text}of the images, if the set is the path of a JSON file")
+    text = "folder with Annotations, JPEGImages and ImageSets/Main, or with images and XML files, possibly in SET/"
     add("--voc_path", help=text)
-    text = "folder with images/SET and labels/SET, or text files beside the images, and classes.txt or data.yaml"
+    text = "folder with images/SET and labels/SET, or with images and text files, and with classes.txt or data.yaml"
     add("--yolo_path", help=text)
     splits = {"train": "training", "val": "validation"} if training else {"val": "validation"}
-    none = "; none: train without" if training else ""
+    none = "; none: train without one" if training else ""
     for kind, year in (("coco", "2017"), ("voc", ""), ("yolo", "")):
         for split, name in splits.items():
             text = f"name of the {name} set of {kind} data{none if split == 'val' else ''} {DEFAULT}"
@@ -123,7 +123,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, training: bool, required
         add(f"--csv_{split}", help=text)
     text = "CSV file of the classes: class_name,id (default: those of the training set, or of the model)"
     add("--csv_classes", help=text)
-    text = "share of the images of a voc or yolo folder without sets that are for validation, such as 0.2"
+    text = "share of the images to validate on, such as 0.2, for a voc or yolo folder that is not divided into sets"
     add("--val_share", type=fraction, help=text)
     text = "read COCO's crowds as objects: some tools, such as CVAT, mark every mask as a crowd"
     add("--crowds_are_objects", action="store_true", help=text)
@@ -131,7 +131,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, training: bool, required
         number = {"train": 400, "val": 100}[split]
         add(f"--shapes_{split}", type=positive_int, default=number, help=f"number of {name} images {DEFAULT}")
     text = "values that become black and white in images of more than 8 bits (default: auto: those that the model was "
-    text += "trained with, else those that the files declare, else those that they hold)"
+    text += "trained with, otherwise those that the files declare, otherwise those that the images hold)"
     add("--pixel_range", nargs="+", action=_PixelRange, metavar=("auto|LOW", "HIGH"), help=text)
     text = f"limit of the pixels of an image, in millions {DEFAULT}"
     add("--pixel_limit", type=positive_float, default=PIXEL_LIMIT, help=text)
@@ -144,7 +144,7 @@ def add_anchor_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that change the anchors."""
     group = parser.add_argument_group("anchors", "visualize --show anchor_fit finds those that fit your data")
     for flag, text in (
-        ("--anchor_scales", "factors on the sizes (default: 1 1.26 1.59)"),
+        ("--anchor_scales", "factors that multiply the sizes (default: 1 1.26 1.59)"),
         ("--anchor_ratios", "height / width (default: 0.5 1 2)"),
         ("--anchor_sizes", "sides on P3 to P7, pixels (default: 32 64 128 256 512)"),
     ):
@@ -154,12 +154,12 @@ def add_anchor_arguments(parser: argparse.ArgumentParser) -> None:
 def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that augment the training images."""
     add = parser.add_argument_group("augmentation").add_argument
-    text = f"mirror half of the images, left to right and upside down {DEFAULT}"
+    text = f"mirror the images in this direction half of the time {DEFAULT}"
     add("--flip", choices=[*FLIPS], default="horizontal", help=text)
     text = "turn the images by 0, 90, 180 or 270 degrees at random, as for views from above"
     add("--rotate90", action="store_true", help=text)
-    text = "resize by a random factor on --min_side and --max_side, such as 0.1 2.0, then crop or pad to a square of "
-    text += "--max_side pixels (large-scale jitter)"
+    text = "multiply --min_side and --max_side by a random factor in this range, such as 0.1 2.0, and crop or pad to "
+    text += "a square of --max_side pixels (large-scale jitter)"
     add("--scale_jitter", type=positive_float, nargs=2, metavar=("LOW", "HIGH"), help=text)
     add("--jitter", type=positive_int, nargs=2, help="draw the short side from this range, pixels")
     add("--random_crop", type=fraction, help="crop to at least this share of each side")
@@ -167,30 +167,32 @@ def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tile_arguments(parser: argparse.ArgumentParser, training: bool, of_model: bool = True) -> None:
-    """Add the flags of tiles; `of_model`, those that are not given are None, which stands for the model's."""
+    """Add the flags of tiles; with `of_model`, their default is None, which stands for the model's values."""
     group, source = parser.add_argument_group("tiles of large images"), "the model's, or " if of_model else ""
-    text = "detect in images that are larger than this, pixels, by tiles of this side at full resolution"
+    text = "process images larger than this, pixels, in tiles of this side at full resolution"
     text = f"train on random tiles of this side, and {text}" if training and not of_model else text
     none = "; 0: none" if of_model else ""
     kind = non_negative_int if of_model else positive_int
     group.add_argument("--tile", type=kind, help=f"{text} (default: {source}none{none})")
-    text = f"share of the side by which tiles overlap, more than objects are large (default: {source}{OVERLAP:g})"
+    text = "share of the side by which tiles overlap; it should be larger than the objects "
+    text += f"(default: {source}{OVERLAP:g})"
     group.add_argument("--tile_overlap", type=fraction, default=None if of_model else OVERLAP, help=text)
     if training:
-        text = f"share of the tiles to train on that are drawn anywhere, if possible without a box {DEFAULT}"
+        text = f"share of the training tiles that are drawn anywhere, without a box if possible {DEFAULT}"
         group.add_argument("--tile_background", type=fraction, default=BACKGROUND, help=text)
 
 
 def given_tiles(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags of tiles to detect in that are given."""
+    """The flags among --tile and --tile_overlap that are given."""
     return {name: getattr(args, name) for name in ("tile", "tile_overlap") if getattr(args, name) is not None}
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say on what hardware, and how, to compute."""
+    """Add the flags for the device, the precision and the worker processes."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help=f"auto (a GPU if there is one), cpu, cuda:1, mps {DEFAULT}")
-    text = f"the network's arithmetic; auto: bf16 where the device computes it natively, else fp16 on GPUs {DEFAULT}"
+    text = "precision of the network's arithmetic; auto: bf16 if the device computes it natively, otherwise fp16 on "
+    text += f"CUDA and fp32 elsewhere {DEFAULT}"
     group.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help=text)
     group.add_argument("--workers", type=non_negative_int, default=2, help=f"processes that read images {DEFAULT}")
 
@@ -204,18 +206,18 @@ score_threshold.__name__ = "score"  # in argparse's message
 
 
 def add_detection_arguments(parser: argparse.ArgumentParser, of_model: bool = True, best: bool = False) -> None:
-    """Add the flags that limit detections, None for those `of_model`; the score threshold may be the word `best`."""
+    """Add the flags that limit detections; with `of_model` their default is None, with `best` a score may be `best`."""
     group, source = parser.add_argument_group("detection"), "the model's, or " if of_model else ""
     for name, kind, text in (
         ("score_threshold", score_threshold if best else fraction, "scores must be above it"),
-        ("nms_threshold", fraction, "of two boxes of a class that overlap by more than this IoU, the better one stays"),
-        ("top_k", positive_int, "candidates of each pyramid level, before NMS"),
-        ("max_detections", positive_int, "detections an image, and of a class in COCO's numbers"),
+        ("nms_threshold", fraction, "of two boxes of a class that overlap by more than this IoU, keep the better one"),
+        ("top_k", positive_int, "candidates per pyramid level, before NMS"),
+        ("max_detections", positive_int, "detections per image, and per class and image in COCO's numbers"),
     ):
         default = f"(default: {source}{LIMITS[name]:g})"
         if best and name == "score_threshold":
-            text += ", each class's own if it is best: that of the best F1 in validation"
-            default = "(default: best where the model has it, or 0.5)"
+            text += "; best: each class's own score, that of the best F1 in validation"
+            default = "(default: best if the model has these scores, otherwise 0.5)"
         group.add_argument(f"--{name}", type=kind, default=None if of_model else LIMITS[name], help=f"{text} {default}")
 
 
@@ -225,7 +227,7 @@ def given_limits(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_data_arguments(args: argparse.Namespace, needed: list[str]) -> list[str]:
-    """A message for each data flag that is missing; `needed` are the flags of CSV data that the command needs."""
+    """A message for each data flag that is missing or misplaced; `needed` are the CSV flags that the command needs."""
     kind = args.dataset
     needs = [f"{kind}_path"] if kind in FOLDERS else needed if kind == "csv" else []
     errors = [f"--dataset {kind} needs --{flag}" for flag in needs if getattr(args, flag) is None]
@@ -246,9 +248,9 @@ def make_dataset(
     class_names: Sequence[str] | None = None,
     report: Report | None = None,
 ) -> DetectionDataset | None:
-    """The data set of a split, train or val, that the flags name, if they name one; `report` gets what is wrong.
+    """The data set that the flags name for a split, train or val; None if they name none. `report` collects its errors.
 
-    CSV data without a class list has the `class_names` of a model, if they are given.
+    CSV data without a class list gets the `class_names` of a model, if they are given.
     """
     report, kind, dataset = report or Report(skip_bad=args.skip_bad), args.dataset, None
     if kind in FOLDERS:
@@ -267,7 +269,7 @@ def make_dataset(
     else:
         from retinanet.data.shapes import ShapesDataset  # scikit-image takes long to import
 
-        # Training images come from odd seeds only: those of seed 0, for validation, are never trained on.
+        # Training images have odd seeds, so that the validation images, of seed 0, are never among them.
         seed = 2 * args.seed + 1 if split == "train" else 0
         dataset = ShapesDataset(getattr(args, f"shapes_{split}"), seed, transform=transform)
     if dataset is not None:

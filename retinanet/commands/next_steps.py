@@ -1,4 +1,4 @@
-"""What to do after a training: three commands, with the data and the model of the run."""
+"""What to do after training: commands with the data and the model of the run."""
 
 import argparse
 import shlex
@@ -10,7 +10,7 @@ from retinanet.commands import flags
 
 
 def data_flags(args: argparse.Namespace, training: bool) -> list[str]:
-    """The flags about the data that differ from their defaults; without `training`, those of the validation set."""
+    """The flags about the data that differ from their defaults; without `training`, only those for validation."""
     parser = argparse.ArgumentParser()
     flags.add_data_arguments(parser, training)
     chosen = ["--dataset", args.dataset]
@@ -23,7 +23,7 @@ def data_flags(args: argparse.Namespace, training: bool) -> list[str]:
 
 
 def program(command: str) -> list[str]:
-    """How to start another command as this one was started: as a script beside it, or as `retinanet COMMAND`."""
+    """The words that start another command in the same way as this one: as a script, or as `retinanet COMMAND`."""
     started = Path(sys.argv[0])
     python = "python" if shutil.which("python") == sys.executable else sys.executable
     if started.name != "train.py":
@@ -33,9 +33,9 @@ def program(command: str) -> list[str]:
 
 
 def next_steps(args: argparse.Namespace, out_dir: Path, best: Path | None, image: str) -> str:
-    """The commands for the flags of train.py and the folder of the run, as a shell takes them.
+    """The commands to run next, quoted for a shell, from the flags of train.py and the folder of the run.
 
-    `best` is its best.pt, None without a validation set; `image` a training image: generated ones have no file.
+    `best` is the run's best.pt, None without a validation set; `image` is a training image, which may have no file.
     """
     model, data = ["--model", str(best or out_dir / "last.pt")], data_flags(args, training=best is None)
     steps = []

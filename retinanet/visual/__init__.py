@@ -1,6 +1,6 @@
 """Images of data, networks and results.
 
-Read `drawing` first (boxes and sheets, with the names that `text` makes drawable); then `views` (annotations,
-batches, detections beside the ground truth) and `anchor_views` (anchors, matches). `charts` draws numbers,
-`heatmaps` features and losses. `anchor_fit` measures whether anchors fit a data set, `anchor_report` says and draws it.
+Read `drawing` first (boxes and contact sheets, with names that `text` makes drawable); then `views` (annotations,
+batches, detections beside the ground truth) and `anchor_views` (anchors, matches). `charts` draws numbers, `heatmaps`
+features and losses. `anchor_fit` measures how well anchors fit a data set, and `anchor_report` reports and draws it.
 """

@@ -1,7 +1,7 @@
-"""Do these anchors fit my data? Measures which boxes can be learned, and searches anchors that reach more.
+"""Do these anchors fit my data? Measures which boxes can be learned, and searches for anchors that reach more.
 
-A box that no anchor overlaps by an IoU of 0.5 is the target of none: it cannot be learned, however long the
-training. Small objects and long, thin ones are at risk, and no loss curve shows it.
+A box that no anchor overlaps by an IoU of 0.5 is not the target of any anchor, so it cannot be learned, however long
+the training. This affects small objects and long, thin ones, and no loss curve shows it.
 """
 
 import itertools
@@ -19,11 +19,11 @@ from retinanet.data.report import MIN_SIDE
 from retinanet.data.transforms import resized_size
 from retinanet.matcher import FOREGROUND_IOU
 
-# Boxes are grouped by their side (the root of the area), pixels after resizing, one group an octave.
+# Boxes are grouped by their side (square root of the area), pixels after resizing; each group spans a factor of 2.
 SIZE_EDGES = (0, 16, 32, 64, 128, 256, 512, math.inf)
 
-WORTHWHILE_IOU = 0.05  # other anchors that reach as many boxes must raise the mean of the best IoUs by this
-SEARCH_BOXES = 1500  # the search uses at most this many
+WORTHWHILE_IOU = 0.05  # other anchors that reach no more boxes must raise the mean of the best IoUs by this
+SEARCH_BOXES = 1500  # the search uses at most this many boxes
 SEARCH_SCALES, SEARCH_RATIOS = (0.25, 3.0), (1 / 6, 6.0)  # bounds of the search
 
 
@@ -32,24 +32,24 @@ class Boxes(NamedTuple):
 
     boxes: np.ndarray  # [N, 4] float64 xyxy, pixels of the padded input
     labels: np.ndarray  # [N] int
-    image_index: np.ndarray  # [N] int: the image of each
-    input_sizes: np.ndarray  # [N, 2] height and width of its image's padded input, pixels
-    scales: np.ndarray  # [N] resized size / original size of its image
+    image_index: np.ndarray  # [N] int: the image of each box
+    input_sizes: np.ndarray  # [N, 2] height and width of the box's image, resized and padded, pixels
+    scales: np.ndarray  # [N] resized size / original size of the box's image
 
     @property
     def sides(self) -> np.ndarray:
-        """[N] the root of the area, pixels after resizing."""
+        """[N] the square root of the area, pixels after resizing."""
         return np.sqrt((self.boxes[:, 2:] - self.boxes[:, :2]).prod(axis=1))
 
 
 def resized_boxes(dataset: DetectionDataset, min_side: int, max_side: int) -> Boxes:
-    """All boxes of a data set, resized as Resizer does it; images are not read, except for their sizes."""
+    """All boxes of a data set, resized as by Resizer; only the sizes of the images are read."""
     sizes = np.asarray(dataset.image_sizes).reshape(-1, 2)
     resized = [resized_size(*size, min_side, max_side) for size in sizes.tolist()]
     scales = np.array([scale for scale, _, _ in resized])
     padded = np.array([size for _, _, size in resized], dtype=np.int64).reshape(-1, 2)
     image_index = dataset.image_index
-    # As training sees them: clipped to their images, without those of which nothing is left.
+    # As in training, boxes are clipped to their images, and those of which nothing is left are dropped.
     boxes = dataset.annotations[:, :4].astype(np.float64).clip(0, np.tile(sizes[image_index, ::-1], 2))
     kept = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
     boxes, image_index = boxes[kept], image_index[kept]
@@ -61,8 +61,8 @@ def resized_boxes(dataset: DetectionDataset, min_side: int, max_side: int) -> Bo
 def best_ious(boxes: Boxes, anchors: Anchors) -> np.ndarray:
     """The IoU of each box with the anchor that overlaps it most, [N].
 
-    For an anchor of one shape, the overlap only decreases as its centre moves away from the centre of the box, in x
-    and in y: the nearest location of each level is its best one, so only the anchors of that location are compared.
+    The overlap with an anchor of a given shape only decreases as its centre moves away from the centre of the box, in x
+    or in y. So on each level the nearest location is the best, and only its anchors are compared.
     """
     targets = torch.from_numpy(boxes.boxes)[:, None]  # [N, 1, 4]
     centres = (targets[..., :2] + targets[..., 2:]) / 2
@@ -80,7 +80,7 @@ def best_ious(boxes: Boxes, anchors: Anchors) -> np.ndarray:
 def smallest_side(anchors: Anchors) -> float:
     """The side of the smallest square box, pixels after resizing, that some anchor overlaps by an IoU of 0.5.
 
-    It lies in the middle of an anchor of w x h: if it fits inside, at IoU = side^2 / (w h).
+    The box is centred on an anchor of w x h; if it fits inside, IoU = side^2 / (w h).
     """
     sizes = (anchors.cells[..., 2:] - anchors.cells[..., :2]).reshape(-1, 2).double().cpu()  # [A, 2] width, height
     sides = torch.arange(0.1, float(sizes.max()), 0.1, dtype=torch.float64)
@@ -96,7 +96,7 @@ class AnchorFit:
     boxes: Boxes
     anchors: Anchors
     iou: np.ndarray  # [N] the best IoU of each box
-    needed_iou: float  # that a box needs to be learned: 0.5, or less if training keeps the best anchor of each box
+    needed_iou: float  # the IoU at which a box can be learned: 0.5, or less if training keeps each box's best anchor
     class_names: list[str]
 
     @property
@@ -106,11 +106,11 @@ class AnchorFit:
 
     @property
     def unreachable_share(self) -> float:
-        """From 0 to 1."""
+        """The share of boxes that can never be learned, from 0 to 1."""
         return float(self.unreachable.mean()) if len(self.iou) else 0.0
 
     def coverage(self, threshold: float, chosen: np.ndarray | slice = slice(None)) -> float:
-        """Share of the (chosen) boxes with an anchor of at least this IoU; NaN where there are none."""
+        """Share of the chosen boxes that have an anchor of at least this IoU; NaN if no boxes are chosen."""
         iou = self.iou[chosen]
         return float((iou >= threshold).mean()) if len(iou) else math.nan
 
@@ -128,17 +128,17 @@ class AnchorFit:
 def measure(
     dataset: DetectionDataset, anchors: Anchors, min_side: int, max_side: int, best_match_iou: float | None = None
 ) -> AnchorFit:
-    """Measure how well anchors fit the boxes of a data set, resized as by Resizer; `best_match_iou` is FocalLoss's."""
+    """Measure how well anchors fit the boxes of a data set, resized as by Resizer; `best_match_iou` as in FocalLoss."""
     boxes = resized_boxes(dataset, min_side, max_side)
     needed = FOREGROUND_IOU if best_match_iou is None else min(FOREGROUND_IOU, best_match_iou)
     return AnchorFit(boxes, anchors, best_ious(boxes, anchors), needed, list(dataset.labels.values()))
 
 
 def search(fit: AnchorFit, seed: int = 0) -> AnchorFit:
-    """Search scales and ratios that fit the boxes better, as many as now, with the same sizes and strides.
+    """Search for scales and ratios that fit the boxes better, as many as now, with the same sizes and strides.
 
-    Differential evolution (Storn and Price, 1997) over the logarithms of the scales and ratios, starting from the
-    present ones, on up to SEARCH_BOXES boxes; the result is measured on all boxes. The anchors found reach no fewer
+    Uses differential evolution (Storn and Price, 1997) over the logarithms of the scales and ratios, starting from the
+    current ones, on up to SEARCH_BOXES boxes; the result is measured on all boxes. The anchors found reach no fewer
     boxes; if none fit better, `fit` itself is returned.
     """
     from scipy.optimize import differential_evolution  # slow to import
@@ -156,7 +156,7 @@ def search(fit: AnchorFit, seed: int = 0) -> AnchorFit:
 
     def badness(logs: np.ndarray) -> float:
         iou = best_ious(sample, candidate(logs))
-        return -((iou >= fit.needed_iou).mean() + 0.5 * iou.mean())  # reach counts most, then closeness
+        return -((iou >= fit.needed_iou).mean() + 0.5 * iou.mean())  # reached boxes count most, then closeness
 
     bounds = [tuple(np.log(SEARCH_SCALES))] * num_scales + [tuple(np.log(SEARCH_RATIOS))] * len(now.ratios)
     start = np.log([*now.scales, *now.ratios]).clip(*np.array(bounds).T)

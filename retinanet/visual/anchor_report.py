@@ -1,4 +1,4 @@
-"""What `anchor_fit` measured, as text, as plain types for a JSON file, and as a chart."""
+"""Results of `anchor_fit` as text, as plain types for a JSON file, and as a chart."""
 
 import math
 from pathlib import Path
@@ -15,9 +15,9 @@ from retinanet.process import log
 from retinanet.visual.anchor_fit import WORTHWHILE_IOU, AnchorFit, measure, smallest_side
 from retinanet.visual.charts import chart_names, new_figure, save_figure
 
-WARNING_SHARE = 0.05  # of boxes out of reach, above which training warns
-WORTHWHILE_SHARE = 0.01  # other anchors are advised if they reach this share of the boxes more
-BAR_LIMIT, VALUE_LIMIT = 30, 12  # groups in a chart; groups above which the bars have no numbers
+WARNING_SHARE = 0.05  # share of boxes out of reach above which training warns
+WORTHWHILE_SHARE = 0.01  # other anchors are advised if they reach more boxes by at least this share of all
+BAR_LIMIT, VALUE_LIMIT = 30, 12  # most groups in a chart, and most groups whose bars have numbers
 
 
 def summary(fit: AnchorFit) -> str:
@@ -61,7 +61,7 @@ def flags(anchors: Anchors) -> str:
 def report(fit: AnchorFit, better: AnchorFit, dataset: DetectionDataset, limit: int = 20) -> str:
     """The result as text: coverage by class and size, the boxes out of reach, and the advice.
 
-    Of the classes and of the boxes out of reach, `limit` are listed; `better` is from `search`.
+    At most `limit` classes and boxes out of reach are listed; `better` is the result of `search`.
     """
     content, lines = as_dict(fit, better, dataset), [summary(fit)]
     for title, groups in list(content["coverage"].items())[1:]:
@@ -95,7 +95,7 @@ def _advice(fit: AnchorFit, better: AnchorFit) -> list[str]:
     worthwhile = more >= WORTHWHILE_SHARE or closer >= WORTHWHILE_IOU
     reach = f"{_percent(1 - fit.unreachable_share)} -> {_percent(1 - better.unreachable_share)}"
     lines = [
-        f"advice: {'use' if worthwhile else 'keep these anchors; only a little better are'} {flags(better.anchors)}",
+        f"advice: {'use' if worthwhile else 'keep these anchors; only slightly better:'} {flags(better.anchors)}",
         f"  within reach: {reach} of the boxes; mean best IoU {fit.iou.mean():.3f} -> {better.iou.mean():.3f}",
     ]
     if better.unreachable.any():
@@ -106,7 +106,7 @@ def _advice(fit: AnchorFit, better: AnchorFit) -> list[str]:
 
 
 def as_dict(fit: AnchorFit, better: AnchorFit, dataset: DetectionDataset) -> dict[str, Any]:
-    """The result in plain types, with every box out of reach (pixels of the original image)."""
+    """The result in plain types, with every box out of reach (`box`: pixels of the original image)."""
     coverage = {
         title: {
             name: {
@@ -163,7 +163,7 @@ def draw(fit: AnchorFit, better: AnchorFit, path: str | Path) -> None:
 
 
 def _draw_shapes(axes: Any, fit: AnchorFit, better: AnchorFit) -> None:
-    """Width and height of the boxes, red where they are out of reach, and of the anchors."""
+    """Draw width and height of the boxes, red if they are out of reach, and of the anchors."""
     sizes = fit.boxes.boxes[:, 2:] - fit.boxes.boxes[:, :2]
     for chosen, colour, text in ((~fit.unreachable, "tab:blue", "within reach"), (fit.unreachable, "tab:red", "never")):
         axes.scatter(*sizes[chosen].T, s=8, color=colour, alpha=0.4, label=f"{text}: {chosen.sum()}", linewidths=0)
@@ -177,7 +177,7 @@ def _draw_shapes(axes: Any, fit: AnchorFit, better: AnchorFit) -> None:
 
 
 def _draw_coverage(axes: Any, title: str, groups: dict[str, np.ndarray], fit: AnchorFit, better: AnchorFit) -> None:
-    """Bars of the share of boxes with an anchor of IoU >= 0.5, for the groups with the most boxes."""
+    """Draw bars of the share of boxes with an anchor of IoU >= 0.5, for the groups with the most boxes."""
     names = dict(zip(groups, chart_names(groups), strict=True))
     present = [name for name, chosen in groups.items() if chosen.any()]
     if len(present) > BAR_LIMIT:

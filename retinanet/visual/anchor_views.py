@@ -1,4 +1,4 @@
-"""Anchors on images: those of one location of each level, and which of them training assigns to which box."""
+"""Drawings of anchors: those of one location per level, those assigned to boxes, and the tiles of the box head."""
 
 from collections.abc import Sequence
 
@@ -25,11 +25,11 @@ from retinanet.visual.drawing import (
 )
 from retinanet.visual.text import readable_names
 
-RED = (255, 60, 60)  # of boxes without a positive anchor; not the colour of any class
-BLUE = (80, 130, 255)  # of ignored anchors; visible on dark and on light backgrounds
-RATIO_COLOURS = ((255, 153, 119), (0, 255, 0), (0, 255, 255))  # of anchors of the first, second and third ratio
-FRAME = 8  # pixels around the image in pictures of anchors
-CROWDED_SIDE = 600  # pixels of the short side that many anchors need
+RED = (255, 60, 60)  # boxes without a positive anchor; not the colour of any class
+BLUE = (80, 130, 255)  # ignored anchors; visible on dark and on light backgrounds
+RATIO_COLOURS = ((255, 153, 119), (0, 255, 0), (0, 255, 255))  # anchors of the first, second and third ratio
+FRAME = 8  # pixels of margin around the image in drawings of anchors
+CROWDED_SIDE = 600  # short side, pixels, to which images are enlarged so that many anchors are legible
 
 
 def draw_matches(
@@ -39,10 +39,10 @@ def draw_matches(
     class_names: Sequence[str],
     best_match_iou: float | None = None,
 ) -> np.ndarray:
-    """Draw which anchors are positive, each in the colour of its box, and beside them the ignored ones.
+    """Draw the positive anchors, each in the colour of its box, and in a second panel the ignored ones.
 
-    The caption of a box holds its number of positive anchors; a box without any is red and dotted. Annotations [G, 5]
-    and anchors [A, 4] are in pixels of the image [H, W, 3], the network's input; `best_match_iou` is FocalLoss's.
+    The caption of a box has its number of positive anchors; a box without any is red and dotted. Annotations [G, 5]
+    and anchors [A, 4] are in pixels of the image [H, W, 3], the network's input; `best_match_iou` is as in FocalLoss.
     """
     boxes, names = torch.as_tensor(annotations[:, :4]), readable_names(class_names)
     matches = match_anchors(anchors, torch.as_tensor(annotations)[None], best_match_iou)[0]  # [A]
@@ -86,10 +86,10 @@ def _outline(image: np.ndarray, anchors: Tensor, colours: Sequence[Colour], zoom
 
 
 def draw_anchors(image: np.ndarray, annotations: np.ndarray, anchors: Anchors) -> np.ndarray:
-    """Draw the anchors of one location of each level: one panel a level, one colour a ratio, boxes white and dotted.
+    """Draw the anchors of one location per level: one panel per level, one colour per ratio, boxes white and dotted.
 
-    The location is the one whose anchors overlap some box most, or the middle one where there are no boxes. Anchors
-    may reach beyond the image, which then gets a grey margin. Annotations [G, 5] are in pixels of the image [H, W, 3].
+    The location is the one whose anchors overlap some box most, or the middle one if there are no boxes. Anchors may
+    reach beyond the image, which then gets a grey margin. Annotations [G, 5] are in pixels of the image [H, W, 3].
     """
     height, width = image.shape[:2]
     boxes = torch.as_tensor(annotations[:, :4])
@@ -112,7 +112,7 @@ def draw_anchors(image: np.ndarray, annotations: np.ndarray, anchors: Anchors) -
 
 
 def _draw_location(image: np.ndarray, boxes: Tensor, cells: Tensor, colours: Sequence[Colour]) -> np.ndarray:
-    """Draw boxes and the anchors of a location over an image, with a margin for what reaches beyond it."""
+    """Draw boxes and the anchors of a location on an image, with a margin for anchors that reach beyond it."""
     height, width = image.shape[:2]
     low = cells[:, :2].amin(dim=0).floor().clamp(max=-FRAME).int()  # x, y
     high = torch.maximum(cells[:, 2:].amax(dim=0).ceil().int(), torch.tensor([width + FRAME, height + FRAME]))
@@ -129,9 +129,9 @@ def _draw_location(image: np.ndarray, boxes: Tensor, cells: Tensor, colours: Seq
 def draw_tiles(
     image: np.ndarray, annotations: np.ndarray, anchors: Anchors, best_match_iou: float | None = None
 ) -> np.ndarray:
-    """Draw where training computes the box head, one panel a level: tiles bright, their margins dimmed, the rest dark.
+    """Draw where training computes the box head, a panel per level: tiles bright, their margins dimmed, the rest dark.
 
-    Annotations [G, 5] are in pixels of the image [H, W, 3], the network's input; `best_match_iou` is FocalLoss's.
+    Annotations [G, 5] are in pixels of the image [H, W, 3], the network's input; `best_match_iou` is as in FocalLoss.
     """
     size, boxes = image.shape[:2], annotations[:, :4]
     matches = match_anchors(anchors.of_size(*size), torch.as_tensor(annotations)[None], best_match_iou)

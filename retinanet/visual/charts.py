@@ -1,4 +1,4 @@
-"""Numbers -> charts, as PNG files. Needs matplotlib (without it, a UserError says so), and no display."""
+"""Charts as PNG files. Needs matplotlib (a UserError says so if it is missing), but no display."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +15,8 @@ from retinanet.visual.text import find_font, readable_names
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LEGEND_LIMIT = 20  # names in a column of half a figure's height
-CLASS_LIMIT = 40  # bars of a label chart
+LEGEND_LIMIT = 20  # legend entries that fill half of a figure's height
+CLASS_LIMIT = 40  # most bars in a label chart
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -33,7 +33,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Write a PNG file; text beyond ASCII is set in a font that has its letters."""
+    """Write a PNG file; text beyond ASCII is drawn in a font that has its letters."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.text import Text
 
@@ -44,13 +44,13 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
 
 
 def chart_names(names: Iterable[str]) -> list[str]:
-    """Class names as matplotlib shows them as they are: no formulas between `$`, none hidden by a leading `_`."""
+    """Class names that matplotlib shows unchanged: `$` starts no formula, and a leading `_` does not hide a name."""
     escaped = [name.replace("$", r"\$") for name in readable_names(names)]
     return [f" {name}" if name.startswith("_") else name for name in escaped]
 
 
 def draw_curves(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) -> None:
-    """Precision-recall curves: for each panel's title and each class's name, [2, N] recall and precision."""
+    """Draw precision-recall curves: panel title -> class name -> [2, N] recall and precision."""
     figure = new_figure(6 * len(panels) + 2, 6)
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         names = chart_names(curves)
@@ -72,9 +72,10 @@ def draw_thresholds(
     marks: Sequence[tuple[float, float, float, float] | None],
     path: str | Path,
 ) -> None:
-    """Precision, recall and F1 over rising scores [N], of each name; the last one, of all together, is black.
+    """Draw precision, recall and F1 over rising scores [N], for each name; the last one, of all classes, is black.
 
-    `rates` are [3, N], those of what is above each score; `marks` the score that is marked, and the three there.
+    `rates` has [3, N] for each name: the rates of the detections above each score. `marks` has for each name the score
+    to mark and the three rates there, or None.
     """
     figure, lines = new_figure(17, 5.5), []
     colours = [*map(rgb, range(len(names) - 1)), "black"]
@@ -94,7 +95,7 @@ def draw_thresholds(
 
 
 def draw_training_curves(entries: Sequence[Mapping[str, float]], steps_per_epoch: int, path: str | Path) -> None:
-    """Losses, learning rate and AP over the epochs, from the entries of log.jsonl."""
+    """Draw losses, learning rate and AP over the epochs, from the entries of log.jsonl."""
     steps = [entry for entry in entries if "step" in entry]
     epochs = [entry for entry in entries if "step" not in entry]
     scored = [entry for entry in epochs if "AP" in entry]
@@ -126,12 +127,12 @@ def draw_training_curves(entries: Sequence[Mapping[str, float]], steps_per_epoch
 
 
 def rgb(label: int) -> tuple[float, ...]:
-    """The colour of a class as matplotlib takes it."""
+    """The colour of a class for matplotlib: red, green and blue, from 0 to 1."""
     return tuple(channel / 255 for channel in class_colour(label))
 
 
 def draw_label_chart(dataset: DetectionDataset, path: str | Path) -> None:
-    """What a data set holds: boxes of each class, their sizes and their positions; no image is decoded."""
+    """Draw the number of boxes of each class, their sizes and their positions; no image is decoded."""
     annotations, names = dataset.annotations, chart_names(dataset.labels.values())
     counts = np.bincount(annotations[:, 4].astype(int), minlength=len(names))
     shown = np.argsort(-counts, kind="stable")[:CLASS_LIMIT].tolist()
@@ -159,7 +160,7 @@ def draw_label_chart(dataset: DetectionDataset, path: str | Path) -> None:
 
 
 def _draw_density(axes: Any, x: np.ndarray, y: np.ndarray) -> None:
-    """How many points lie in each cell of a grid from 0 to 100 %."""
+    """Draw how many points lie in each cell of a grid from 0 to 100 %."""
     counts, _, _ = np.histogram2d(y.clip(0, 100), x.clip(0, 100), bins=50, range=((0, 100), (0, 100)))
     picture = axes.imshow(np.ma.masked_equal(counts, 0), origin="lower", extent=(0, 100, 0, 100), cmap="viridis")
     bar = axes.figure.colorbar(picture, cax=axes.inset_axes([1.03, 0, 0.05, 1]), label="boxes")

@@ -1,4 +1,4 @@
-"""Boxes with captions on images, and sheets of many images. Needs no display."""
+"""Boxes with captions on images, and contact sheets of many images. Needs no display."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,27 +16,27 @@ from retinanet.visual.text import drawable, load_font, readable_names
 Colour = tuple[int, int, int]
 
 LEGIBLE_SIDE = 320  # pixels; smaller images are enlarged before text is drawn on them
-LARGEST_SIDE = 4096  # pixels; nothing is enlarged beyond it
-CELL_SIDE = 640  # pixels of the long side of every image on a sheet
+LARGEST_SIDE = 4096  # pixels; nothing is enlarged beyond this
+CELL_SIDE = 640  # pixels of the long side of every image on a contact sheet
 SMALLEST_FONT = 11  # pixels
-BACKGROUND = 150  # grey around the images of a sheet, whose own background is often white
-CAPTION_LIMIT, CAPTION_SHARE = 40, 1 / 4  # more captions, or captions over more of the image, become a legend
+BACKGROUND = 150  # grey level between the images of a contact sheet, whose own background is often white
+CAPTION_LIMIT, CAPTION_SHARE = 40, 1 / 4  # beyond this number or share of the image, a legend replaces captions
 LEGEND_ROWS = 8
 
 # Twenty colours, each as far as possible from those before it (CIEDE2000; Glasbey et al., "Colour displays for
-# categorical images", 2007), with at least nine times the luminance of black as WCAG defines it: black text is
-# legible on each of them, and on any background either the colour or the black edge of its line stands out.
+# categorical images", 2007), with a WCAG contrast of at least 9 to black: black text is legible on each of them, and on
+# any background either the colour or the black edge of its line stands out.
 PALETTE = (
     "#ff9977", "#00ff00", "#ff77ff", "#00ffff", "#ddbb00", "#77bbff", "#ff9900", "#ffbbdd", "#77bb99", "#00ffbb",
     "#99bb33", "#bbbbff", "#dddd99", "#00bbdd", "#bbff99", "#bbff00", "#ddbb77", "#55dd77", "#ff9999", "#55bbbb",
 )  # fmt: skip
 
-# Coloured and black part of a line, in units of its width.
+# Lengths of the coloured and the black parts of a line, in units of its width.
 LINE_STYLES = {"solid": (1, 0), "dashed": (6, 4), "dotted": (1.5, 3)}
 
 
 def class_colour(label: int) -> Colour:
-    """RGB of a class: always the same. After twenty classes the colours repeat, paler each time."""
+    """The RGB colour of a class, always the same. After twenty classes the colours repeat, paler each time."""
     cycle, number = divmod(label, len(PALETTE))
     white = cycle % 5 * 0.15
     return tuple(round((1 - white) * channel + white * 255) for channel in ImageColor.getrgb(PALETTE[number]))
@@ -48,16 +48,16 @@ def enlarge(image: np.ndarray, zoom: int) -> np.ndarray:
 
 
 def fit_to_cell(image: np.ndarray, side: int = CELL_SIDE) -> tuple[np.ndarray, float]:
-    """Scale an image [H, W, 3] so that its long side fits a cell of a sheet; returns it and its scale."""
+    """Scale an image [H, W, 3] so that its long side fits a cell of a contact sheet; returns it and the scale."""
     scale = side / max(image.shape[:2])
-    if scale >= 2:  # pixels of small images stay sharp
+    if scale >= 2:  # a whole factor keeps the pixels of small images sharp
         return enlarge(image, int(scale)), int(scale)
     height, width = (max(1, round(length * scale)) for length in image.shape[:2])
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)), scale
 
 
 def legible_zoom(image_size: tuple[int, int], captions: Sequence[str], short_side: int = LEGIBLE_SIDE) -> int:
-    """The whole factor by which an image of (height, width) is enlarged to have room for captions and a short side."""
+    """The whole factor by which to enlarge an image of (height, width), for its captions and a legible short side."""
     widest = max((width for width, _ in _plate_sizes(captions, SMALLEST_FONT)), default=0)
     wanted = np.ceil(max(short_side / min(image_size), widest / image_size[1]))
     return int(max(1, min(wanted, LARGEST_SIDE // max(image_size))))
@@ -78,10 +78,10 @@ def draw_boxes(
     zoom: int | None = None,
     class_names: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Draw boxes in the colours of their classes, with captions where there is room for them.
+    """Draw boxes in the colours of their classes, with captions if there is room for them.
 
-    Line width and font size follow the image's size; an image too small for its captions is enlarged first. Where
-    captions would hide the objects, a legend below the image takes their place.
+    Line width and font size depend on the image's size; an image too small for its captions is enlarged first. If
+    captions would hide the objects, a legend below the image replaces them.
 
     Args:
         image: [H, W, 3] uint8.
@@ -91,8 +91,8 @@ def draw_boxes(
         styles: [N] keys of LINE_STYLES; by default all solid.
         colours: [N] RGB; by default those of the classes.
         zoom: whole factor to enlarge the image by; by default `legible_zoom`.
-        class_names: name of each label, for the legend, which makes the image higher, and wider where it is narrower
-            than a name; None for no legend.
+        class_names: name of each label, for the legend, which is added below the image and may make it wider; None
+            for no legend.
     """
     captions = [""] * len(labels) if captions is None else [drawable(text) for text in captions]
     styles = ["solid"] * len(labels) if styles is None else styles
@@ -113,7 +113,7 @@ def draw_boxes(
 
 
 def _draw_lines(canvas: Tensor, boxes: np.ndarray, styles: Sequence[str], colours: Sequence[Colour]) -> Tensor:
-    """Lines just inside the boxes, thinner for small boxes, with a black edge that shows where the colour does not."""
+    """Draw lines just inside the boxes, thinner for small boxes; a black edge shows where the colour does not."""
     rows, columns = (torch.arange(length, dtype=torch.int32) for length in canvas.shape[1:])
     sides = (boxes[:, 2:] - boxes[:, :2] + 1).min(axis=1, initial=2**30)
     # Widths of 1, 4, 16, ... pixels: all lines of one width are drawn together.
@@ -123,12 +123,12 @@ def _draw_lines(canvas: Tensor, boxes: np.ndarray, styles: Sequence[str], colour
     for width, style in sorted({line[:2] for line in lines}, reverse=True):
         chosen = [(box, colour) for *kind, box, colour in lines if kind == [width, style]]
         corners = torch.from_numpy(np.array([box for box, _ in chosen]))
-        # A thin line has its edge outside, so that it does not hide a small object.
+        # A thin line has its edge outside the box, so that the edge does not hide a small object.
         edge = corners + torch.tensor([-1, -1, 1, 1]) * (width == 1)
         black = draw_bounding_boxes(canvas, edge, colors="black", width=width + max(1, width // 3))
         coloured = draw_bounding_boxes(black, corners, colors=[colour for _, colour in chosen], width=width)
         dash, gap = (part * width for part in LINE_STYLES[style])
-        # torchvision draws unbroken lines only: stripes across the image turn them into dashes.
+        # torchvision draws only solid lines; stripes across the image turn them into dashes.
         canvas = torch.where((rows[:, None] + columns) % (dash + gap) < dash, coloured, black) if gap else coloured
     return canvas
 
@@ -143,7 +143,7 @@ def _plate_sizes(captions: Sequence[str], font_size: float) -> list[tuple[int, i
 
 
 def _caption_size(picture_size: tuple[int, int], captions: Sequence[str]) -> float | None:
-    """Font size, pixels, at which captions leave enough of an image visible; None if there is none."""
+    """The font size, pixels, at which captions leave enough of an image visible; None if there is none."""
     captions = [text for text in captions if text]
     if len(captions) > CAPTION_LIMIT:
         return None
@@ -154,7 +154,7 @@ def _caption_size(picture_size: tuple[int, int], captions: Sequence[str]) -> flo
     return None
 
 
-# torchvision's captions lie within the boxes and are cut off at the border, in one font for all scripts.
+# Not torchvision's captions: they lie inside the boxes, are cut off at the image's border, and use only one font.
 def _draw_captions(
     picture: Image.Image, boxes: np.ndarray, captions: Sequence[str], colours: Sequence[Colour], size: float
 ) -> None:
@@ -173,7 +173,7 @@ def _draw_captions(
 def _place_caption(
     box: np.ndarray, plate_size: tuple[int, int], picture_size: tuple[int, int], placed: np.ndarray
 ) -> np.ndarray:
-    """[4] xyxy of a caption: above its box, else inside or below it, where it hides no caption placed before."""
+    """[4] xyxy of a caption: above its box, or else inside or below it, where it hides the fewest earlier captions."""
     x1, y1, _, y2 = box.tolist()
     height = plate_size[1]
     tops = [y1 - height, y1, y2 + 1, y2 - height, *(y1 - step * height for step in (2, 3, 4))]
@@ -185,9 +185,10 @@ def _place_caption(
 
 
 def draw_legend(labels: Sequence[int], class_names: Sequence[str], width: int) -> np.ndarray:
-    """The classes that are present, each with its colour and its number of boxes, the most frequent first.
+    """Draw the classes that are present, each with its colour and its number of boxes, the most frequent first.
 
-    Labels [N], one a box, become an image [H, W, 3] uint8, W at least `width`, and as wide as the widest entry.
+    Takes the labels [N] of the boxes and returns an image [H, W, 3] uint8, where W is `width` or the width of the
+    widest entry, if that is larger.
     """
     size = max(SMALLEST_FONT, min(16, width / 40))
     names, row_height = readable_names(class_names), round(1.6 * size)
@@ -212,7 +213,7 @@ def draw_legend(labels: Sequence[int], class_names: Sequence[str], width: int) -
 
 
 def side_by_side(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> np.ndarray:
-    """Pictures in a row, each under its title."""
+    """Arrange pictures in a row, each under its title."""
     titles = [drawable(title) for title in titles]
     height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
     gap = max(2, width // 100)
@@ -234,7 +235,7 @@ def side_by_side(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> np.nd
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures of any size in a grid of equal cells."""
+    """Arrange pictures of any size in a grid of equal cells."""
     height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
     gap = max(4, width // 60)
     rows = -(-len(pictures) // columns)

@@ -1,4 +1,4 @@
-"""Where the network looks and where its loss comes from, as heat maps and curves. Needs matplotlib."""
+"""Heat maps and curves of the network's activations and of where its loss comes from. Needs matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ CURVE_POINTS = 500
 
 
 def _grid(title: str, size: tuple[int, int]) -> tuple[Any, np.ndarray]:
-    """A figure of two rows and six columns of pictures, for an image of `size` (height, width)."""
+    """A figure with two rows and six columns of axes, for an image of `size` (height, width)."""
     figure = new_figure(19, 2 * 3.1 * min(1.6, max(0.6, size[0] / size[1])) + 1.4)
     figure.suptitle(title)
     axes = figure.subplots(2, 6)
@@ -29,16 +29,16 @@ def _grid(title: str, size: tuple[int, int]) -> tuple[Any, np.ndarray]:
 
 
 def _draw_map(axes: Any, values: Tensor | np.ndarray, size: tuple[int, int], title: str, **options: Any) -> Any:
-    """Draw the numbers of one level [rows, columns] over the pixels of the image that they stand for."""
+    """Draw the numbers of one level [rows, columns], scaled to the size of the image in pixels."""
     axes.set_title(title, fontsize=9)
     return axes.imshow(np.asarray(values), extent=(0, size[1], size[0], 0), **options)
 
 
 @torch.no_grad()
 def pyramid_maps(net: RetinaNet, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The norm of the activations over the channels, and the highest class probability, of each location of each level.
+    """The norm of the activations over the channels, and the highest class probability, at each location of each level.
 
-    Takes images [1, 3, H, W], normalised, and gives two maps [rows, columns] for each level, on the CPU.
+    Takes images [1, 3, H, W], normalised, and returns two maps [rows, columns] for each level, on the CPU.
     """
     maps = []
     for level in net.fpn(net.backbone(images)):
@@ -49,7 +49,7 @@ def pyramid_maps(net: RetinaNet, images: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def draw_pyramid(net: RetinaNet, images: Tensor, picture: np.ndarray, path: str | Path) -> None:
-    """Draw `pyramid_maps` of images [1, 3, H, W], beside `picture`, [H, W, 3] uint8, the same image to look at."""
+    """Draw `pyramid_maps` of images [1, 3, H, W] beside `picture`, the same image as [H, W, 3] uint8."""
     size = picture.shape[:2]
     title = "the pyramid: norm of the activations over the channels (above), highest class probability (below)"
     figure, axes = _grid(title, size)
@@ -61,23 +61,23 @@ def draw_pyramid(net: RetinaNet, images: Tensor, picture: np.ndarray, path: str 
         heat = _draw_map(axes[1, column], best, size, f"{name}: at most {best.max():.2f}", **scale)
     figure.colorbar(heat, ax=axes[1, :], label="probability", shrink=0.8)
     _draw_map(axes[0, 0], picture, size, "the network's input")
-    # At each pixel the best of all levels, [H, W].
+    # The highest probability of all levels at each pixel, [H, W].
     everywhere = torch.cat([interpolate(best[None, None], size) for _, best in maps]).amax(dim=0)[0]
     _draw_map(axes[1, 0], everywhere, size, "all levels", **scale)
     save_figure(figure, path)
 
 
 class AnchorLosses(NamedTuple):
-    """The classification of the anchors of one image, and what it costs, on the CPU."""
+    """The logits, labels and losses of the anchors of one image, on the CPU."""
 
     logits: Tensor  # [A, K]
     labels: Tensor  # [A] int64: the class that each anchor must find, or BACKGROUND, or IGNORE
-    losses: Tensor  # [A] the share of each anchor in the class loss of the image
+    losses: Tensor  # [A] the part of the image's class loss that comes from each anchor
 
 
 @torch.no_grad()
 def anchor_losses(net: RetinaNet, images: Tensor, annotations: Tensor) -> AnchorLosses:
-    """Take the class loss of images [1, 3, H, W] with annotations [G, 5] apart, anchor by anchor."""
+    """Split the class loss of images [1, 3, H, W] with annotations [G, 5] into the parts of the anchors."""
     criterion = net.focalLoss
     logits, _, anchors = net.heads(images)
     annotations = annotations.to(anchors.device)
@@ -93,10 +93,10 @@ def anchor_losses(net: RetinaNet, images: Tensor, annotations: Tensor) -> Anchor
 def draw_loss(
     net: RetinaNet, images: Tensor, annotations: Tensor, picture: np.ndarray, path: str | Path
 ) -> AnchorLosses:
-    """Draw where the class loss comes from: the loss of the anchors at each location, of objects and of background.
+    """Draw where the class loss comes from: maps of the loss of positive anchors and of background anchors.
 
-    Arguments are those of `anchor_losses`, and `picture`, [H, W, 3] uint8, the image with its annotations to look at.
-    Returns what was drawn, for `draw_cumulative_loss`.
+    The arguments are those of `anchor_losses`, and `picture`, the image with its annotations as [H, W, 3] uint8.
+    Returns the losses, for `draw_cumulative_loss`.
     """
     result, size = anchor_losses(net, images, annotations), tuple(images.shape[-2:])
     kinds = {"objects": result.labels >= 0, "background": result.labels == BACKGROUND}
@@ -128,16 +128,16 @@ def draw_loss(
 
 
 def cumulative_loss(losses: Tensor) -> np.ndarray:
-    """The share of the loss that comes from the cheapest anchors: [2, N] share of anchors, share of loss."""
+    """[2, N]: shares of the anchors, smallest losses first, and the shares of the loss that these anchors make up."""
     ordered = losses.double().sort().values
     share = torch.cat([torch.zeros(1, dtype=torch.float64), ordered.cumsum(dim=0) / ordered.sum()])
     return np.stack([np.linspace(0, 1, len(share)), share.numpy()])
 
 
 def draw_cumulative_loss(results: Sequence[AnchorLosses], alpha: float, path: str | Path) -> None:
-    """Draw the paper's Figure 4 for these images: the cumulative loss of objects and of background, for each gamma.
+    """Draw the paper's Figure 4 for these images: the cumulative loss of positive and of background anchors, by gamma.
 
-    The larger gamma, the fewer background anchors make up the loss; the loss of the objects hardly changes.
+    The larger gamma is, the fewer background anchors make up the loss; for positive anchors it hardly changes.
     """
     logits, labels = (torch.cat(parts) for parts in list(zip(*results, strict=True))[:2])
     figure = new_figure(12, 5)

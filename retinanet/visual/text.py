@@ -1,4 +1,4 @@
-"""Class names and file names as they can be drawn: in letters that a font has, on one line, not too long."""
+"""Makes class names and file names drawable: in letters that a font has, on one line, not too long."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ FONT_FOLDERS = (
     "/usr/share/fonts", "/usr/local/share/fonts", "$HOME/.local/share/fonts", "$HOME/.fonts",
     "/System/Library/Fonts", "/Library/Fonts", "$HOME/Library/Fonts", "C:/Windows/Fonts",
 )  # fmt: skip
-UNASSIGNED = "\uffff"  # never a character: a font draws it as it draws everything that it lacks
+UNASSIGNED = "\uffff"  # never a character: a font draws it like every character that it lacks
 
 
 def one_line(text: str, limit: int | None = None) -> str:
@@ -41,12 +41,12 @@ def drawable(text: str) -> str:
 
 
 def _to_ascii(text: str) -> str:
-    """Letters without their accents; those that are no Latin letters stay."""
+    """Letters without their accents; other letters than Latin ones stay."""
     return "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
 
 
 def readable_names(class_names: Iterable[str], limit: int = NAME_LIMIT) -> list[str]:
-    """Class names that can be drawn, cut to `limit` characters; where no font has the letters, ASCII or `class 3`."""
+    """Class names that can be drawn, cut to `limit` characters; if no font has the letters, ASCII or `class 3`."""
     names = []
     for label, name in enumerate(class_names):
         line = one_line(name, limit)
@@ -57,12 +57,12 @@ def readable_names(class_names: Iterable[str], limit: int = NAME_LIMIT) -> list[
 
 
 def load_font(text: str, size: float) -> ImageFont.FreeTypeFont:
-    """A font of so many pixels that has the letters of a text; Pillow's own if no installed one has them all."""
+    """A font of `size` pixels that has the letters of a text; Pillow's own if no installed font has them all."""
     return _load_font(find_font(text), size)
 
 
 def find_font(text: str) -> str | None:
-    """The file of a font that has all the letters; "" for Pillow's own font, None if none is installed."""
+    """The file of a font that has all letters of a text; "" for Pillow's own font, None if no font has them."""
     return "" if text.isascii() else font_with(frozenset(text))
 
 
@@ -82,14 +82,14 @@ def font_with(letters: frozenset[str]) -> str | None:
 @functools.cache
 def _warn_of_fonts() -> None:
     log.warning(
-        "warning: no installed font has the letters of some names, which are drawn in ASCII or as numbers: install one "
-        "that has them, such as Noto Sans (on Debian: apt install fonts-noto-core fonts-noto-cjk)"
+        "warning: no installed font has the letters of some names, so they are drawn in ASCII or as numbers; install "
+        "one that has them, such as Noto Sans (on Debian: apt install fonts-noto-core fonts-noto-cjk)"
     )
 
 
 @functools.cache
 def installed_fonts() -> list[str]:
-    """Font files, regular ones first; the one that matplotlib brings is the first of all."""
+    """Font files, regular ones first; if matplotlib is installed, its own font comes before all others."""
     found = [path for folder in FONT_FOLDERS for path in Path(os.path.expandvars(folder)).rglob("*.[to]t[fc]")]
     styles = ("Bold", "Italic", "Oblique", "Mono", "Light")
     found.sort(key=lambda path: (any(style in path.name for style in styles), path.name))

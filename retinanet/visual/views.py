@@ -1,4 +1,4 @@
-"""What training sees, and what the detector finds: images with annotations, a batch, detections beside the truth."""
+"""What training sees, and what the detector finds: annotations, a batch, detections beside the ground truth."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ def to_image(image: np.ndarray | Tensor) -> np.ndarray:
 def draw_annotations(
     image: np.ndarray, annotations: np.ndarray, class_names: Sequence[str], zoom: int | None = None
 ) -> np.ndarray:
-    """Draw an image with its annotations [G, 5], enlarged by `zoom` or as captions need."""
+    """Draw an image with its annotations [G, 5], enlarged by `zoom` or as the captions require."""
     labels, names = annotations[:, 4].astype(int), readable_names(class_names)
     captions = [names[label] for label in labels]
     return draw_boxes(image, annotations[:, :4], labels, captions, zoom=zoom, class_names=class_names)
@@ -59,7 +59,7 @@ def draw_batch(batch: Mapping[str, Any], class_names: Sequence[str]) -> np.ndarr
 def save_data_images(dataset: DetectionDataset, sampler: AspectRatioBasedSampler, folder: Path) -> None:
     """Write what a training run is about to see: `labels.png`, and the first batch as `batch.png`.
 
-    Without matplotlib, a warning takes the place of `labels.png`. The sampler's position does not change.
+    Without matplotlib, there is a warning instead of `labels.png`. The sampler's position does not change.
     """
     epoch, first_step = sampler.epoch, sampler.first_step
     numbers = next(sampler.numbered_batches())[:BATCH_LIMIT]
@@ -79,10 +79,10 @@ def draw_detections(
     class_names: Sequence[str],
     zoom: int | None = None,
 ) -> np.ndarray:
-    """Draw an image [H, W, 3] with its annotations [G, 5], and beside it with its detections.
+    """Draw an image [H, W, 3] twice, side by side: with its annotations [G, 5], and with its detections.
 
     Right detections are solid, false ones dashed, missed boxes dotted. `zoom` is a whole factor to enlarge by, by
-    default what the captions need.
+    default what the captions require.
     """
     (scores, labels, boxes), right, found = judged
     names, missed, labels = readable_names(class_names), ~found, labels.numpy()

@@ -156,7 +156,7 @@ def test_images_that_differ_only_in_their_suffix_are_an_error(tmp_path, capsys):
     (tmp_path / "val.csv").write_text("a.png,1,2,3,4,cat\na.bmp,,,,,\n")
     (tmp_path / "classes.csv").write_text("cat,0\n")
     assert run("csv", tmp_path, "voc", tmp_path / "voc") == 1
-    assert "a.png: two images of one folder have this name, or differ only in their suffix" in capsys.readouterr().err
+    assert "a.png: two images have this name, or names that differ only in their suffix" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten_with_other_content(source, tmp_path, capsys):
@@ -321,7 +321,7 @@ def test_what_was_written_is_compared_with_the_source(source, tmp_path, capsys, 
     (tmp_path / "out/images/val").mkdir(parents=True)
     save(gradient(48, 64), tmp_path / "out/images/val/d.png")
     assert run("csv", source, "csv", tmp_path / "out") == 1
-    assert f"the {changed} written are not those of the source" in capsys.readouterr().err
+    assert f"the {changed} differ from those of the source" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["../..", "..", ".", "/tmp/x", "a/b", "a\\b", "a\nb", " a", "a: b", ".a"])

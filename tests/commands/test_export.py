@@ -188,7 +188,7 @@ def test_a_network_that_differs_is_refused(filled_net, with_nms, changes):
 def test_flags_that_contradict_each_other(loaded, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         export.main(["--model", str(loaded), "--dynamic", "--height", "64"])
-    assert error.value.code == 2 and "--dynamic takes any size" in capsys.readouterr().err
+    assert error.value.code == 2 and "--dynamic takes images of any size" in capsys.readouterr().err
     assert export.main(["--model", str(loaded), "--output", str(tmp_path / "a.pt")]) == 1
     assert "must end in .onnx" in capsys.readouterr().err
     assert export.main(["--model", str(loaded), "--image", "none.jpg", "--output", str(tmp_path / "a.onnx")]) == 1

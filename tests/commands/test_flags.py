@@ -23,7 +23,7 @@ def parse(*argv, training=True):
     flags.add_data_arguments(parser, training)
     flags.add_machine_arguments(parser)
     flags.add_detection_arguments(parser, of_model=not training)
-    parser.add_argument("--batch_size", type=flags.positive_int, default=4, help=f"images a batch {flags.DEFAULT}")
+    parser.add_argument("--batch_size", type=flags.positive_int, default=4, help=f"images per batch {flags.DEFAULT}")
     flags.add_augmentation_arguments(parser)
     flags.add_anchor_arguments(parser)
     if training:
@@ -117,7 +117,7 @@ def test_help_shows_defaults_where_there_are_any(capsys):
         parse("--help")
     assert status.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "images a batch (default: 4)" in text and "(default: val2017)" in text
+    assert "images per batch (default: 4)" in text and "(default: val2017)" in text
     assert "None" not in text and "False" not in text
 
 
