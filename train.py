@@ -33,8 +33,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--weights", help=f"{text} (default: the recipe's; modern imagenet_v2, scratch none, others imagenet)")
     flags.add_anchor_arguments(parser)
     add = parser.add_argument_group("training").add_argument
-    text = "how to train, and the defaults of other flags. From ImageNet weights: original; paper, as its authors; "
-    text += "modern, the best published for photographs. From random weights: scratch"
+    text = "how to train, and the defaults of other flags: original, paper (as its authors) and modern (the best "
+    text += "published for photographs) start from ImageNet weights, scratch from random weights"
     add("--recipe", choices=sorted(RECIPES), help=f"{text} {flags.DEFAULT}")
     add("--epochs", type=count, help="passes over the training set (default: the recipe's; modern 12, others 100)")
     add("--batch_size", type=count, help=f"images per batch and process {flags.DEFAULT}")

@@ -1,12 +1,12 @@
 """Trains our network and torchvision's RetinaNet in turn, on the same images with the same budget, and compares AP.
 
-All flags but those listed are train.py's, for the data and the budget of both networks; by default those of COMMON.
-Ours is trained by train.py itself. torchvision's network gets the batches of our loader (the same images, order and
-flips for a seed), its own losses and matching, AdamW with one cycle, and our evaluator:
+Flags that are not listed below are those of train.py, for the data and the budget of both networks; they override
+COMMON. Our network is trained by train.py itself. torchvision's network gets the batches of our loader (for a seed, the
+same images, order and flips), its own losses and matching, AdamW with a one-cycle schedule, and our evaluator:
 
     python benchmarks/accuracy.py --csv_train train.csv --csv_val val.csv --csv_classes classes.csv --epochs 10
 
-Finished trainings are kept in --out_dir and not repeated, so that a long series can be stopped and started again.
+Results of finished trainings are kept in --out_dir, so that a long series can be interrupted and continued.
 """
 
 import argparse
@@ -47,16 +47,16 @@ LR, WEIGHT_DECAY, CLIP_NORM = 5e-4, 0.05, 10.0  # of torchvision's network, for 
 
 
 class Torchvision(nn.Module):
-    """torchvision's RetinaNet with the interface of ours; BatchNorm is trained, as it is random weights' default."""
+    """torchvision's RetinaNet with our interface; BatchNorm is trained, torchvision's default for random weights."""
 
     def __init__(self, depth: int, num_classes: int):
         super().__init__()
-        # What `retinanet_resnet50_fpn` does, for any depth.
+        # As in `retinanet_resnet50_fpn`, but for any depth.
         backbone = _resnet_fpn_extractor(get_model(f"resnet{depth}"), 5, [2, 3, 4], LastLevelP6P7(256, 256))
         self.net = TorchvisionRetinaNet(backbone, num_classes, image_mean=[0.0] * 3, image_std=[1.0] * 3)
-        # Its images are resized already (its own `_skip_resize` does so in training only).
+        # The images are already resized (torchvision's own `_skip_resize` works only in training).
         self.net.transform.resize = lambda image, target: (image, target)
-        # Losses and boxes are computed in float32, as ours are.
+        # Losses and boxes are computed in float32, as in our network.
         self.net.head.register_forward_hook(lambda head, inputs, out: {key: out[key].float() for key in out})
 
     def forward(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ class Torchvision(nn.Module):
 
 
 def train_torchvision(args: argparse.Namespace, lr: float) -> dict[str, float]:
-    """Train as train.py's flags say, and return COCO's numbers."""
+    """Train torchvision's network with the flags of train.py, and return COCO's numbers."""
     device = process.choose_device(args.device)
     precision = process.choose_precision(args.precision, device)
     process.seed_everything(args.seed)
@@ -102,14 +102,14 @@ def train_torchvision(args: argparse.Namespace, lr: float) -> dict[str, float]:
 
 
 def train_ours(words: list[str], folder: Path) -> dict[str, float]:
-    """Train by train.py, and return COCO's numbers of its last epoch."""
+    """Train our network with train.py, and return COCO's numbers of the last epoch."""
     if train.main([*words, "--out_dir", str(folder), "--val_every", "1000000"]):
         raise SystemExit("train.py failed")
     return read_log(folder / "log.jsonl")[-1]
 
 
 def print_table(results: dict[str, list[dict[str, float]]], seeds: int) -> None:
-    """Mean and standard deviation over the seeds, of each network, and the differences of the means."""
+    """Print each network's mean and standard deviation over the seeds, and the differences of the means."""
     print(f"{seeds} seeds, mean +- standard deviation ({processor()}, torch {torch.__version__})")
     print(" " * 12 + "".join(f"{name:>18}" for name in METRICS))
     means = {}
@@ -125,13 +125,13 @@ def print_table(results: dict[str, list[dict[str, float]]], seeds: int) -> None:
 
 
 def main() -> None:
-    """Train and compare as the flags say."""
+    """Train both networks and compare them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each network, seeds 0, 1, ... (default: 3)")
-    parser.add_argument("--only", choices=["ours", "torchvision"], help="train one of the two")
-    parser.add_argument("--ours", type=shlex.split, default=[], help='train.py\'s flags for ours alone: "--ema 0.999"')
+    parser.add_argument("--only", choices=["ours", "torchvision"], help="train only one of the two")
+    parser.add_argument("--ours", type=shlex.split, default=[], help='flags of our network only, as "--ema 0.999"')
     parser.add_argument("--lr", type=float, default=LR, help=f"of torchvision's, for batches of 4 (default: {LR:g})")
     parser.add_argument("--out_dir", type=Path, default=Path("runs/accuracy"), help="for trainings and results.json")
     own, others = parser.parse_known_args()

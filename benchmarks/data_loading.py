@@ -1,4 +1,4 @@
-"""Loading annotations of COCO's size: ours beside pycocotools, and the memory of the worker processes."""
+"""Loading a COCO-sized set of annotations: our readers beside pycocotools, and the memory of worker processes."""
 
 import contextlib
 import csv
@@ -19,7 +19,7 @@ from retinanet.data.csv import CSVDataset
 
 
 def write_files(folder: Path, images: int, boxes: int, classes: int = 80) -> None:
-    """COCO's layout without pictures, and the same as CSV files."""
+    """Write a random data set in COCO's layout, without image files, and the same data as CSV files."""
     rng = np.random.default_rng(0)
     image_ids = np.sort(rng.choice(10 * images, images, replace=False)).tolist()
     owner = rng.integers(0, images, boxes).tolist()
@@ -47,7 +47,7 @@ def write_files(folder: Path, images: int, boxes: int, classes: int = 80) -> Non
 
 
 class Annotations:
-    """The annotations of a data set without its pictures."""
+    """The annotations of a data set without its images, as a data set for DataLoader."""
 
     def __init__(self, dataset: CocoDataset):
         self.dataset = dataset
@@ -60,13 +60,13 @@ class Annotations:
 
 
 def private_memory(pid: int) -> float:
-    """Proportional resident memory of a process, MiB: pages that processes share are counted by shares."""
+    """Proportional set size of a process, MiB: a page that n processes share counts as 1 / n for each."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
 def memory_of_workers(dataset: CocoDataset, workers: int) -> float:
-    """Memory of this process and its workers after an epoch, as a multiple of this process alone."""
+    """Memory of this process and its workers near the end of an epoch, as a multiple of this process alone."""
     alone = private_memory(os.getpid())
     loader = DataLoader(Annotations(dataset), batch_size=64, num_workers=workers, persistent_workers=True)
     iterator = iter(loader)
@@ -77,7 +77,7 @@ def memory_of_workers(dataset: CocoDataset, workers: int) -> float:
 
 
 def main() -> None:
-    """Measure as the flags say."""
+    """Run the benchmark."""
     parser = make_parser(__doc__, repeats=1)
     parser.add_argument("--images", type=int, default=118_000, help="images")
     parser.add_argument("--boxes", type=int, default=860_000, help="boxes")

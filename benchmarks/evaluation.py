@@ -1,4 +1,4 @@
-"""Evaluating a data set, beside the bare network on the same batches plus pycocotools' own time."""
+"""Evaluation of a data set, beside the bare network on the same batches plus the time of pycocotools."""
 
 import time
 
@@ -14,17 +14,17 @@ from retinanet.evaluation import coco as coco_eval
 
 
 def main() -> None:
-    """Measure as the flags say."""
+    """Run the benchmark."""
     parser = make_parser(__doc__, repeats=2)
-    parser.add_argument("--images", type=int, default=16, help="pictures")
-    parser.add_argument("--side", type=int, default=320, help="pixels of a picture's side")
-    parser.add_argument("--batch", type=int, default=4, help="images a batch")
+    parser.add_argument("--images", type=int, default=16, help="number of images")
+    parser.add_argument("--side", type=int, default=320, help="side of the images, pixels")
+    parser.add_argument("--batch", type=int, default=4, help="images per batch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = torch.device(args.device)
     net = make_networks(80, args.side, args.side, args.device)[0].eval()
-    # Outputs as of a trained network: few logits above the threshold.
+    # Make the outputs like those of a trained network: few logits are above the threshold.
     torch.nn.init.normal_(net.classificationModel.output.weight, std=1e-3)
     dataset = ShapesDataset(args.images, size=args.side, transform=Resizer(args.side, args.side))
     dataset.labels = {label: f"class {label}" for label in range(80)}

@@ -1,4 +1,4 @@
-"""From a JPEG file to a sample, on one core: ours beside a bare decoder and resize, and each decoder alone."""
+"""From a JPEG file to a sample, on one core: our input beside only decoding and resizing, and each decoder alone."""
 
 import io
 import tempfile
@@ -17,13 +17,13 @@ from retinanet.data.transforms import Augmenter, Resizer
 
 
 def pillow(data: torch.Tensor) -> np.ndarray:
-    """[H, W, 3] from the bytes of a file."""
+    """Decode the bytes of a file with Pillow: [H, W, 3]."""
     with Image.open(io.BytesIO(data.numpy())) as image:
         return np.asarray(image)
 
 
 def main() -> None:
-    """Measure as the flags say."""
+    """Run the benchmark."""
     parser = make_parser(__doc__, repeats=20)
     parser.set_defaults(threads=1)
     args = parser.parse_args()

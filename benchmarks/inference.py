@@ -1,4 +1,4 @@
-"""Detection in one image, ResNet-50: ours beside its bare heads, the floor's forward, and torchvision's RetinaNet."""
+"""Detection in one image, ResNet-50: ours beside its heads alone, the bare network, and torchvision's RetinaNet."""
 
 import numpy as np
 import torch
@@ -12,12 +12,12 @@ from retinanet.training.checkpoint import load_model
 
 
 def main() -> None:
-    """Measure as the flags say."""
+    """Run the benchmark."""
     parser = make_parser(__doc__, repeats=5)
     add_arguments(parser)
     parser.set_defaults(batch=1)
-    parser.add_argument("--model", help="a checkpoint: measure it on --images, beside the bare network of its depth")
-    parser.add_argument("--images", nargs="+", help="image files, resized as in training; without any, an empty image")
+    parser.add_argument("--model", help="checkpoint to measure on --images, beside the bare network of its depth")
+    parser.add_argument("--images", nargs="+", help="image files for --model, resized as in training (default: grey)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.model:
@@ -28,7 +28,7 @@ def main() -> None:
     ours, theirs, floor = (
         network.eval() for network in make_networks(args.classes, args.height, args.width, args.device)
     )
-    # Outputs as of a trained network: most logits far below the threshold, some hundreds above it.
+    # Make the outputs like those of a trained network: most logits far below the threshold, some hundreds above it.
     for head in (ours.classificationModel, theirs.head.classification_head):
         output = head.output if head is ours.classificationModel else head.cls_logits
         torch.nn.init.normal_(output.weight, std=0.01)
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def measure_trained(args) -> None:
-    """A trained detector on images as they are, beside the bare network."""
+    """Measure a trained detector on images, beside the bare network."""
     device = torch.device(args.device)
     precision = choose_precision(args.precision, device)
     net, info = load_model(args.model)

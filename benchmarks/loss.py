@@ -1,4 +1,4 @@
-"""The loss, forward and backward, beside its plain form and torchvision's focal loss and matcher."""
+"""The loss, forward and backward, beside its plain form and beside torchvision's focal loss and matcher."""
 
 import torch
 from side_by_side import make_parser, measure, peak_memory, report
@@ -11,7 +11,7 @@ from retinanet.losses import FocalLoss
 
 
 def make_inputs(batch: int, height: int, width: int, classes: int, boxes: int, device: str) -> tuple[torch.Tensor, ...]:
-    """Logits and deltas as of a network that has begun to learn, anchors, and random boxes."""
+    """Logits and deltas like those of a network early in training, anchors, and random boxes."""
     anchors = Anchors()(torch.empty(1, 3, height, width, device=device))
     logits = (torch.randn(batch, anchors.shape[1], classes, device=device) - 4).requires_grad_()
     deltas = torch.randn(batch, anchors.shape[1], 4, device=device).requires_grad_()
@@ -37,13 +37,13 @@ def torchvisions(logits: torch.Tensor, anchors: torch.Tensor, annotations: torch
 
 
 def main() -> None:
-    """Measure as the flags say."""
+    """Run the benchmark."""
     parser = make_parser(__doc__, repeats=5)
     parser.add_argument("--batch", type=int, default=2, help="images")
     parser.add_argument("--height", type=int, default=608, help="pixels")
     parser.add_argument("--width", type=int, default=800, help="pixels")
     parser.add_argument("--classes", type=int, default=80, help="classes")
-    parser.add_argument("--boxes", type=int, default=15, help="boxes an image")
+    parser.add_argument("--boxes", type=int, default=15, help="boxes per image")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

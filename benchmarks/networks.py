@@ -1,4 +1,4 @@
-"""What the network benchmarks compare: ours, torchvision's RetinaNet, and the floor."""
+"""The networks that the benchmarks compare: ours, torchvision's RetinaNet, and a lower bound, Floor."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from retinanet.model import RetinaNet, resnet50
 
 
 class Floor(nn.Module):
-    """The bare network as torch has it: torchvision's ResNet with BatchNorm in eval mode, and plain convolutions."""
+    """The bare network in plain PyTorch: torchvision's ResNet with BatchNorm in eval mode, and plain convolutions."""
 
     def __init__(self, classes: int, depth: int = 50):
         super().__init__()
@@ -29,13 +29,13 @@ class Floor(nn.Module):
         )
 
     def train(self, mode: bool = True) -> "Floor":
-        """BatchNorm stays in eval mode."""
+        """As in nn.Module, but BatchNorm stays in eval mode."""
         super().train(mode)
         self.backbone.eval()
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """All outputs of both heads, level by level."""
+        """Return the outputs of both heads, level by level."""
         backbone = self.backbone
         x = backbone.layer1(backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(images)))))
         c3 = backbone.layer2(x)
@@ -51,7 +51,7 @@ class Floor(nn.Module):
 
 
 def make_networks(classes: int, height: int, width: int, device: str) -> tuple[RetinaNet, TorchvisionRetinaNet, Floor]:
-    """The three, with random weights, BatchNorm frozen, channels_last, on the device; all layers are trained."""
+    """The three networks with random weights, frozen BatchNorm and channels_last, on the device; all layers train."""
     ours = resnet50(classes)
     ours.freeze_bn()
     size = {"min_size": min(height, width), "max_size": max(height, width)}
@@ -63,7 +63,7 @@ def make_networks(classes: int, height: int, width: int, device: str) -> tuple[R
 
 
 def make_batch(batch: int, height: int, width: int, classes: int, boxes: int, device: str) -> tuple[Tensor, Tensor]:
-    """Normalised random images, channels_last, and boxes as in COCO: sides of 24 to 330 pixels at 608 x 800."""
+    """Random normalised images, channels_last, and boxes as large as COCO's: sides of 24 to 330 pixels at 608 x 800."""
     images = torch.randn(batch, 3, height, width, device=device).contiguous(memory_format=torch.channels_last)
     size = torch.tensor([width, height], device=device)
     side = 24 * (330 / 24) ** torch.rand(batch, boxes, 2, device=device) * min(height, width) / 608
@@ -73,15 +73,15 @@ def make_batch(batch: int, height: int, width: int, classes: int, boxes: int, de
 
 
 def torchvision_targets(annotations: Tensor) -> list[dict[str, Tensor]]:
-    """The same boxes in torchvision's form."""
+    """Convert annotations of each image, [G, 5], to torchvision's targets."""
     return [{"boxes": boxes[:, :4], "labels": boxes[:, 4].long()} for boxes in annotations]
 
 
 def add_arguments(parser) -> None:
-    """Flags for the size of the problem."""
+    """Add flags for the size of the problem and the precision."""
     parser.add_argument("--batch", type=int, default=2, help="images")
     parser.add_argument("--height", type=int, default=608, help="pixels")
     parser.add_argument("--width", type=int, default=800, help="pixels")
     parser.add_argument("--classes", type=int, default=80, help="classes")
-    parser.add_argument("--boxes", type=int, default=7, help="boxes an image")
+    parser.add_argument("--boxes", type=int, default=7, help="boxes per image")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of our network")

@@ -1,4 +1,4 @@
-"""Times programs in turn within one process, so that a machine's moods hit all of them alike."""
+"""Times programs in turn within one process, so that changes in the machine's speed affect all of them alike."""
 
 import argparse
 import json
@@ -10,26 +10,26 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would complain of a missing GPU
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler warns of a missing GPU
 
 import torch
 import torchvision
 
 
 def make_parser(description: str, repeats: int) -> argparse.ArgumentParser:
-    """The flags that all benchmarks share."""
+    """A parser with the flags that all benchmarks share."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--repeats", type=int, default=repeats, help="timed rounds")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
-    parser.add_argument("--json", action="store_true", help="print json in place of a table")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads on the CPU")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
 
 def measure(programs: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, float]:
-    """Median seconds of each program, run in turn `repeats` times after one round to warm up."""
+    """Median seconds of each program; all run in turn `repeats` times, after one warm-up round."""
     seconds = {name: [] for name in programs}
     for round_number in range(repeats + 1):
         for name, program in programs.items():
@@ -45,7 +45,7 @@ def measure(programs: Mapping[str, Callable[[], object]], repeats: int, device: 
 
 
 def peak_memory(program: Callable[[], object], device: str = "cpu") -> int:
-    """Bytes by which torch's allocations grow at most while a program runs."""
+    """The largest growth of torch's allocations while a program runs, bytes."""
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -67,14 +67,14 @@ def peak_memory(program: Callable[[], object], device: str = "cpu") -> int:
 def report(
     title: str, seconds: Mapping[str, float], bounds: Mapping[tuple[str, str], float], as_json: bool, **extra: float
 ) -> None:
-    """Print medians, and ratios beside their bounds.
+    """Print medians, and ratios with their bounds.
 
     Args:
         title: what was measured.
-        seconds: of each program.
-        bounds: for (program, reference), the largest ratio of their times that is aimed at.
-        as_json: print json in place of a table.
-        **extra: further figures.
+        seconds: time of each program.
+        bounds: (program, reference) -> the ratio of their times that should not be exceeded.
+        as_json: print JSON instead of a table.
+        **extra: further numbers by name.
     """
     ratios = {f"{one} / {other}": seconds[one] / seconds[other] for one, other in bounds}
     if as_json:
@@ -91,7 +91,7 @@ def report(
 
 
 def processor() -> str:
-    """The machine, in words."""
+    """A description of the GPU or CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"

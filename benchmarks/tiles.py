@@ -1,4 +1,4 @@
-"""Detection in a large image by tiles, beside the network on as many images of a tile's size: what tiles cost."""
+"""The cost of tiles: detection in the tiles of a large image, beside detection in as many images of a tile's size."""
 
 import numpy as np
 import torch
@@ -12,14 +12,14 @@ from retinanet.process import autocast, choose_precision
 
 
 def main() -> None:
-    """Measure as the flags say."""
+    """Run the benchmark."""
     parser = make_parser(__doc__, repeats=3)
     parser.add_argument("--depth", type=int, choices=sorted(ARCHITECTURES), default=50, help="layers of the ResNet")
-    parser.add_argument("--height", type=int, default=1536, help="of the large image, pixels")
-    parser.add_argument("--width", type=int, default=2048, help="of the large image, pixels")
-    parser.add_argument("--tile", type=int, default=512, help="side, pixels, less than height and width")
-    parser.add_argument("--overlap", type=float, default=0.25, help="share of the side")
-    parser.add_argument("--batch", type=int, default=4, help="tiles a batch")
+    parser.add_argument("--height", type=int, default=1536, help="height of the large image, pixels")
+    parser.add_argument("--width", type=int, default=2048, help="width of the large image, pixels")
+    parser.add_argument("--tile", type=int, default=512, help="side of the tiles, pixels, less than height and width")
+    parser.add_argument("--overlap", type=float, default=0.25, help="share of the side by which tiles overlap")
+    parser.add_argument("--batch", type=int, default=4, help="tiles per batch")
     parser.add_argument("--precision", default="auto", help="of the network's arithmetic")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -30,7 +30,7 @@ def main() -> None:
     image = np.random.default_rng(0).integers(0, 256, (args.height, args.width, 3), dtype=np.uint8)
     tile = torch.from_numpy(image[: args.tile, : args.tile].copy()).permute(2, 0, 1)[None].to(device)
     batches = [tile.repeat(min(args.batch, count - start), 1, 1, 1) for start in range(0, count, args.batch)]
-    with torch.no_grad():  # 200 candidates a tile, some of a trained network's
+    with torch.no_grad():  # make the network find 200 candidates per tile
         torch.nn.init.normal_(net.classificationModel.output.weight, std=0.01)
         net.classificationModel.output.bias -= net.heads(normalize(tile))[0].flatten().topk(200).values[-1] + 2.95
     found = []

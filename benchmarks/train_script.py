@@ -1,4 +1,4 @@
-"""Training by train.py from picture files, beside bare steps with the same batches in memory."""
+"""Training with train.py from image files, beside bare training steps with the same batches in memory."""
 
 import contextlib
 import io
@@ -25,7 +25,7 @@ from retinanet.training.recipes import RECIPES, make_optimizer
 
 
 def write_data(folder: Path, num_images: int) -> list[str]:
-    """JPEG files of 640 x 480, each with ten boxes, as CSV data; returns the flags that name them."""
+    """Write JPEG files of 640 x 480 pixels, each with ten boxes, as CSV data; returns the flags for this data."""
     rng = np.random.default_rng(0)
     lines = []
     for number in range(num_images):
@@ -39,13 +39,13 @@ def write_data(folder: Path, num_images: int) -> list[str]:
 
 
 def main() -> None:
-    """Measure as the flags say."""
+    """Run the benchmark."""
     parser = make_parser(__doc__, repeats=2)
-    parser.add_argument("--images", type=int, default=32, help="pictures")
+    parser.add_argument("--images", type=int, default=32, help="number of images")
     parser.add_argument("--depth", type=int, default=18, help="layers of the ResNet")
     parser.add_argument("--min_side", type=int, default=320, help="pixels of the resized short side")
-    parser.add_argument("--batch", type=int, default=4, help="images a batch")
-    parser.add_argument("--workers", type=int, default=2, help="processes of train.py that read pictures")
+    parser.add_argument("--batch", type=int, default=4, help="images per batch")
+    parser.add_argument("--workers", type=int, default=2, help="processes of train.py that read images")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -80,14 +80,14 @@ def main() -> None:
             with contextlib.redirect_stdout(io.StringIO()):
                 assert train.main(list(map(str, flags))) == 0
             entries = map(json.loads, (folder / "run" / "log.jsonl").read_text().splitlines())
-            # Of the second epoch, when the workers have started.
+            # The speed of the second epoch, because the workers start in the first.
             return 1 / [entry["images_per_second"] for entry in entries if "step" not in entry][1]
 
         bare()
         rounds = [(script(), bare()) for _ in range(args.repeats)]
     ours, floor = (statistics.median(times) for times in zip(*rounds, strict=True))
     seconds = {"train.py, an image": ours, "bare step, an image": floor}
-    title = f"training ResNet-{args.depth} on JPEG files, --min_side {args.min_side}, {args.batch} images a batch"
+    title = f"training ResNet-{args.depth} on JPEG files, --min_side {args.min_side}, {args.batch} images per batch"
     report(title, seconds, {tuple(seconds): 1 / 0.95}, args.json)
 
 

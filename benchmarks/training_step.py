@@ -1,6 +1,6 @@
-"""A training step, ResNet-50: ours beside torchvision's RetinaNet and the floor, without data and optimizer.
+"""A training step, ResNet-50: ours beside torchvision's RetinaNet and Floor, without data loading and optimizer.
 
-The floor is the bare network's forward and backward: BatchNorm as its own operation, the sum of all outputs as loss.
+Floor is the bare network: BatchNorm is a separate operation, and the sum of all outputs is the loss.
 """
 
 import torch
@@ -12,14 +12,14 @@ from retinanet.process import choose_precision
 
 
 def main() -> None:
-    """Measure as the flags say."""
+    """Run the benchmark."""
     parser = make_parser(__doc__, repeats=3)
     add_arguments(parser)
     parser.add_argument("--plain", action="store_true", help="also time torchvision with its default flags")
-    parser.add_argument("--frozen", action="store_true", help="also time ours as recipe paper freezes it")
+    parser.add_argument("--frozen", action="store_true", help="also time ours with the frozen layers of recipe paper")
     parser.add_argument("--growth", action="store_true", help="also time ours on a quarter of the pixels")
     parser.add_argument("--compiled", action="store_true", help="also time ours under torch.compile")
-    parser.add_argument("--peak", type=float, help="TFLOP/s of the device in this precision, by its data sheet")
+    parser.add_argument("--peak", type=float, help="peak TFLOP/s of the device in this precision, from its data sheet")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
