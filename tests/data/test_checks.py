@@ -18,16 +18,16 @@ LINES = [GOOD, "a.png,4,8,24,40,rectangle", "b.png,30,10,40,40,triangle"]
 
 
 def counts_of(folder, lines, depth="quick"):
-    """The problems in a CSV file of these lines."""
+    """The number of problems of each kind in a CSV file with these lines."""
     return checks.check_dataset(CSVDataset(*write_csv_data(folder, lines)), depth).counts
 
 
 def places(report, kind):
-    """The examples of a kind: lines after the file's name."""
+    """Where the examples of a kind are: the line numbers after the file's name."""
     return [problem.where.split("data.csv")[1] for problem in report.examples.get(kind, [])]
 
 
-def test_good_data_have_no_problems(tmp_path):
+def test_good_data_has_no_problems(tmp_path):
     assert counts_of(tmp_path, LINES, "decode") == {}
     assert checks.check_dataset(ShapesDataset(20)).counts == {}
 
@@ -36,14 +36,14 @@ def test_boxes_within_a_pixel_of_the_border_are_not_reported(tmp_path):
     assert counts_of(tmp_path, [*LINES, "a.png,-0.5,0,64.5,48.9,circle"]) == {}
 
 
-def test_many_boxes_in_a_small_image_are_no_problem(tmp_path):
+def test_many_boxes_in_a_small_image_are_fine(tmp_path):
     save(gradient(278, 400), tmp_path / "crowd.png")
     lines = [f"crowd.png,{x},{y},{x + 30},{y + 25},circle" for x in range(0, 345, 15) for y in range(0, 250, 50)]
     assert len(lines) == 115 and counts_of(tmp_path, lines, "decode") == {"unused class": 2}
 
 
 def test_swapped_boxes_are_recognised(tmp_path):
-    # a.png is 64 wide and 48 high: these are good as y1, x1, y2, x2.
+    # a.png is 64 wide and 48 high, so these boxes are valid as y1, x1, y2, x2.
     lines = [f"a.png,{y},40,{y + 9},60,circle" for y in (1, 20, 30, 38)]
     assert "looks swapped" in counts_of(tmp_path, lines)
 
@@ -58,7 +58,7 @@ def test_an_unused_class_and_a_set_without_boxes_matter_for_training_only(tmp_pa
     assert checks.check_dataset(empty, training=False).warnings() == ["no validation boxes"]
 
 
-def test_broken_images_are_found_by_looking_closely_enough(tmp_path):
+def test_each_depth_finds_the_broken_images_that_it_looks_at(tmp_path):
     files = write_csv_data(tmp_path, LINES)
     truncate(tmp_path / "a.png")  # its header is whole
     (tmp_path / "b.png").write_text("not an image")
@@ -81,7 +81,7 @@ def test_the_cheap_check_reads_some_headers_of_images_whose_sizes_are_declared(t
     assert checks.check_dataset(CocoDataset(root, "val2017")).counts["unreadable image"] == 2
 
 
-def test_the_cheap_check_spares_the_sampler_reading_headers_again(tmp_path):
+def test_sizes_that_the_cheap_check_reads_are_not_read_again(tmp_path):
     data = CSVDataset(*write_csv_data(tmp_path, LINES))
     checks.check_dataset(data)
     (tmp_path / "a.png").unlink()
@@ -123,7 +123,7 @@ def test_training_stops_before_it_writes_anything(tmp_path, capsys):
 
 
 def test_warnings_are_logged_once_before_training(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(log, "handlers", [])  # a program before may have sent messages elsewhere
+    monkeypatch.setattr(log, "handlers", [])  # an earlier test may have redirected the log
     monkeypatch.setattr(log, "propagate", True)
     data = CSVDataset(*write_csv_data(tmp_path, [*LINES, GOOD]))
     with caplog.at_level(logging.WARNING, "retinanet"):
@@ -158,7 +158,7 @@ def coco_boxes(folder, boxes, size=(128, 96)):
 
 
 @pytest.mark.parametrize(("over", "policy"), [(3, None), (4, None), (12, "warned"), (35, "fatal")])
-def test_how_far_boxes_overhang_decides_whether_a_guess_is_made(tmp_path, over, policy):
+def test_the_overhang_of_boxes_decides_between_nothing_a_guess_and_an_error(tmp_path, over, policy):
     # Cards 40 wide and 60 high; four of twenty exceed the right border. With x and y swapped, all would fit.
     boxes = [(30, 20, 40, 60)] * 16 + [(100 - 40 + over, 5, 40, 60)] * 4
     save(gradient(140, 100), tmp_path / "tall.png")
@@ -206,7 +206,7 @@ def test_links_to_one_file_are_one_image(tmp_path):
     assert report.counts == {"leak": 1} and "1 of 2 images of the validation set is also" in report.text(["leak"])
 
 
-def test_other_classes_are_fatal_for_check_and_training_alike(tmp_path, capsys):
+def test_different_classes_are_fatal(tmp_path, capsys):
     for name, classes in (("train", 4), ("val", 3)):
         write_csv_data(tmp_path / name, [f"a.png,1,1,{9 + n},9,class {n}" for n in range(classes)])
         (tmp_path / name / "classes.csv").write_text("".join(f"class {n},{n}\n" for n in range(classes)))
@@ -218,9 +218,7 @@ def test_other_classes_are_fatal_for_check_and_training_alike(tmp_path, capsys):
     assert checks.check_dataset(val_set, training=False).counts == {}
 
 
-# What is bad
-
-
+# Bad data
 def test_all_problems_are_found_at_once(tmp_path, capsys):
     lines = [GOOD, "a.png,9,1,3,9,circle", "gone.png,1,1,9,9,circle", "a.png,40,1,90,9,circle", "a.png,1,1,9,8,cirle"]
     files = write_csv_data(tmp_path, lines)
@@ -233,7 +231,7 @@ def test_all_problems_are_found_at_once(tmp_path, capsys):
     assert "did you mean 'circle'?" in text and text.endswith("training would not start\n")
 
 
-def test_what_is_bad_is_left_out_and_listed_on_request(tmp_path, capsys, monkeypatch):
+def test_skip_bad_leaves_out_and_lists_bad_data_in_all_programs(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bad = ["a.png,9,1,3,9,circle", "gone.png,1,1,9,9,circle", "a.png,1,x,9,9,circle", "b.png,1,1,9,9,cat"]
     files = write_csv_data(tmp_path, [*LINES, *bad, *(f"none/{n}.png,1,1,9,9,circle" for n in range(25)), "t.png,,,,,"])
@@ -267,7 +265,7 @@ def test_a_validation_set_without_boxes_is_reported_before_training(tmp_path):
         checks.check_before_training(train_set, val_set, strict=True)
 
 
-def test_images_of_a_missing_folder_are_one_line(tmp_path):
+def test_missing_images_are_grouped_by_missing_folder(tmp_path):
     lines = [f"{folder}/{n}.png,1,1,9,9,circle" for folder in ("x", "y") for n in range(40)]
     report = checks.check_dataset(CSVDataset(*write_csv_data(tmp_path, [*lines, "gone.png,,,,,"])))
     text = report.text(["missing image"]).split("\n")
@@ -275,7 +273,7 @@ def test_images_of_a_missing_folder_are_one_line(tmp_path):
     assert "'x/0.png' does not exist, nor does its folder" in text[1] and "(40 times; this is the first)" in text[1]
 
 
-def test_one_thing_is_no_plural(tmp_path):
+def test_the_summary_uses_singular_and_plural(tmp_path):
     text = checks.summary(CSVDataset(*write_csv_data(tmp_path, [GOOD])))
     assert "1 image, 0 of them without boxes; 1 box, at most 1 in an image; 3 classes" in text
     assert "1 box in        1 image" in text and "0 boxes in       0 images" in text
@@ -287,11 +285,11 @@ def test_a_data_set_without_classes_is_summarised(tmp_path, line):
     assert "0 boxes" in checks.summary(data) and "0 class" in checks.summary(data)
 
 
-def test_the_first_folder_that_is_missing_is_one_cause(tmp_path):
+def test_missing_images_are_grouped_by_the_topmost_missing_folder(tmp_path):
     lines = [f"imgs/{folder}/a.png,1,1,9,9,circle" for folder in range(50)]
     report = checks.check_dataset(CSVDataset(*write_csv_data(tmp_path, lines)))
     (problem,) = report.examples["missing image"]
-    assert problem.count == 50 and problem.message.count(f"its folder, '{tmp_path}/imgs'") == 1
+    assert problem.count == 50 and problem.message.count(f"its folder '{tmp_path}/imgs'") == 1
 
 
 @pytest.mark.parametrize(("number", "message"), [(1, "1 bad image or annotation was left"), (2, "2 bad images and")])

@@ -12,14 +12,14 @@ from retinanet.errors import UserError
 
 
 def write(folder, change=lambda content: None, **options):
-    """The data set of `coco_content`, changed."""
+    """The data set of `coco_content` after `change`."""
     content = coco_content()
     change(content)
     return CocoDataset(write_coco_data(folder, content, **options), "val2017")
 
 
 def coco_report(folder, change):
-    """What is found in `coco_content`, changed, whether it can be read or not."""
+    """The report about `coco_content` after `change`, whether it can be read or not."""
     try:
         return check_dataset(write(folder, change))
     except DataError as error:
@@ -32,7 +32,7 @@ def test_samples_by_hand(tmp_path):
     assert data[0]["annot"].tolist() == [[1, 2, 31, 42, 0], [10, 10, 18, 19.5, 1]]
     assert data[1]["annot"].tolist() == [[5, 6, 25, 36, 1]]
     assert data[0]["img"].shape == (48, 64, 3)
-    assert data[2]["annot"].shape == (0, 5) and data[2]["img"].shape == (48, 48, 3)  # a negative
+    assert data[2]["annot"].shape == (0, 5) and data[2]["img"].shape == (48, 48, 3)  # an image without objects
 
 
 def test_classes_come_from_the_file_in_the_order_of_their_ids(tmp_path):
@@ -70,7 +70,7 @@ def test_sizes_are_the_declared_ones_or_else_those_of_the_images(tmp_path):
 
 
 def test_crowds_are_not_trained_on_but_evaluated(tmp_path):
-    def change(content):  # the object is no duplicate of the crowd
+    def change(content):  # adds an object with the box of a crowd, which is not its duplicate
         content["annotations"].append({**content["annotations"][3], "id": 5, "iscrowd": 0})
 
     data = write(tmp_path, change)
@@ -79,10 +79,10 @@ def test_crowds_are_not_trained_on_but_evaluated(tmp_path):
     assert [entry["id"] for entry in data.coco.loadAnns(data.coco.getAnnIds(iscrowd=True))] == [4]
 
 
-def test_evaluation_takes_exactly_what_the_file_says_though_the_file_is_read_once(tmp_path):
+def test_evaluation_uses_the_exact_numbers_of_the_file_and_reads_it_once(tmp_path):
     def change(content):
         content["annotations"][0] |= {"bbox": [5, 6, 0.1, 30], "area": 3}  # training drops it
-        content["annotations"][1]["bbox"][0] = 0.1  # no float32
+        content["annotations"][1]["bbox"][0] = 0.1  # not exact in float32
 
     data = write(tmp_path, change)
     Path(data.annotation_file).unlink()
@@ -98,7 +98,7 @@ def test_evaluation_takes_exactly_what_the_file_says_though_the_file_is_read_onc
 
 
 @pytest.mark.parametrize("area", [None, "large", [1, 2], 10**400, float("nan")])
-def test_an_area_that_cannot_be_is_replaced(tmp_path, area):
+def test_an_invalid_area_is_replaced_by_that_of_the_box(tmp_path, area):
     def change(content):
         content["annotations"][0]["area"] = area
         del content["annotations"][1]["area"], content["annotations"][1]["iscrowd"]
@@ -117,7 +117,7 @@ def test_annotations_without_distinct_ids_are_renumbered_for_evaluation(tmp_path
     assert sorted(data.coco.anns) == [1, 2, 3, 4] and number in data.annotation_ids
 
 
-def test_the_content_for_a_file_holds_what_training_uses_rounded_to_thousandths(tmp_path):
+def test_a_converted_file_holds_the_training_boxes_rounded_to_thousandths(tmp_path):
     def change(content):
         content["annotations"][0]["bbox"] = [5, 6, 0.1, 30]
         content["annotations"][2]["bbox"] = [10, 10, 8.12345, 9.5]
@@ -137,7 +137,7 @@ def test_the_content_for_a_file_holds_what_training_uses_rounded_to_thousandths(
 # Crowds
 
 
-def test_many_crowds_are_reported_once_and_may_be_objects(tmp_path):
+def test_many_crowds_are_reported_once_and_can_be_read_as_objects(tmp_path):
     def change(content):
         for entry in content["annotations"]:
             entry |= {"iscrowd": 1, "segmentation": {"counts": [3072], "size": [48, 64]}}
@@ -152,7 +152,7 @@ def test_many_crowds_are_reported_once_and_may_be_objects(tmp_path):
     assert all(entry["iscrowd"] == 0 for entry in data.coco.dataset["annotations"])
 
 
-def test_a_few_crowds_are_usual(tmp_path):
+def test_a_few_crowds_are_not_reported(tmp_path):
     def change(content):
         template = content["annotations"][0]
         content["annotations"] += [{**template, "id": 10 + n, "bbox": [n / 9, 6, 20, 30]} for n in range(60)]
@@ -174,7 +174,7 @@ def test_a_root_category_of_roboflow_is_left_out_only_without_boxes(tmp_path):
         assert list(CocoDataset(root, str(file)).labels.values()) == names
 
 
-def test_a_second_file_of_a_set_is_named(tmp_path):
+def test_a_second_file_for_the_same_set_is_reported(tmp_path):
     root = Path(write_coco_data(tmp_path))
     (root / "val2017.json").write_text("{}")
     report = CocoDataset(root, "val").report
@@ -284,9 +284,9 @@ def test_a_declared_size_of_another_shape_is_reported_once(tmp_path):
     ("area", "expected"),
     [(350, 350), (600, 600), (650, 650), (652, 600), (-1, 600), (0, 600), (1e12, 600), ("1e400", 600)],
 )
-def test_a_declared_area_is_believed_where_it_can_be_that_of_the_box(tmp_path, area, expected):
+def test_a_declared_area_is_used_if_it_fits_the_box(tmp_path, area, expected):
     content = coco_content()
-    content["annotations"][0]["area"] = area  # of a box of 20 x 30, or 21 x 31 counted pixels
+    content["annotations"][0]["area"] = area  # the box has 20 x 30 pixels, or 21 x 31 as some tools count
     root = Path(write_coco_data(tmp_path))
     text = json.dumps(content).replace('"1e400"', "1e400")
     (root / "annotations" / "instances_val2017.json").write_text(text)
@@ -306,7 +306,7 @@ def test_ids_may_be_written_as_floats(tmp_path):
     assert data.coco.dataset == expected.coco.dataset
 
 
-def test_one_cause_is_one_line_and_repeated_names_come_with_their_ids(tmp_path):
+def test_problems_are_grouped_by_cause_and_repeated_names_are_listed_with_their_ids(tmp_path):
     def change(content):
         template = content["annotations"][0]
         content["annotations"] += [
@@ -321,7 +321,7 @@ def test_one_cause_is_one_line_and_repeated_names_come_with_their_ids(tmp_path):
 
 
 @pytest.mark.parametrize(("key", "value"), [("bbox", [True, 5, 20, 20]), ("category_id", True), ("image_id", False)])
-def test_true_and_false_are_no_numbers(tmp_path, key, value):
+def test_booleans_are_not_numbers(tmp_path, key, value):
     def change(content):
         content["annotations"][0][key] = value
 

@@ -14,7 +14,7 @@ LINES = [GOOD, "a.png,4,8,24,40,rectangle", "b.png,30,10,40,40,triangle"]
 
 
 def csv_report(folder, lines):
-    """What is found in a CSV file of these lines, whether it can be read or not."""
+    """The report about a CSV file with these lines, whether it can be read or not."""
     try:
         return check_dataset(CSVDataset(*write_csv_data(folder, lines)))
     except DataError as error:
@@ -29,16 +29,16 @@ def test_samples_by_hand(tmp_path):
     assert sample["annot"].dtype == np.float32
     assert sample["annot"].tolist() == [[4, 8, 24, 40, 1], [30, 10, 60, 40, 0]]
     assert sample["index"] == 0
-    assert data[1]["annot"].shape == (0, 5) and data[1]["img"].shape == (64, 48, 3)  # a negative
+    assert data[1]["annot"].shape == (0, 5) and data[1]["img"].shape == (64, 48, 3)  # an image without objects
     assert data.labels == {0: "circle", 1: "rectangle", 2: "triangle"} and data.num_classes() == 3
 
 
-def test_no_image_needs_boxes(tmp_path):
+def test_a_data_set_may_have_no_boxes(tmp_path):
     data = CSVDataset(*write_csv_data(tmp_path, ["a.png,,,,,", "b.png,,,,,"]))
     assert [data[index]["annot"].shape for index in (0, 1)] == [(0, 5), (0, 5)]
 
 
-def test_the_lines_of_an_image_may_be_apart_and_name_its_boxes(tmp_path):
+def test_the_lines_of_an_image_need_not_be_adjacent(tmp_path):
     lines = ["a.png,1,1,9,9,circle", "b.png,2,2,9,9,circle", "a.png,3,3,9,9,triangle"]
     data = CSVDataset(*write_csv_data(tmp_path, lines))
     assert data.annotations[:, 0].tolist() == [1, 3, 2] and data.image_index.tolist() == [0, 0, 1]
@@ -61,7 +61,7 @@ def test_blank_lines_line_ends_and_a_byte_order_mark_do_not_matter(tmp_path, tex
     assert len(data) == 2 and data.num_classes() == 3 and data.report.counts == {}
 
 
-def test_quotes_may_stand_around_fields(tmp_path):
+def test_fields_may_be_quoted(tmp_path):
     assert csv_report(tmp_path, [*LINES, '"b.png",1,1,19,9,"circle"']).counts == {}
 
 
@@ -91,7 +91,7 @@ def test_a_missing_image_is_an_error_that_names_its_line(tmp_path):
             read()
 
 
-# The original raised a NameError in place of these messages.
+# The original raised a NameError instead of these messages.
 @pytest.mark.parametrize(
     ("line", "kind", "message"),
     [
@@ -136,7 +136,7 @@ def test_a_repeated_box_is_dropped_whatever_its_spelling_but_not_in_another_imag
     assert data.annotation_ids.tolist() == [1, 3, 4] and data.report.counts == {"duplicate box": 2}
 
 
-def test_a_quote_that_is_not_closed_is_named_by_its_line(tmp_path):
+def test_an_unclosed_quote_is_an_error_that_names_its_line(tmp_path):
     with pytest.raises(UserError, match=r"data\.csv:2: a quoted field continues on line 3"):
         CSVDataset(*write_csv_data(tmp_path, [GOOD, '"a.png,1,1,9,9,circle', 'a.png",1,1,9,9,circle']))
     with pytest.raises(UserError, match=r"data\.csv:3: is not a valid CSV file: quotes do not match"):
@@ -159,7 +159,7 @@ def test_other_separators_are_read_and_reported(tmp_path, separator):
         ("path,bbox_x,bbox_y,bbox_w,bbox_h,class", "looks like x, y, width, height"),
     ],
 )
-def test_a_header_is_skipped_or_fatal_where_it_names_other_columns(tmp_path, header, kind):
+def test_a_header_is_skipped_or_fatal_if_it_names_other_columns(tmp_path, header, kind):
     report = csv_report(tmp_path, [header, *LINES])
     assert report.counts == {kind: 1} and report.examples[kind][0].where.endswith("data.csv:1")
     assert csv_report(tmp_path, [*LINES, header]).errors() == ["not a number"]
@@ -201,7 +201,7 @@ def test_a_header_names_the_columns_in_any_order(tmp_path, header, line):
     assert len(data.report.examples["header row"]) == 1
 
 
-def test_columns_that_are_not_read_are_named_and_declared_sizes_are(tmp_path):
+def test_unread_columns_are_named_and_declared_sizes_are_read(tmp_path):
     header = "filename,width,height,class,xmin,ymin,xmax,ymax,label,score"
     lines = [header, "a.png,64,48,circle,1,1,9,9,7,0.5", "b.png,48,64,circle,1,1,9,9,7,0.5"]
     data = CSVDataset(*write_csv_data(tmp_path, lines))
@@ -232,7 +232,7 @@ def test_without_a_class_list_the_classes_are_those_of_the_file_sorted(tmp_path)
     assert CSVDataset(data_file, class_names=["b", "c", "a"]).annotations[:, 4].tolist() == [0, 2, 0]
 
 
-def test_one_cause_is_one_line(tmp_path):
+def test_problems_are_grouped_by_cause(tmp_path):
     lines = [*["a.png,1,1,9,9,star"] * 30, "a.png,1,1,9,9,moon", *["a.png,1,1,9,9"] * 30]
     report = csv_report(tmp_path, lines)
     assert report.counts["unknown class"] == 31 and report.counts["wrong column count"] == 30
@@ -249,7 +249,7 @@ def test_one_cause_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     "line", ["b.png,0,0,0,0,circle", "b.png,nan,nan,nan,nan,nan", "b.png,,,,,circle", "b.png,NaN,,None,null,no class"]
 )
-def test_other_forms_of_no_objects_are_read_and_counted(tmp_path, line):
+def test_other_ways_to_write_no_objects_are_read_and_counted(tmp_path, line):
     data = CSVDataset(*write_csv_data(tmp_path, [GOOD, line, line.replace("b.png", "a.png")]))
     assert [len(data.load_annotations(index)) for index in (0, 1)] == [1, 0]
     assert data.report.counts == {"no objects": 2, "negative with boxes": 1}
@@ -263,7 +263,7 @@ def test_an_empty_line_beside_boxes_of_its_image_is_reported(tmp_path):
     assert str(report.examples["negative with boxes"][0]).endswith(message)
 
 
-def test_paths_of_one_file_are_one_image(tmp_path):
+def test_different_paths_of_one_file_are_one_image(tmp_path):
     lines = [GOOD, "./a.png,2,2,8,8,circle", f"{tmp_path}/a.png,3,3,8,8,circle", "b.png,,,,,"]
     data = CSVDataset(*write_csv_data(tmp_path, lines))
     assert len(data) == 2 and data.offsets.tolist() == [0, 3, 3] and data.report.counts == {"repeated image": 2}
@@ -316,7 +316,7 @@ def test_files_that_are_missing_empty_or_not_text_are_errors(tmp_path):
             CSVDataset(data_file, class_file)
 
 
-def test_a_few_bad_boxes_are_no_widths_in_place_of_corners(tmp_path):
+def test_a_few_bad_boxes_are_not_taken_for_widths_and_heights(tmp_path):
     good = [f"a.png,{x},2,{x + 20},9,circle" for x in range(30)]
     flat = ["a.png,5,5,5,40,circle", "a.png,6,7,6,30,circle"]
     assert csv_report(tmp_path, good + flat).counts == {"sub-pixel box": 2, "unused class": 2}
@@ -324,7 +324,7 @@ def test_a_few_bad_boxes_are_no_widths_in_place_of_corners(tmp_path):
     assert csv_report(tmp_path, good + inverted).errors() == ["inverted box"]
 
 
-def test_negatives_of_other_tools_add_no_class(tmp_path):
+def test_images_without_objects_add_no_class(tmp_path):
     lines = [GOOD, "b.png,-1,-1,-1,-1,none", "c.png,nan,nan,nan,nan,nan", "d.png,,,,,nan"]
     data = CSVDataset(write_csv_data(tmp_path, lines)[0])
     assert len(data) == 4 and data.labels == {0: "circle"} and len(data.annotations) == 1
@@ -339,7 +339,7 @@ def test_declared_sizes_may_be_floats_have_spaces_or_come_later(tmp_path):
     assert problem.where.endswith("data.csv:4") and problem.count == 1
 
 
-def test_a_training_set_without_boxes_is_the_cause_of_unknown_classes(tmp_path):
+def test_an_empty_class_list_is_explained_by_a_training_set_without_boxes(tmp_path):
     data_file, _ = write_csv_data(tmp_path)
     with pytest.raises(DataError, match="because the training set has no boxes"):
         CSVDataset(data_file, class_names=[])

@@ -36,14 +36,14 @@ def test_annotations_are_kept_in_the_order_of_their_images():
     assert data.annotation_name(1) == "DetectionDataset: box 1"
 
 
-def test_any_data_set_has_ground_truth_for_coco():
+def test_any_data_set_has_ground_truth_for_cocos_evaluation():
     data = make_dataset()
     found = [(a["image_id"], a["category_id"], a["bbox"], a["area"], a["iscrowd"]) for a in data.coco.anns.values()]
     assert found == [(0, 0, [1, 2, 2, 2], 4, 0), (1, 0, [0.5, 0, 9.5, 10], 95, 0), (1, 1, [0.5, 0, 9.5, 10], 95, 1)]
     assert data.coco_labels == {0: 0, 1: 1} and data.image_ids == list(data.coco.imgs) == [0, 1]
 
 
-def test_ids_count_from_1_in_a_file_for_other_tools():
+def test_ids_count_from_1_in_a_file():
     data = make_dataset()
     data.known_sizes[:] = 20
     content = coco_content(data, ["x.png", "y.png"])
@@ -60,7 +60,7 @@ def test_a_transform_is_applied_last(tmp_path):
 
 
 def returned(tmp_path, result):
-    """The first sample of a data set whose transform returns `result`, or changes the sample by it."""
+    """The first sample of a data set whose transform returns `result`, or the sample updated with a dict `result`."""
 
     def users_own(sample):
         return {**sample, **result} if isinstance(result, dict) else result
@@ -87,13 +87,13 @@ WANTED = "but must have x1 < x2 and y1 < y2 within the image, 48 x 64, a label f
         ({"annot": np.array([GOOD], dtype=object)}, ANNOT),
         ({"annot": np.array([["4", "8", "24", "40", "1"]])}, ANNOT),
         ({"annot": [GOOD, [1, 2]]}, "a dict is not a sample, which is a dict with the arrays img and annot (Val"),
-        ({"annot": np.array([GOOD, [4, 8, np.nan, 40, 1]])}, f"annot holds [4.0, 8.0, nan, 40.0, 1.0]: {WANTED}"),
+        ({"annot": np.array([GOOD, [4, 8, np.nan, 40, 1]])}, f"annot holds [4.0, 8.0, nan, 40.0, 1.0], {WANTED}"),
         ({"annot": np.array([[4, 8, np.inf, 40, 1]])}, WANTED),
-        ({"annot": np.array([[24, 8, 4, 40, 1]])}, f"annot holds [24, 8, 4, 40, 1]: {WANTED}"),
+        ({"annot": np.array([[24, 8, 4, 40, 1]])}, f"annot holds [24, 8, 4, 40, 1], {WANTED}"),
         ({"annot": np.array([[4, 8, 4, 40, 1]])}, WANTED),
         ({"annot": np.array([[4, 8, 66, 40, 1]])}, WANTED),
         ({"annot": np.array([[-2, 8, 24, 40, 1]])}, WANTED),
-        ({"annot": np.array([GOOD, [4, 8, 24, 40, 3]])}, f"annot holds [4, 8, 24, 40, 3]: {WANTED}"),
+        ({"annot": np.array([GOOD, [4, 8, 24, 40, 3]])}, f"annot holds [4, 8, 24, 40, 3], {WANTED}"),
         ({"annot": np.array([[4, 8, 24, 40, -1]])}, WANTED),
         ({"annot": np.array([[4, 8, 24, 40, 0.5]])}, WANTED),
         ({"annot": np.array([[4, 8, 24, 40, np.nan]])}, WANTED),
@@ -108,7 +108,7 @@ WANTED = "but must have x1 < x2 and y1 < y2 within the image, 48 x 64, a label f
         ({"img": np.full((48, 64, 3), np.nan)}, "img holds floats far from 0"),
     ],
 )
-def test_what_is_no_sample_is_a_clear_error(tmp_path, result, message):
+def test_an_invalid_sample_is_a_clear_error(tmp_path, result, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         returned(tmp_path, result)
     text = str(error.value)
@@ -117,13 +117,13 @@ def test_what_is_no_sample_is_a_clear_error(tmp_path, result, message):
 
 def test_a_sample_without_its_image_is_a_clear_error(tmp_path):
     data = CSVDataset(*write_csv_data(tmp_path), transform=lambda sample: {"image": sample["img"], "annot": []})
-    with pytest.raises(UserError, match=r"a\.png: .*<lambda>: a dict is no .*KeyError: 'img'"):
+    with pytest.raises(UserError, match=r"a\.png: .*<lambda>: a dict is not .*KeyError: 'img'"):
         data[0]
 
 
 @pytest.mark.parametrize("ours", [lambda sample: Augmenter()(sample, 1), RandomCrop(0.5), Resizer(), ColourJitter(0.1)])
 @pytest.mark.parametrize("wrong", [{"annot": np.zeros(0)}, {"annot": np.zeros((5, 4))}, {"img": None}])
-def test_a_step_after_the_wrong_one_says_the_same(tmp_path, ours, wrong):
+def test_a_transform_that_gets_an_invalid_sample_raises_the_same_error(tmp_path, ours, wrong):
     data = CSVDataset(*write_csv_data(tmp_path), transform=Compose([lambda sample: {**sample, **wrong}, ours]))
     with pytest.raises(UserError, match=r"a\.png: transform Compose\(.*: (annot must be|img must be)"):
         data[0]
@@ -146,7 +146,7 @@ def test_a_step_after_the_wrong_one_says_the_same(tmp_path, ours, wrong):
         {"img": tv_tensors.Image(torch.zeros(48, 64, 3, dtype=torch.uint8))},
     ],
 )
-def test_unusual_samples_make_a_batch(tmp_path, result):
+def test_unusual_but_valid_samples_make_a_batch(tmp_path, result):
     sample = returned(tmp_path, result)
     batch = collater([sample, sample])
     assert tuple(batch["img"].shape) == (2, 3, 48, 64) and batch["annot"].dtype == torch.float32
@@ -157,13 +157,13 @@ def test_unusual_samples_make_a_batch(tmp_path, result):
 
 
 @pytest.mark.parametrize("transform", [v2.RandomHorizontalFlip(), v2.Compose([Resizer(), v2.RandomVerticalFlip()])])
-def test_torchvisions_transforms_would_ignore_samples_or_take_them_for_others(transform):
+def test_bare_torchvision_transforms_are_refused(transform):
     with pytest.raises(UserError, match=r"transform Random\w+Flip does not take samples: wrap it in V2"):
         DetectionDataset(["0.png"], [], [], ["a"], transform)
     DetectionDataset(["0.png"], [], [], ["a"], v2.RandomApply([V2(transform), Augmenter()]))
 
 
-def test_a_transform_that_forgets_the_index_does_no_harm(tmp_path):
+def test_a_transform_may_drop_the_index(tmp_path):
     data = CSVDataset(
         *write_csv_data(tmp_path), transform=lambda sample: {"img": sample["img"], "annot": sample["annot"]}
     )
@@ -207,7 +207,7 @@ def test_data_sets_can_be_sent_to_another_process(tmp_path):
         np.testing.assert_array_equal(copy[0]["annot"], data[0]["annot"])
 
 
-def test_classes_are_compared_by_name_or_by_number_where_there_are_no_names():
+def test_classes_are_compared_by_name_or_placeholders_by_their_number():
     data = make_dataset()
     check_classes("the model", ["a", "b"], data)
     check_classes("the model", placeholder_names(2), data)

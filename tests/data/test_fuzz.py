@@ -1,9 +1,9 @@
-"""Files broken at random: each is read correctly, or answered by a UserError that names it.
+"""Randomly broken files: each is read correctly, or rejected with a UserError that names it.
 
-Of each test's files, a share at least must be read and a share be answered. What is answered is read again with what
-is bad left out: what then remains must be right, too.
+In each test, at least a share of the files must be read and a share rejected. Annotation files are also read with bad
+entries left out, and what remains must be right, too.
 
-A sample runs with the other tests. All of them take less than a minute:
+A sample runs with the other tests. To run all examples, in less than a minute:
 `FUZZ=all python -m pytest tests/data/test_fuzz.py`.
 """
 
@@ -38,8 +38,8 @@ from retinanet.errors import UserError
 from retinanet.training import checkpoint
 
 HANG = 10  # seconds
-OUTCOMES = Counter()  # of the files of one test: "read" and "answered"
-LEAST = 0.02  # of the files, for each outcome
+OUTCOMES = Counter()  # numbers of files in one test that were "read" or "rejected"
+LEAST = 0.02  # minimum share of the files for each outcome
 HOSTILE = [
     "", " ", "nan", "inf", "-inf", "1e999", "1e30", "-5", "0", "0.5", "1_0", "٣", "0x10", "1,5", '"', '"a', 'a"b',
     '"a,b"', "\t", ";", "\0", "é", "x" * 2000, "None", " 7 ", "a.png ", "Circle", "rectangel", "#a=b c.png",
@@ -49,7 +49,7 @@ HOSTILE = [
 
 
 def fuzz(examples):
-    """Settings of a fuzz test: a sample of its examples, always the same; or all of them, new at each run."""
+    """Settings of a fuzz test: a sample of its examples, always the same, or all of them, new in each run."""
     everything = os.environ.get("FUZZ") == "all"
     return settings(
         max_examples=examples if everything else examples // 40,
@@ -62,30 +62,30 @@ def fuzz(examples):
 
 @pytest.fixture(autouse=True)
 def outcomes():
-    """Make sure that files of both kinds came up: without, a test would show nothing."""
+    """Make sure that both outcomes occurred; otherwise a test would show nothing."""
     OUTCOMES.clear()
     yield
-    assert min(OUTCOMES["read"], OUTCOMES["answered"]) >= max(1, LEAST * OUTCOMES.total()), OUTCOMES
+    assert min(OUTCOMES["read"], OUTCOMES["rejected"]) >= max(1, LEAST * OUTCOMES.total()), OUTCOMES
 
 
 @contextlib.contextmanager
 def no_hang():
-    """End the whole run where an example hangs."""
+    """End the whole run if an example hangs."""
     faulthandler.dump_traceback_later(HANG, exit=True, file=sys.__stderr__)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of images that it doubts
+        warnings.simplefilter("ignore")  # Pillow warns about odd images
         yield
     faulthandler.cancel_dump_traceback_later()
 
 
 def answer(path, read):
-    """What `read` returns; None where it answers by a UserError that names one of the files."""
+    """What `read` returns; None if it raises a UserError that names one of the files."""
     with no_hang():
         try:
             result = read()
         except UserError as error:
             assert str(path) in str(error) and len(str(error)) < 100_000
-            OUTCOMES["answered"] += 1
+            OUTCOMES["rejected"] += 1
             return None
     OUTCOMES["read"] += 1
     return result
@@ -93,7 +93,7 @@ def answer(path, read):
 
 @st.composite
 def broken_bytes(draw, content):
-    """Bytes with some flipped, cut out, put in, or cut off."""
+    """Bytes of which some were flipped, removed, inserted or cut off."""
     content = bytearray(content)
     for _ in range(draw(st.integers(0, 4))):
         place = draw(st.integers(0, max(0, len(content) - 1)))
@@ -166,7 +166,7 @@ def csv_files(draw):
 
 
 def fields_of(content):
-    """The stripped fields of each line, by another way than the library's: by number, from 1."""
+    """The stripped fields of each line, by line number from 1, read in another way than the library's."""
     lines = re.split("\r\n|\r|\n", content.decode("utf-8-sig"))
     first = next(line for line in lines if line.strip())
     fits = {sign: (first.count(sign) == 5, sum(line.count(sign) == 5 for line in lines)) for sign in ",;\t"}
@@ -191,7 +191,7 @@ def test_csv_files(tmp_path_factory, files):
 
 
 def check_csv(data, content, folder):
-    """Hold a data set against its file."""
+    """Compare a data set with its file."""
     assert np.isfinite(data.annotations).all() and (data.annotations[:, 2:4] - data.annotations[:, :2] > 0).all()
     lines = fields_of(content)
     for row, line, index in zip(data.annotations, data.annotation_ids, data.image_index, strict=True):
@@ -211,7 +211,7 @@ def check_csv(data, content, folder):
 
 
 def has_no_box(row):
-    """Whether a line is one of an image without objects."""
+    """Whether a line stands for an image without objects."""
     try:
         numbers = [float(field or "nan") for field in row[1:5]]
     except ValueError:
@@ -283,7 +283,7 @@ def test_coco_files(tmp_path_factory, content):
 
 
 def check_coco(data, parsed, folder):
-    """Hold a data set against the content of its file."""
+    """Compare a data set with the content of its file."""
     assert np.isfinite(data.annotations).all() and (data.annotations[:, 2:4] - data.annotations[:, :2] > 0).all()
     expected = set()
     for entry in parsed["annotations"]:
@@ -368,7 +368,7 @@ def test_images(tmp_path_factory, file):
 
 
 def checkpoints(folder):
-    """A checkpoint as bytes, in both of torch's formats, and files of other kinds."""
+    """A checkpoint, its bytes in both of torch's formats, and the bytes of other kinds of files."""
     content = {"model": {"weight": torch.arange(600.0).reshape(20, 30), "bias": torch.ones(7)}, "class_names": ["a"]}
     checkpoint.save(folder / "good.pt", content)
     old, arrays = io.BytesIO(), io.BytesIO()
@@ -386,7 +386,7 @@ def checkpoints(folder):
 
 
 def same(found, content):
-    """Whether a checkpoint is equal to another, to the bit."""
+    """Whether two checkpoints are equal bit for bit."""
     if isinstance(content, torch.Tensor):
         return isinstance(found, torch.Tensor) and torch.equal(found, content)
     if isinstance(content, dict):

@@ -27,7 +27,7 @@ def png_chunk(kind, content):
 
 
 def png(path, width, height, bits, data, kind=0):
-    """Write a PNG whose header says what it will; kinds are 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA."""
+    """Write a PNG with any header; `kind` is 0 for grey, 2 for RGB, 4 for grey and alpha, 6 for RGBA."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
     end = png_chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(data)) + end)
@@ -35,7 +35,7 @@ def png(path, width, height, bits, data, kind=0):
 
 
 def fresh_module():
-    """The module of images, imported again."""
+    """The module `images`, imported afresh."""
     spec = importlib.util.spec_from_file_location("fresh", images.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -101,7 +101,7 @@ def test_all_decoders_of_jpeg_give_the_pixels_of_pillow(tmp_path, monkeypatch, m
 
 
 @pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError, AttributeError])
-def test_a_decoder_that_cannot_be_imported_is_not_there(monkeypatch, error):
+def test_a_decoder_that_cannot_be_imported_is_left_out(monkeypatch, error):
     real_import = builtins.__import__
 
     def without(name, *args, **kwargs):
@@ -145,7 +145,7 @@ def test_the_first_image_of_an_mpo_is_read(tmp_path):
 
 
 def ramp(bits, bands=1):
-    """[H, W, C] uint16 from 0 to 2 ** bits - 1: along x in the first band, along y in the second, and flat."""
+    """[H, W, C] uint16 from 0 to 2 ** bits - 1, rising along x in band 1 and along y in band 2, flat in the others."""
     y, x = np.mgrid[:40, :64]
     top = 2**bits - 1
     return np.stack([x * top // 63, y * top // 39, x * 0 + top // 4, y * 0 + 9, x * 0][:bands], axis=2).astype(
@@ -162,7 +162,7 @@ def tif(path, values, **options):
     return path
 
 
-def test_12_bits_are_scaled_alike_whatever_their_file(tmp_path):
+def test_12_bits_are_scaled_alike_in_all_formats(tmp_path):
     grey, colour = ramp(12), ramp(12, 3)
     files = {
         "a.png": Image.fromarray(grey[:, :, 0]),
@@ -202,7 +202,7 @@ def test_12_bits_are_scaled_alike_whatever_their_file(tmp_path):
         assert np.abs(pixels - wanted).max() <= 1, path.name  # the ends of the range are percentiles
         assert read_header(path) == (40, 64, 1)
         np.testing.assert_array_equal(open_image(path)[3:7, 5:30], pixels[3:7, 5:30])
-        if path.name[0] < "p":  # in the same units
+        if path.name[0] < "p":  # the others have different units
             exact = read_image(path, (0, 4095))
             np.testing.assert_array_equal(exact, wanted, path.name)
             half = read_image(path, (0, 8190))
@@ -240,7 +240,7 @@ def test_8_bits_stay_as_they_are_in_any_range(tmp_path):
     np.testing.assert_array_equal(read_image(path, (0, 9)), GRADIENT)
 
 
-def test_missing_pixels_are_black_and_change_no_range(tmp_path):
+def test_missing_pixels_become_black_and_do_not_affect_the_range(tmp_path):
     values = ramp(12)[:, :, 0].astype(np.float32)
     for missing, tags in ((np.nan, ()), (-9999, ()), (-3.4e38, ()), (77777.1, [(42113, 2, 0, "77777.1", True)])):
         holes = values.copy()
@@ -250,7 +250,7 @@ def test_missing_pixels_are_black_and_change_no_range(tmp_path):
         assert np.abs(pixels[9:, :, 0] - values[9:] * (255 / 4095)).max() < 1.5, missing
     values[0, :2] = np.inf, -np.inf
     assert read_image(tif(tmp_path / "a.tif", values))[0, :3, 0].tolist() == [255, 0, 8]
-    for constant in (0, 7, -2.5, np.nan):  # neither fails nor is bright or dark by chance
+    for constant in (0, 7, -2.5, np.nan):  # must not fail, nor amplify rounding
         pixels = read_image(tif(tmp_path / "a.tif", np.full((9, 9), constant, np.float32)))
         assert len(np.unique(pixels)) == 1
 
@@ -267,7 +267,7 @@ def test_missing_pixels_are_black_and_change_no_range(tmp_path):
         ([(280, 3, 1, 60000, True), (281, 3, 1, 65000, True)], None),  # all would be black
     ],
 )
-def test_the_range_that_a_file_declares_goes_first_unless_it_hides_the_image(tmp_path, tags, expected):
+def test_a_declared_range_is_used_unless_it_hides_the_image(tmp_path, tags, expected):
     path = tif(tmp_path / "a.tif", ramp(12), extratags=tags)
     low, high = choose_pixel_range([path])["uint16"]
     assert (low, high) == expected if expected else (0 <= low < 10 and 4085 < high <= 4095)
@@ -287,7 +287,7 @@ def test_png_and_pgm_declare_their_bits(tmp_path):
     assert choose_pixel_range([tmp_path / "a.png"]) == declared
 
 
-def test_a_data_set_has_one_range_whatever_its_images(tmp_path, caplog):
+def test_images_of_one_type_share_one_range(tmp_path, caplog):
     caplog.set_level("INFO")
     for index, name in enumerate(("a.tif", "b.tif", "c.png")):
         Image.fromarray(ramp(12)[:, :, 0] // (1 + index)).save(tmp_path / name)
@@ -313,7 +313,7 @@ def test_a_data_set_has_one_range_whatever_its_images(tmp_path, caplog):
         assert data.pixel_range == (5, 6)
 
 
-def test_each_type_has_its_own_range_so_that_none_is_black(tmp_path):
+def test_each_type_has_its_own_range(tmp_path):
     grey = ramp(12)[:, :, 0]
     values = {"a.tif": grey, "b.tif": grey / np.float32(4095), "c.tif": grey.astype(np.int32) * 1000}
     for name, array in values.items():
@@ -389,7 +389,7 @@ def test_a_damaged_deep_tiff_is_one_error(tmp_path, monkeypatch, damage, compres
         open_image(path)[:, :]
 
 
-def test_what_tifffile_needs_another_package_for_says_so(tmp_path):
+def test_a_compression_that_needs_imagecodecs_says_so(tmp_path):
     path = tif(tmp_path / "a.tif", ramp(12, 5), photometric="minisblack")
     with tifffile.TiffFile(path, mode="r+b") as file:
         file.pages.first.tags["Compression"].overwrite(5)  # LZW, of five bands
@@ -541,7 +541,7 @@ def test_images_of_a_folder_are_listed_by_path_without_suffix(tmp_path):
 
 
 @pytest.mark.parametrize("read", [read_image, read_header])
-def test_what_an_image_is_instead_is_said_without_objects_of_python(tmp_path, read):
+def test_errors_describe_broken_images_without_python_objects(tmp_path, read):
     (tmp_path / "page.jpg").write_text("<html>404</html>")
     with pytest.raises(UserError) as error:
         read(tmp_path / "page.jpg")
@@ -574,7 +574,7 @@ def test_pillow_does_not_warn_of_images_that_are_read(tmp_path):
         ("images/p1.png", "images/p2.png", "images/p2.png' does not exist"),
     ],
 )
-def test_a_missing_image_is_answered_with_the_one_of_nearly_the_same_name(tmp_path, there, listed, hint):
+def test_the_error_about_a_missing_image_suggests_one_with_nearly_the_same_name(tmp_path, there, listed, hint):
     path = tmp_path / there
     path.parent.mkdir(parents=True, exist_ok=True)
     save(GRADIENT, path)

@@ -1,4 +1,4 @@
-"""The layouts of many tools, drawn as they write them: each is read with the same boxes and classes."""
+"""The layouts of many tools, written as the tools write them: each is read with the same boxes and classes."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def write(path, text):
 
 
 def found(dataset):
-    """The boxes of each image, with their classes by name; and each image can be opened."""
+    """The boxes of each image, with the names of their classes; also checks that each image can be opened."""
     boxes = {}
     for index in range(len(dataset)):
         assert dataset[index]["img"].shape == (HEIGHT, WIDTH, 3)
@@ -271,7 +271,7 @@ def test_a_layout_is_read_with_its_boxes_and_classes(tmp_path, layout):
     ("layout", "read"),
     [(coco, CocoDataset), (voc, VOCDataset), (voc_of_roboflow, VOCDataset), (yolo, YoloDataset)],
 )
-def test_a_wrong_name_of_a_set_lists_those_that_are_there(tmp_path, layout, read):
+def test_an_unknown_set_is_an_error_that_lists_the_sets(tmp_path, layout, read):
     layout(tmp_path)
     with pytest.raises(UserError, match=r"has no set named 'test'; its sets are: '(train|train2017)'"):
         read(tmp_path, "test")
@@ -285,7 +285,7 @@ def test_a_wrong_name_of_a_set_lists_those_that_are_there(tmp_path, layout, read
         (YoloDataset, "images/train"),
     ],
 )
-def test_another_layout_is_refused_with_what_was_found_and_what_reads_it(tmp_path, read, wanted):
+def test_a_folder_in_another_layout_is_an_error_that_names_the_flags_to_read_it(tmp_path, read, wanted):
     for name in ("sub/a.csv", "c.csv"):
         write(tmp_path / name, "")
     write(tmp_path / "b.md", "")
@@ -299,7 +299,7 @@ def test_another_layout_is_refused_with_what_was_found_and_what_reads_it(tmp_pat
 @pytest.mark.parametrize(
     ("read", "write_annotations"), [(VOCDataset, write_voc), (YoloDataset, write_yolo)], ids=["voc", "yolo"]
 )
-def test_a_folder_without_sets_is_divided_by_the_names_of_its_images(tmp_path, monkeypatch, read, write_annotations):
+def test_a_folder_without_sets_is_split_by_the_names_of_its_images(tmp_path, monkeypatch, read, write_annotations):
     monkeypatch.setitem(globals(), "BOXES", {f"image{number}": BOXES["a"] for number in range(20)})
     draw(tmp_path, BOXES)
     write_annotations(tmp_path)

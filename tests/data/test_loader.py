@@ -52,9 +52,9 @@ def test_a_batch_without_boxes_has_one_row_of_padding():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_images_of_one_batch_are_all_normalised_or_none(tmp_path, workers):
+def test_normalised_and_other_images_in_one_batch_are_an_error(tmp_path, workers):
     half = CSVDataset(*write_csv_data(tmp_path), lambda sample: Normalizer()(sample) if sample["index"] else sample)
-    with pytest.raises(UserError, match=r"images of one batch are torch\.float32 and torch\.uint8: normalise all"):
+    with pytest.raises(UserError, match=r"images of one batch are torch\.float32 and torch\.uint8; normalise all"):
         list(make_loader(half, 2, workers))
 
 
@@ -104,7 +104,7 @@ def test_a_loader_draws_from_the_sampler(data):
     assert len(loader) == 2 and set(drawn) == {(0, 1), (1, 0)}
 
 
-def test_a_worker_reads_what_this_process_reads(data):
+def test_a_worker_reads_the_same_as_this_process(data):
     (here,), (there,) = list(make_loader(data, 2)), list(make_loader(data, 2, workers=1))
     assert torch.equal(here["img"], there["img"]) and torch.equal(here["annot"], there["annot"])
     assert here["size"] == there["size"] and here["scale"] == there["scale"]
@@ -149,7 +149,7 @@ def test_a_training_loader_leaves_the_global_generators_alone():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 9])
-def test_processes_share_the_batches_of_one_for_detection(monkeypatch, world_size):
+def test_processes_share_the_batches_of_a_single_process_for_detection(monkeypatch, world_size):
     data = Noise([1.0] * 10)
     alone = [batch["index"] for batch in make_loader(data, 2)]
     monkeypatch.setattr(loaders, "get_world_size", lambda: world_size)
@@ -157,7 +157,7 @@ def test_processes_share_the_batches_of_one_for_detection(monkeypatch, world_siz
     for rank in range(world_size):
         monkeypatch.setattr(loaders, "get_rank", lambda rank=rank: rank)
         shares += [batch["index"] for batch in make_loader(data, 2)]
-    assert sorted(shares) == alone  # each image once, and in the same company
+    assert sorted(shares) == alone  # each image once, in the same batches
 
 
 def test_a_dead_worker_is_explained(data):
@@ -185,7 +185,7 @@ def test_a_data_set_with_its_transforms_can_be_sent_to_a_worker(data):
 
 @pytest.fixture
 def worker(data, monkeypatch):
-    """The batches of a loader of one worker, and that worker."""
+    """The batches of a loader with one worker, and that worker's process."""
     monkeypatch.setattr(loaders, "WAIT", 0.1)
     others = multiprocessing.active_children()
     batches = iter(make_loader(data, 1, workers=1))
@@ -202,7 +202,7 @@ def test_a_signal_to_the_whole_job_does_not_end_a_worker(worker):
     assert process.is_alive() and next(batches)["index"] == [1]
 
 
-def test_a_worker_that_was_stopped_goes_on(monkeypatch):
+def test_a_stopped_worker_is_resumed(monkeypatch):
     monkeypatch.setattr(loaders, "WAIT", 0.1)
     batches = iter(make_loader(Noise([1.0] * 9), 1, workers=1))
     for process in multiprocessing.active_children():
@@ -210,7 +210,7 @@ def test_a_worker_that_was_stopped_goes_on(monkeypatch):
     assert [batch["index"] for batch in batches] == [[index] for index in range(9)]
 
 
-def test_a_loader_that_gives_nothing_says_what_it_reads(data, monkeypatch):
+def test_a_loader_that_times_out_says_what_it_reads(data, monkeypatch):
     monkeypatch.setattr(loaders, "WAIT", 0.1)
     monkeypatch.setattr(loaders, "MAX_WAITS", 3)
     monkeypatch.setattr(CSVDataset, "load_image", lambda *_: time.sleep(2))
@@ -220,8 +220,8 @@ def test_a_loader_that_gives_nothing_says_what_it_reads(data, monkeypatch):
         next(iter(loader))
 
 
-def test_a_worker_that_is_asked_to_end_ends(worker):
-    """One that did not would keep the whole program from ending."""
+def test_a_worker_can_be_terminated(worker):
+    """Otherwise the whole program could not end."""
     _, process = worker
     process.terminate()
     process.join(timeout=10)
@@ -229,7 +229,7 @@ def test_a_worker_that_is_asked_to_end_ends(worker):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_repeats_of_an_image_are_augmented_in_their_own_way(workers):
+def test_repeats_of_an_image_are_augmented_differently(workers):
     data = ShapesDataset(4, seed=1, transform=Compose([RandomCrop(0.3), Resizer(32, 64)]))
     data.annotations[:, 4] = data.image_index == 0  # a class of image 0 alone: sqrt(0.5 / 0.25) = 1.4
     sampler = AspectRatioBasedSampler(data, 5, seed=2, balance=0.5)

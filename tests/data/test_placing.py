@@ -17,11 +17,11 @@ from retinanet.errors import UserError
 from retinanet.process import log
 
 WIDTH, HEIGHT = 120, 80
-BOX = (10, 20, 50, 30)  # of a white rectangle in the image as it was annotated, 120 wide and 80 high
+BOX = (10, 20, 50, 30)  # of a white rectangle in the image as annotated
 
 
 def draw(path, orientation=1, factor=1, size=(HEIGHT, WIDTH), box=BOX, kind="PNG"):
-    """A file that holds the annotated image, scaled by a factor, with an EXIF orientation."""
+    """Save the annotated image, scaled by a factor, with an EXIF orientation."""
     pixels = np.zeros((*size, 3), np.uint8)
     pixels[box[1] : box[3], box[0] : box[2]] = 255
     image = Image.fromarray(pixels).resize((round(size[1] * factor), round(size[0] * factor)), Image.Resampling.NEAREST)
@@ -29,15 +29,15 @@ def draw(path, orientation=1, factor=1, size=(HEIGHT, WIDTH), box=BOX, kind="PNG
 
 
 def write_coco(root, entries, boxes=(BOX,)):
-    """A COCO set of images (width, height) in `root`/train, each with boxes x1, y1, x2, y2."""
+    """Write the annotation file of images with sizes (width, height), each with boxes x1, y1, x2, y2."""
     (root / "annotations").mkdir(parents=True, exist_ok=True)
-    pictures = [{"id": n + 1, "file_name": f"{n}.png", "width": w, "height": h} for n, (w, h) in enumerate(entries)]
+    images = [{"id": n + 1, "file_name": f"{n}.png", "width": w, "height": h} for n, (w, h) in enumerate(entries)]
     annotations = [
         {"id": 10 * n + k, "image_id": n + 1, "category_id": 1, "bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": 0}
         for n in range(len(entries))
         for k, (x1, y1, x2, y2) in enumerate(boxes, start=1)
     ]
-    content = {"categories": [{"id": 1, "name": "thing"}], "images": pictures, "annotations": annotations}
+    content = {"categories": [{"id": 1, "name": "thing"}], "images": images, "annotations": annotations}
     (root / "annotations" / "instances_train.json").write_text(json.dumps(content))
 
 
@@ -47,7 +47,7 @@ def white_box(image):
 
 
 def assert_boxes_fit(data):
-    """Each sample's box is where the white rectangle is; and so are the annotations and COCO's ground truth."""
+    """Check that samples, annotations and COCO's ground truth have their boxes where the white rectangle is."""
     for index in range(len(data)):
         sample, box = data[index], white_box(data[index]["img"])
         assert sample["annot"][0, :4].tolist() == box == data.load_annotations(index)[0, :4].tolist()
@@ -66,17 +66,17 @@ def test_the_boxes_of_all_orientations_are_turned_as_the_image_is(tmp_path, kind
     assert_boxes_fit(data)
     assert data.report.counts == {"turned boxes": 7} and data.image_sizes[5].tolist() == [WIDTH, HEIGHT]
     assert "(7 times; this is the first)" in data.report.text(["turned boxes"])
-    assert checks.check_dataset(data, "headers").counts == {"turned boxes": 7}  # once
+    assert checks.check_dataset(data, "headers").counts == {"turned boxes": 7}  # not turned again
 
 
-def test_an_upright_declaration_leaves_boxes_as_they_are(tmp_path):
+def test_boxes_stay_if_the_upright_size_is_declared(tmp_path):
     (tmp_path / "train").mkdir()
     for index, orientation in enumerate((6, 8, 3)):
         draw(tmp_path / "train" / f"{index}.png", orientation)
     write_coco(tmp_path, [(HEIGHT, WIDTH), (HEIGHT, WIDTH), (WIDTH, HEIGHT)])
     data = CocoDataset(tmp_path, "train")
     assert data.load_annotations(0)[0, :4].tolist() == list(BOX) == data.load_annotations(2)[0, :4].tolist()
-    assert data.report.counts == {"EXIF rotation": 1}  # of orientation 3, whose size tells nothing
+    assert data.report.counts == {"EXIF rotation": 1}  # orientation 3 does not show in the size
 
 
 @pytest.mark.parametrize(("orientation", "factor"), [(1, 0.5), (1, 2), (8, 0.5)])
@@ -90,15 +90,15 @@ def test_the_boxes_of_resized_images_are_scaled(tmp_path, orientation, factor):
 
 
 def placed(declared, sizes, boxes, orientations=None):
-    """The placement of images with one box each."""
+    """The placement of images with one box each: the images of each kind, and the moved boxes."""
     orientations = np.ones(len(sizes), int) if orientations is None else np.array(orientations)
     index = np.arange(len(boxes))
     affine, found = find_placement(np.array(declared), np.array(sizes), orientations, np.array(boxes, float), index)
     return found, move(np.array(boxes, float), affine).tolist()
 
 
-def test_boxes_that_fit_the_file_alone_speak_against_the_declared_size():
-    # The tool declared the size of the file, and drew on the upright image: one box shows it, for both.
+def test_boxes_that_fit_only_the_file_outweigh_the_declared_size():
+    # The tool declared the size of the file, but drew on the upright image: one box shows this for both images.
     found, boxes = placed([[80, 120]] * 2, [[120, 80]] * 2, [[5, 90, 30, 118], [5, 5, 30, 30]], [6, 6])
     assert (
         not found["turned boxes"].any() and found["declared size"].all() and boxes == [[5, 90, 30, 118], [5, 5, 30, 30]]
@@ -109,7 +109,7 @@ def test_boxes_that_fit_the_file_alone_speak_against_the_declared_size():
     assert not found["scaled boxes"].any() and found["declared size"].all() and boxes == [[5, 5, 90, 90]]
 
 
-def test_a_pixel_of_rounding_is_no_resize_and_still_the_same_aspect():
+def test_a_difference_of_one_pixel_is_rounding():
     found, boxes = placed([[100, 201], [333, 500]], [[100, 200], [166, 250]], [[0, 0, 200, 100], [100, 100, 500, 300]])
     assert found["scaled boxes"].tolist() == [False, True] and found["declared size"].tolist() == [True, False]
     np.testing.assert_allclose(boxes[1], [50, 100 * 166 / 333, 250, 300 * 166 / 333])
@@ -126,7 +126,7 @@ def test_boxes_that_fit_only_another_shape_are_fatal(tmp_path):
     assert np.flatnonzero(data.misfit).tolist() == [0]
 
 
-def test_what_the_sample_of_headers_misses_is_moved_when_it_is_read(tmp_path, monkeypatch):
+def test_boxes_that_the_sample_of_headers_misses_are_moved_when_read(tmp_path, monkeypatch):
     monkeypatch.setattr(placing, "SOME_IMAGES", 2)  # the first and the last
     (tmp_path / "train").mkdir()
     for index, factor in enumerate((1, 0.5, 1, 1)):
@@ -146,7 +146,7 @@ def test_what_the_sample_of_headers_misses_is_moved_when_it_is_read(tmp_path, mo
     assert data.load_annotations(1)[0].tolist() == [5, 10, 25, 15, 0]
 
 
-def test_one_differing_header_of_the_sample_makes_all_be_read(tmp_path, monkeypatch):
+def test_all_headers_are_read_if_one_of_the_sample_differs(tmp_path, monkeypatch):
     monkeypatch.setattr(placing, "SOME_IMAGES", 2)
     (tmp_path / "train").mkdir()
     for index in range(4):
@@ -156,7 +156,7 @@ def test_one_differing_header_of_the_sample_makes_all_be_read(tmp_path, monkeypa
     assert data.report.counts == {"scaled boxes": 4}
 
 
-def test_programs_agree_about_turned_boxes_and_converted_ones_need_no_turn(tmp_path, capsys, caplog, monkeypatch):
+def test_programs_agree_about_turned_boxes_and_convert_writes_them_upright(tmp_path, capsys, caplog, monkeypatch):
     (tmp_path / "train").mkdir()
     for index in range(2):
         draw(tmp_path / "train" / f"{index}.png", orientation=6)
@@ -179,7 +179,7 @@ def test_programs_agree_about_turned_boxes_and_converted_ones_need_no_turn(tmp_p
     assert train.main(["--dataset", "coco", *common, "--strict", "--out_dir", str(tmp_path / "run")]) == 1
 
 
-def test_images_are_left_out_with_all_that_is_theirs(tmp_path):
+def test_images_are_left_out_with_everything_that_belongs_to_them(tmp_path):
     (tmp_path / "train").mkdir()
     for index in (0, 2):
         draw(tmp_path / "train" / f"{index}.png", orientation=6)

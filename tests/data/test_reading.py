@@ -34,7 +34,7 @@ def test_the_bytes_that_are_read_are_bounded(tmp_path, monkeypatch):
             read(tmp_path / "a.txt")
 
 
-def test_pipes_in_place_of_files_are_errors_of_a_data_set(tmp_path):
+def test_data_sets_refuse_pipes_instead_of_files(tmp_path):
     for name in ("data.csv", "image.png"):
         os.mkfifo(tmp_path / name)
     (tmp_path / "classes.csv").write_text("car,0\n")
@@ -45,7 +45,7 @@ def test_pipes_in_place_of_files_are_errors_of_a_data_set(tmp_path):
     assert report.errors() == ["missing image"]
 
 
-def test_a_class_list_is_one_name_a_line(tmp_path):
+def test_a_class_list_has_one_name_per_line(tmp_path):
     path = tmp_path / "classes.txt"
     assert read_class_list(path) is None
     path.write_text("\ufeffcar\n traffic light \n\n")
@@ -54,13 +54,13 @@ def test_a_class_list_is_one_name_a_line(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match="one class name per line, without repeats"):
             read_class_list(path)
-    path.write_text("car\n\nbus\n")  # which shifts the classes after it, or not: tools differ
+    path.write_text("car\n\nbus\n")  # tools differ on whether a blank line counts
     with pytest.raises(UserError, match=r"classes\.txt:2: is blank"):
         read_class_list(path)
 
 
 def kept(*boxes, labels=None, image_index=None):
-    """Which boxes stay, and what was reported."""
+    """Which boxes are kept, and the report."""
     report, number = Report(), len(boxes)
     labels = np.zeros(number, int) if labels is None else np.array(labels)
     image_index = np.zeros(number, int) if image_index is None else np.array(image_index)
@@ -70,17 +70,17 @@ def kept(*boxes, labels=None, image_index=None):
     return mask.tolist(), report
 
 
-def test_bad_boxes_are_told_apart():
+def test_each_kind_of_bad_box_is_recognised():
     good = (1, 1, 5, 5)
     mask, report = kept(good, (5, 1, 1, 5), (1, 1, 1, 5), (1, 1, 1.5, 5), (np.nan, 1, 5, 5), (0, 0, 1e7, 5), good)
     assert mask == [True] + [False] * 6
     assert report.counts == {"not finite": 2, "inverted box": 1, "sub-pixel box": 2, "duplicate box": 1}
     mask, report = kept(good, good, good, labels=[0, 1, -1], image_index=[0, 0, 0])
-    assert mask == [True, True, False] and report.counts == {}  # -1: a class that is reported elsewhere
+    assert mask == [True, True, False] and report.counts == {}  # -1: an unknown class, which is reported elsewhere
     assert kept(good, good, image_index=[0, 1])[0] == [True, True]
 
 
-def test_fractions_in_place_of_pixels_are_fatal_where_all_are_and_a_guess_otherwise():
+def test_fractions_instead_of_pixels_are_fatal_if_all_are_and_a_guess_otherwise():
     fractions = [(0.1, 0.1, 0.5, 0.5 + n / 10) for n in range(5)]
     mask, report = kept(*fractions, (0, 0, 1.001, 1))
     assert report.errors() == ["looks normalised"] and "6 of 6 boxes, such as 0.1,0.1,0.5,0.5" in report.text(

@@ -44,14 +44,14 @@ def test_a_kind_of_problem_needs_a_policy():
         Report().add("no such kind", "x", "y")
 
 
-def test_messages_from_files_are_short_and_printable():
+def test_messages_that_quote_files_are_short_and_printable():
     for value in ("x" * 10_000, "\ud800", "a\nb", b"\0" * 999, [[["deep"] * 99] * 99] * 99):
         text = shown(value)
         assert len(text) < 1000 and text.isprintable()
         text.encode()
 
 
-def test_problems_of_one_cause_are_one_line_with_their_count():
+def test_problems_are_grouped_by_cause_with_their_count():
     report = Report()
     names = ["first"] * 30 + ["second"] + ["first"] * 5
     report.add_rows("unknown class", range(36), str, lambda row: f"class {names[row]}", lambda row: names[row])
@@ -82,7 +82,7 @@ def test_more_causes_than_examples_are_counted_and_messages_are_written_once_a_c
     assert [problem.count for problem in report.examples["missing image"]] == [1, 15, *[1] * 14]
 
 
-def test_what_may_be_skipped_is_listed_completely_and_not_fatal():
+def test_skippable_problems_are_all_listed_and_not_fatal():
     report = Report(skip_bad=True)
     report.add_rows("inverted box", range(30), lambda row: f"line {row}", lambda row: f"bad {row}")
     report.add_rows("missing image", range(30, 60), lambda row: f"line {row}", lambda _: "gone", lambda _: "folder")

@@ -33,20 +33,20 @@ def test_length_is_the_number_of_batches(batch_size, drop_last):
     assert len(list(sampler)) == len(sampler)
 
 
-def test_every_epoch_groups_anew_though_batches_are_of_similar_shape():
+def test_every_epoch_has_other_batches():
     sampler = AspectRatioBasedSampler(Ratios([1.0] * 40), 4)  # the original: the same groups for ever
     assert not as_sets(sampler) & as_sets(sampler)
 
 
 @pytest.mark.parametrize("step", [{"batch_size": 4}, {"batch_size": 2, "accumulate": 16}])  # the latter: the last step
-def test_batches_are_of_similar_shape(step):
+def test_the_images_of_a_batch_have_similar_shapes(step):
     data = Ratios([0.5, 2.0] * 8)
     batches = list(AspectRatioBasedSampler(data, **step))
     assert all(len({data.image_aspect_ratio(index) for index in batch}) == 1 for batch in batches)
     assert sorted(index for batch in batches for index in batch) == list(range(16))
 
 
-def test_batches_of_all_shapes_come_at_all_times():
+def test_batches_of_all_shapes_are_spread_over_the_epoch():
     sampler = AspectRatioBasedSampler(Ratios(np.linspace(0.5, 2, 40)), 4)
     first = [min(next(iter(sampler))) for _ in range(20)]
     assert len(set(first)) > 5
@@ -120,7 +120,7 @@ def test_an_epoch_can_start_in_its_middle(accumulate):
 
 
 def shelf():
-    """100 images, the last two of them empty: a in all others, b in four, c in one, which has two of it."""
+    """100 images: class a is in all but the last two, b is in four, and c is twice in one; the last two are empty."""
     rows = [(image, 0) for image in range(98)] + [(image, 1) for image in (0, 1, 2, 3)] + [(3, 2), (3, 2)]
     data = in_memory([[0, 0, 5, 5, label] for _, label in rows], [image for image, _ in rows], 100, ("a", "b", "c"))
     data.known_sizes[:] = 50, 100
@@ -144,7 +144,7 @@ def test_classes_are_seen_as_often_as_their_factors_say():
     for count in counts:
         np.add.at(count, np.concatenate(list(sampler)), 1)
     assert (counts.sum(axis=1) == 104).all() and len(sampler) == 26
-    # 4 repeats are drawn for 3.5: each is rounded to a neighbour of 4 / 3.5 times its share.
+    # 4 repeats are drawn where the factors ask for 3.5, so each image is repeated 4 / 3.5 times as often.
     assert set(counts[:, 0]) <= {1, 2} and set(counts[:, 3]) <= {3, 4} and (counts[:, 4:] == 1).all()
     expected = 1 + np.array([0.5, 0.5, 0.5, 2]) * 4 / 3.5
     assert np.abs(counts[:, :4].mean(axis=0) - expected).max() < 0.1  # 4 standard deviations

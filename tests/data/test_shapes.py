@@ -29,7 +29,7 @@ def test_all_images_of_all_seeds_differ():
     assert len(set(images)) == 12
 
 
-def test_more_images_leave_the_first_as_they_are():
+def test_a_larger_set_starts_with_the_same_images():
     few, many = ShapesDataset(2, seed=3, size=48), ShapesDataset(4, seed=3, size=48)
     np.testing.assert_array_equal(few.images, many.images[:2])
 
@@ -58,7 +58,7 @@ def test_the_share_of_ink_in_a_box_is_that_of_its_class():
     assert np.median(shares[2]) == pytest.approx(1 / 2, abs=0.03)  # triangle
 
 
-def test_a_image_holds_one_to_four_shapes_that_are_large_enough(drawn):
+def test_an_image_has_one_to_four_shapes_that_are_large_enough(drawn):
     assert {1, 3} <= {len(rows) for _, rows in drawn} <= {1, 2, 3, 4}
     for _, rows in drawn:
         assert (rows[:, 2:4] - rows[:, :2]).min() >= 64 // 5

@@ -23,14 +23,14 @@ def test_tiles_cover_the_image_and_overlap_enough(height, width, overlap):
         assert (np.diff(starts) <= 512 - 512 * overlap).all()
 
 
-def test_they_lie_row_by_row_and_the_last_is_shifted_inwards():
+def test_tiles_lie_row_by_row_and_the_last_is_shifted_inwards():
     expected = [[0, 0, 100, 100], [75, 0, 175, 100], [80, 0, 180, 100]]
     expected += [[0, 20, 100, 120], [75, 20, 175, 120], [80, 20, 180, 120]]
     assert Tiling(100).boxes(120, 180).tolist() == expected
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 15, 16_385, 100.0, "100", True, float("nan")])
-def test_impossible_tiles_are_named(wrong):
+def test_impossible_tiles_are_errors(wrong):
     with pytest.raises(UserError, match="tile must be a whole number of pixels from 16 to"):
         Tiling(wrong)
     with pytest.raises(UserError, match=r"tile_overlap must be a share from 0 to 0\.9"):
@@ -45,14 +45,12 @@ def test_batches_hold_the_pixels_of_the_tiles():
         assert batch["img"].shape[1:] == (3, 128, 128) and batch["scale"] == [1.0] * len(batch["tile"])
         for pixels, (x1, y1, x2, y2), size in zip(batch["img"], batch["tile"], batch["size"], strict=True):
             np.testing.assert_array_equal(pixels[:, : size[0], : size[1]].permute(1, 2, 0), image[y1:y2, x1:x2])
-    resized = Resizer(100, 100)(
-        {"img": image[:100, :100], "annot": np.zeros((0, 5))}
-    )  # which is what it does at scale 1
+    resized = Resizer(100, 100)({"img": image[:100, :100], "annot": np.zeros((0, 5))})  # which Resizer does at scale 1
     assert torch.equal(batches[0]["img"][0].permute(1, 2, 0), resized["img"])
 
 
 def visible(objects, tile, share):
-    """What a detector that finds all it sees gives, in the tile's pixels: all with that share of their area inside."""
+    """Boxes in a tile's pixels, and whether a perfect detector would find them: with at least `share` of their area."""
     x1, y1, x2, y2 = tile
     clipped = objects.clip([x1, y1, x1, y1], [x2, y2, x2, y2])
     areas = [(boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (clipped, objects)]
@@ -74,13 +72,13 @@ def merged(objects, labels, tiling, size, share=0.3, scores=None):
 
 
 def assert_once(found, objects, labels):
-    """Each object is found with its whole box; repeats, if any, are exact ones, which NMS removes."""
+    """Check that each object is found with its whole box; exact repeats are allowed, because NMS removes them."""
     _, found_labels, boxes = found
     rows = {(label, *box) for label, box in zip(found_labels.tolist(), boxes.tolist(), strict=True)}
     assert rows == {(label, *map(float, box)) for label, box in zip(labels, objects, strict=True)}
 
 
-# Tiles of 100 at 0, 75, 150, ...: all borders of x or y are at 75 and 100, 150 and 175, ...
+# Tiles of 100 pixels start at 0, 75, 150, ..., so in x and y their borders are at 75 and 100, 150 and 175, ...
 @pytest.mark.parametrize(
     "box",
     [
@@ -124,14 +122,14 @@ def test_a_cut_box_loses_to_the_whole_one_even_with_a_better_score():
 
 def test_half_an_object_that_looks_like_another_loses_to_the_whole_one():
     tiles = torch.tensor([[0, 0, 100, 100], [75, 0, 175, 100]]).float()
-    # The first tile takes the part for an object of another class, and for two; the second sees the whole.
+    # The first tile takes the cut object for one of another class, and for two objects; the second sees all of it.
     boxes = torch.tensor([[80.0, 20, 100, 40], [80, 20, 100, 40], [80, 20, 100, 27], [80, 20, 110, 40]])
     scores, labels = torch.tensor([0.8, 0.7, 0.6, 0.9]), torch.tensor([1, 0, 0, 0])
     index = torch.tensor([0, 0, 0, 1])
     assert merge_cut_boxes(scores, labels, boxes, index, tiles)[2].tolist() == [[80, 20, 110, 40]]
-    scores[0] = 0.95  # better than the whole one: who knows
+    scores[0] = 0.95  # better than the whole one, so both are kept
     assert merge_cut_boxes(scores, labels, boxes, index, tiles)[1].tolist() == [1, 0]
-    boxes[3] = torch.tensor([80, 20, 90, 40])  # a small object before a larger one, which no tile sees whole
+    boxes[3] = torch.tensor([80, 20, 90, 40])  # a small object in front of a larger one that no tile sees whole
     boxes[0], scores[0] = torch.tensor([60, 20, 100, 40]), 0.5
     assert len(merge_cut_boxes(*(values[[0, 3]] for values in (scores, labels, boxes, index)), tiles)[0]) == 2
 
@@ -146,7 +144,7 @@ def test_boxes_of_one_tile_are_never_joined():
 
 
 @pytest.mark.parametrize(("largest", "number"), [(25, 150), (60, 60), (180, 12)])
-def test_random_scenes_come_back_whole(largest, number):
+def test_the_objects_of_random_scenes_are_found_whole(largest, number):
     rng = np.random.default_rng(largest)
     objects = []
     while len(objects) < number:
@@ -217,7 +215,7 @@ def test_a_loader_gives_small_images_first_and_tiles_of_the_others():
     assert ["tile" in batch for batch in batches] == [False, True, True]
 
 
-def test_an_overview_is_the_image_made_smaller():
+def test_an_overview_is_the_reduced_image():
     image = gradient(300, 410)
     same, scale = overview(image, 410)
     assert scale == 1 and np.array_equal(same, image)

@@ -120,7 +120,7 @@ def test_half_of_all_samples_are_mirrored():
 
 
 def draw(transform, sample, quarters=0, **call):
-    """The transform's result where every flip happens and `quarters` is drawn."""
+    """The transform's result if every flip happens and `quarters` is drawn."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.random, "rand", lambda: 0.0)
         patch.setattr(np.random, "randint", lambda *bounds: quarters)
@@ -135,7 +135,7 @@ def draw(transform, sample, quarters=0, **call):
         ("horizontal", 0, [3, 0, 4, 2], [3, 2, 1, 0]),
         ("vertical", 0, [0, 0, 1, 2], [4, 5, 6, 7]),
         ("both", 0, [3, 0, 4, 2], [7, 6, 5, 4]),
-        ("none", 1, [0, 3, 2, 4], [3, 7]),  # anticlockwise: the left column becomes the lowest row
+        ("none", 1, [0, 3, 2, 4], [3, 7]),  # anticlockwise: the left column becomes the bottom row
         ("none", 2, [3, 0, 4, 2], [7, 6, 5, 4]),
         ("none", 3, [0, 0, 2, 1], [4, 0]),
         ("vertical", 1, [0, 3, 2, 4], [7, 3]),
@@ -151,7 +151,7 @@ def test_flips_and_turns_by_hand(flip, quarters, box, first_row):
 
 
 def painted(height, width, boxes):
-    """A black image with a rectangle of its own colour for each box [G, 4] of whole pixels, and its sample."""
+    """A sample with a black image, in which each box [G, 4] of whole pixels is a rectangle of its own colour."""
     image = np.zeros((height, width, 3), dtype=np.uint8)
     for number, (x1, y1, x2, y2) in enumerate(boxes):
         image[y1:y2, x1:x2] = (number + 1) * 50
@@ -160,7 +160,7 @@ def painted(height, width, boxes):
 
 
 def find(image, number):
-    """The box of a rectangle of `painted`, where pixels were only moved."""
+    """The box of a rectangle of `painted`, if pixels were only moved."""
     rows, columns = np.nonzero((np.asarray(image) == (number + 1) * 50).all(axis=2))
     return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
 
@@ -179,7 +179,7 @@ def test_rectangles_lie_where_the_boxes_say(flip, quarters, size):
 
 
 @pytest.mark.parametrize("quarters", range(4))
-def test_turns_are_numpys_and_exact_for_fractions_and_large_images(quarters):
+def test_turns_equal_numpys_and_are_exact(quarters):
     image, box = gradient(33, 8191), np.array([[10.25, 3.5, 8100.75, 30.125, 2]], dtype=np.float32)
     out = draw(Augmenter("none", rotate90=True), {"img": image, "annot": box}, quarters)
     np.testing.assert_array_equal(out["img"], np.rot90(image, quarters))
@@ -220,7 +220,7 @@ def test_images_one_pixel_wide(transform, size):
 
 
 def jittered(factor, sample, top=0, left=0, sides=(60, 64)):
-    """A sample of LargeScaleJitter where a factor and a place are drawn."""
+    """The result of LargeScaleJitter if this factor and place are drawn."""
     places = iter([top, left])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.random, "uniform", lambda low, high: factor)
@@ -238,13 +238,14 @@ def test_a_larger_image_is_cropped_by_hand():
     out = jittered(2, sample, top=16, left=25)
     assert tuple(out["img"].shape) == (64, 64, 3) and out["size"] == (64, 64) and out["scale"] == 2 * 0.5
     np.testing.assert_array_equal(out["img"], sample["img"][16:80, 25:89])
-    # 1 lies left of the crop. Of 2, a tenth is exceeded: 19 x 10 of 30 x 30. Of 3, 3 / 28 is left, of 4, a sixth: 1 px.
+    # Box 1 lies left of the crop. Left of box 2 is 19 x 10 of 30 x 30, more than a tenth; of box 3, 3 / 28; of box 4, a
+    # sixth, 1 px.
     assert out["annot"].tolist() == [[5, 4, 35, 34, 0], [45, 54, 64, 64, 2], [0, 24, 3, 44, 3], [0, 4, 1, 44, 4]]
     assert out["annot"].dtype == np.float32
 
 
-def test_a_tiny_rest_is_dropped():
-    boxes = [[0, 0, 30, 10], [0, 20, 29, 30]]  # beyond x = 27: 3 / 30, which stays; 2 / 29, which does not
+def test_a_box_with_too_little_of_its_area_left_is_dropped():
+    boxes = [[0, 0, 30, 10], [0, 20, 29, 30]]  # right of x = 27: 3 / 30, which is kept; 2 / 29, which is dropped
     out = jittered(2, painted(120, 120, boxes), left=27)
     assert out["annot"].tolist() == [[0, 0, 3, 10, 0]]
 
@@ -297,7 +298,7 @@ def test_boxes_of_whole_numbers_are_not_rounded():
     np.testing.assert_array_equal(out["annot"], jittered(0.5, sample)["annot"])
 
 
-def test_a_factor_costs_no_memory():
+def test_memory_does_not_grow_with_the_factor():
     out = jittered(1e6, sample_of(), top=10, left=10)
     assert out["img"].shape == (64, 64, 3)
 
@@ -393,7 +394,7 @@ def test_resizing_equals_pillow(min_side):
     assert np.abs(out["img"][:height, :width].numpy() - expected).max() <= 1
 
 
-def test_the_rest_is_padded_with_the_mean_colour():
+def test_padding_has_the_mean_colour():
     out = Resizer(min_side=60, max_side=160)(sample_of(48, 64))  # 60 x 80 in 64 x 96
     mean = pad_value(torch.uint8)
     assert (out["img"][60:] == mean).all() and (out["img"][:, 80:] == mean).all()
@@ -464,7 +465,7 @@ def test_the_dtype_is_kept(transform, dtype):
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_an_image_without_boxes_passes(transform):
+def test_an_image_without_boxes_is_accepted(transform):
     assert tuple(transform(sample_of(boxes=[]))["annot"].shape) == (0, 5)
 
 
@@ -519,7 +520,7 @@ def test_colour_jitter_changes_colours_alone():
     assert np.abs(ColourJitter(0.0)(sample)["img"].astype(int) - sample["img"]).max() <= 2  # by rounding
 
 
-def test_colour_jitter_would_cut_off_normalised_pixels():
+def test_colour_jitter_refuses_normalised_pixels():
     with pytest.raises(SampleError, match="img must be uint8"):
         ColourJitter(0.4)(Normalizer()(sample_of()))
 
@@ -531,7 +532,7 @@ def test_scale_jitter_draws_short_sides_from_its_range():
 
 
 @pytest.mark.parametrize("transform", [Resizer(32, 64), lambda sample: Augmenter()(sample, flip_x=1)])
-def test_views_with_negative_strides_are_taken(transform):  # such as a user's own flip leaves
+def test_views_with_negative_strides_are_accepted(transform):  # such as a user's own flip leaves
     image = np.random.randint(0, 256, (40, 50, 3), dtype=np.uint8)
     boxes = np.zeros((0, 5), dtype=np.float32)
     view, copy_of_it = (

@@ -15,7 +15,7 @@ av = pytest.importorskip("av", reason="NO TEST OF VIDEOS: pip install av")
 
 
 def square(image):
-    """Where the white square is: x, y."""
+    """x, y of the white square."""
     ys, xs = (image.min(axis=2) > 128).nonzero()
     return xs.min(), ys.min()
 
@@ -72,7 +72,7 @@ def test_a_written_clip_has_the_times_of_its_source(tmp_path, monkeypatch, encod
 
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
-def test_what_is_cut_off_is_read_as_far_as_it_goes_with_one_warning(tmp_path, caplog, name):
+def test_a_truncated_video_is_read_as_far_as_possible_with_one_warning(tmp_path, caplog, name):
     options = {"movflags": "+faststart"} if name == "a.mp4" else {}
     path = write_clip(tmp_path / name, range(0, 250, 10), noise=120, **options)  # 10 seconds
     truncate(path, 0.6)
@@ -95,7 +95,7 @@ def test_broken_packets_are_left_out_with_one_warning(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("content", [b"", b"no video\n" * 100, b"#EXTM3U\n#EXTINF:1,\nhttp://localhost/a.ts\n"])
-def test_what_is_no_video_is_named(tmp_path, content):
+def test_a_file_that_is_not_a_video_is_an_error_that_names_it(tmp_path, content):
     path = tmp_path / "a.mp4"
     path.write_bytes(content)
     with pytest.raises(FileError, match=r"a\.mp4: cannot be read as a video"):
@@ -110,7 +110,7 @@ def test_without_pyav_one_message_says_what_to_install(tmp_path, monkeypatch):
         Video(tmp_path / "a.mp4")
 
 
-def test_a_clip_that_cannot_be_written_is_named(tmp_path):
+def test_a_clip_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
     source = Video(write_clip(tmp_path / "a.mkv"))
     with (
         pytest.raises(UserError, match=r"b\.mp4: cannot be written"),
@@ -132,5 +132,5 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
     assert peaks[1] < 1.5 * peaks[0]
 
 
-def test_names_of_videos():
+def test_videos_are_recognised_by_name():
     assert is_video("a.MP4") and is_video("b.webm") and not is_video("a.gif") and not is_video("mp4")

@@ -11,12 +11,12 @@ OBJECT = """<object><name>{}</name><pose>Left</pose><difficult>{}</difficult>
 
 
 def describe(name, x1, y1, x2, y2, difficult=0):
-    """An object as VOC writes it: pixels from 1, the last one included; order of the tags at will."""
+    """An object as VOC writes it: pixels count from 1, the last one is included, tags come in any order."""
     return OBJECT.format(name, difficult, x2, x1, y2, y1)
 
 
 def write_voc(root, images, set_name="train", lines=None):
-    """`images`: name without ending -> objects."""
+    """Write a set in VOC's layout; `images`: name without suffix -> objects."""
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for name, objects in images.items():
@@ -38,7 +38,7 @@ def test_boxes_count_from_zero_and_end_after_the_last_pixel(tmp_path):
     assert data.image_sizes.tolist() == [[40, 60]]
 
 
-def test_a_tool_that_counts_from_zero_leaves_the_image_nowhere(tmp_path):
+def test_boxes_that_count_from_zero_stay_within_the_image(tmp_path):
     data = VOCDataset(write_voc(tmp_path, {"a": [describe("dog", 0, 0, 9.5, 20)]}))
     assert data.load_annotations(0)[:, :4].tolist() == [[0, 0, 9.5, 20]]
 
@@ -52,7 +52,7 @@ def test_difficult_boxes_are_kept_apart(tmp_path):
     assert data.load_difficult(1)[0, :4].tolist() == [0, 0, 10, 10]
 
 
-def test_sets_of_own_classes_agree_on_them(tmp_path):
+def test_sets_with_classes_other_than_vocs_agree_on_them(tmp_path):
     write_voc(tmp_path, {"a": [describe("wolf", 1, 1, 9, 9)]}, "train")
     write_voc(tmp_path, {"b": [describe("bear", 1, 1, 9, 9)]}, "val")
     for set_name, label in (("train", 1), ("val", 0)):
@@ -64,7 +64,7 @@ def test_sets_of_own_classes_agree_on_them(tmp_path):
     assert list(VOCDataset(tmp_path, "train").labels.values()) == ["wolf", "bear", "fox"]
 
 
-def test_a_set_of_vocs_classes_and_one_of_own_classes_agree_on_them(tmp_path):
+def test_a_set_with_vocs_classes_and_one_with_others_agree_on_them(tmp_path):
     write_voc(tmp_path, {"a": [describe("dog", 1, 1, 9, 9)]}, "train")
     write_voc(tmp_path, {"b": [describe("bear", 1, 1, 9, 9)]}, "val")
     assert VOCDataset(tmp_path, "train").labels == VOCDataset(tmp_path, "val").labels == {0: "bear", 1: "dog"}
@@ -119,7 +119,7 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path):
     with pytest.raises(UserError, match=r"has no set named 'test'; its sets are: 'train'"):
         VOCDataset(root, "test")
     (root / "Annotations" / "a.xml").unlink()
-    with pytest.raises(UserError, match=r"Annotations: 1 of the 1 images .* such as a\.png"):
+    with pytest.raises(UserError, match=r"Annotations: 1 of the 1 listed images, such as a\.png"):
         VOCDataset(root)
     (root / "JPEGImages" / "a.png").unlink()
     with pytest.raises(UserError, match=r"train\.txt: image 'a' does not exist in .*JPEGImages"):
@@ -148,7 +148,7 @@ def test_the_second_column_may_hold_anything(tmp_path, mark):
     assert VOCDataset(write_voc(tmp_path, {"a": []}, lines=f"a {mark}\n")).image_path(0).endswith("a.png")
 
 
-def test_two_images_of_one_name_matter_only_where_it_is_listed(tmp_path):
+def test_two_images_with_one_name_are_an_error_only_if_it_is_listed(tmp_path):
     root = write_voc(tmp_path, {"a": []})
     for ending in ("png", "bmp"):
         save(gradient(40, 60), root / "JPEGImages" / f"z.{ending}")
@@ -157,7 +157,7 @@ def test_two_images_of_one_name_matter_only_where_it_is_listed(tmp_path):
         VOCDataset(write_voc(tmp_path, {}, lines="a\nz\n"))
 
 
-def test_a_row_is_named_by_its_file_and_object(tmp_path):
+def test_messages_name_an_annotation_by_file_and_object(tmp_path):
     box = describe("dog", 1, 1, 9, 9)
     data = VOCDataset(write_voc(tmp_path, {"a": [box], "b": [describe("dog", 2, 2, 9, 9, "true"), box]}))
     assert data.annotation_name(1).endswith("b.xml: object 2") and len(data.difficult_annotations) == 1
@@ -185,7 +185,7 @@ def test_an_image_of_a_list_without_xml_has_no_objects_unless_most_have_none(tmp
     report = VOCDataset(root).report
     assert report.counts == {"no annotations": 2} and len(report.examples["no annotations"]) == 1
     (root / "Annotations" / "d.xml").unlink()
-    with pytest.raises(UserError, match=r"3 of the 4 images .* such as b\.png; .* without <object>"):
+    with pytest.raises(UserError, match=r"3 of the 4 listed images, such as b\.png, have .* without <object>"):
         VOCDataset(root)
 
 
@@ -203,7 +203,7 @@ def test_an_image_that_a_list_repeats_is_read_once(tmp_path):
     assert len(data) == 2 and data.report.counts == {"repeated image": 2}
 
 
-def test_one_cause_is_one_line(tmp_path):
+def test_problems_are_grouped_by_cause(tmp_path):
     objects = [describe("wolf", number, 1, number + 5, 9) for number in range(1, 9)]
     root = write_voc(tmp_path, {"a": objects, "b": [*objects, describe("fox", 1, 1, 9, 9)]}, lines="a\nb\nc\nd\n")
     with pytest.raises(DataError) as error:
@@ -238,6 +238,6 @@ def test_namespaces_and_letter_case_of_tags_and_floats_of_sizes_do_not_matter(tm
     assert data.declared_sizes.tolist() == [[0, 0]] and data.report.counts == {"declared size": 1}
 
 
-def test_digits_that_are_separated_are_no_number(tmp_path):
+def test_numbers_with_digit_separators_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"needs a bndbox of four numbers .*'5_0'"):
         VOCDataset(write_voc(tmp_path, {"a": [describe("dog", "5_0", 1, 60, 40)]}))

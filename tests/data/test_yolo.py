@@ -11,7 +11,7 @@ from retinanet.errors import UserError
 
 
 def write_yolo(root, texts, layout="images/train", names="cat\ndog\n"):
-    """Images of 40 x 80 pixels; `texts`: name without ending -> content of its text file, None for no file."""
+    """Write a set of 40 x 80 images; `texts`: name without suffix -> content of its text file, None for no file."""
     images = root / layout
     labels = root / layout.replace("images", "labels")
     images.mkdir(parents=True)
@@ -160,7 +160,7 @@ def test_text_files_without_an_image_are_reported(tmp_path):
         YoloDataset(root)
 
 
-def test_of_a_pose_its_box_is_taken(tmp_path):
+def test_the_box_of_a_pose_is_read(tmp_path):
     root = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.2 0.2 0.1 0.1 0.9 0.9\n"})
     for shape in ("[2, 2]", "\n- 2\n- 2"):
         (root / "data.yaml").write_text(f"names: [cat, dog]\nkpt_shape: {shape}\n")
@@ -179,7 +179,7 @@ def test_images_may_lie_in_folders(tmp_path):
     assert data.image_path(0).endswith("sub/a.png") and data.annotation_name(0).endswith("labels/train/sub/a.txt:1")
 
 
-def test_two_images_of_one_text_file_are_an_error(tmp_path):
+def test_two_images_with_one_text_file_are_an_error(tmp_path):
     root = write_yolo(tmp_path, {"a": None})
     save(gradient(40, 80), root / "images/train/._a.png")  # of macOS: no image of its own
     assert len(YoloDataset(root)) == 1
@@ -188,7 +188,7 @@ def test_two_images_of_one_text_file_are_an_error(tmp_path):
         YoloDataset(root)
 
 
-def test_yaml_names_are_texts_and_differ(tmp_path):
+def test_names_in_yaml_must_be_distinct_texts(tmp_path):
     pytest.importorskip("yaml")
     root = write_yolo(tmp_path, {"a": None}, names=None)
     (root / "data.yaml").write_text("names: [yes, 01, ~]\n")
@@ -209,7 +209,7 @@ BOX = "1 0.5 0.5 0.5 0.5\n"
         ("obj.names", "dog\ncat\n"),
     ],
 )
-def test_sources_that_name_other_classes_are_an_error_that_names_both(tmp_path, file, text):
+def test_sources_that_disagree_on_the_classes_are_an_error_that_names_both(tmp_path, file, text):
     pytest.importorskip("yaml")
     root = write_yolo(tmp_path, {"a": BOX})
     (root / file).write_text(text)
@@ -217,7 +217,7 @@ def test_sources_that_name_other_classes_are_an_error_that_names_both(tmp_path, 
         YoloDataset(root)
 
 
-def test_paths_of_yaml_are_followed_and_what_they_leave_out_is_named(tmp_path):
+def test_paths_in_yaml_are_followed_and_what_they_leave_out_is_reported(tmp_path):
     pytest.importorskip("yaml")
     root = write_yolo(tmp_path, {"a": BOX})
     write_yolo(tmp_path / "more", {"b": BOX, "c": BOX}, "images/site", names=None)
@@ -263,7 +263,7 @@ def test_a_list_names_each_image_once_and_missing_ones_together(tmp_path):
     ],
     ids=["digits", "number", "deep", "aliases"],
 )
-def test_hostile_yaml_is_one_message(tmp_path, text, message):
+def test_hostile_yaml_is_one_clear_error(tmp_path, text, message):
     pytest.importorskip("yaml")
     root = write_yolo(tmp_path, {"a": BOX})
     (root / "data.yaml").write_text(text)
@@ -279,19 +279,19 @@ def test_unknown_classes_are_counted_by_class(tmp_path):
     assert [problem.count for problem in error.value.report.examples["unknown class"]] == [8, 8, 8]
 
 
-def test_a_path_of_yaml_that_leads_nowhere_is_named(tmp_path, caplog):
+def test_a_path_in_yaml_that_does_not_exist_is_reported(tmp_path, caplog):
     pytest.importorskip("yaml")
     root = write_yolo(tmp_path, {"a": BOX})
     names = "names: [cat, dog]\n"
     (root / "data.yaml").write_text(f"train: [images/train, images/extrra]\n{names}")
     with pytest.raises(UserError, match=r"data\.yaml: 'images/extrra' of the set 'train' does not exist"):
         YoloDataset(root)
-    (root / "data.yaml").write_text(f"train: /home/someone/images/train\n{names}")  # of another machine
+    (root / "data.yaml").write_text(f"train: /home/someone/images/train\n{names}")  # on another computer
     with caplog.at_level("WARNING", logger="retinanet"):
         assert len(YoloDataset(root)) == 1
     assert "'/home/someone/images/train' of the set 'train' does not exist" in caplog.text
     (root / "data.yaml").write_text(f"train: images/train\nval: images/gone\n{names}")
-    assert len(YoloDataset(root)) == 1  # the set that is wanted
+    assert len(YoloDataset(root)) == 1  # val is not needed
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_class_lists_that_contradict_themselves_are_errors(tmp_path, file, text,
         YoloDataset(root)
 
 
-def test_digits_that_are_separated_are_no_number(tmp_path):
+def test_numbers_with_digit_separators_are_refused(tmp_path):
     with pytest.raises(DataError, match="expected numbers"):
         YoloDataset(write_yolo(tmp_path, {"a": "0 0.5 0.5 0.2_5 0.5\n"}))
 
