@@ -193,7 +193,7 @@ def _check_borders(dataset: DetectionDataset, report: Report) -> None:
     few, far = max(2, len(boxes) / 20), exceeds(boxes, limits)
     if far.sum() <= few:
         return
-    # Annotators may draw a box beyond the border, but hardly one that lies outside by more than half of its area.
+    # Annotators may draw a box beyond the border, but hardly one of which more than half of the area is outside.
     lost = sides.prod(axis=1) < (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) / 2
     readings = [("looks swapped", boxes[:, [1, 0, 3, 2]], "with x and y swapped: is y written first?")]
     if dataset.box_format == "xywh" and dataset.affine is None:

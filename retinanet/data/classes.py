@@ -21,7 +21,7 @@ def read_class_list(path: Path) -> list[str] | None:
         return None
     names = [line.strip() for line in read_text(path).rstrip().splitlines()]
     if "" in names:
-        raise UserError(f"{path}:{names.index('') + 1}: is blank, but line numbers are class ids; remove it")
+        raise UserError(f"{path}:{names.index('') + 1}: is blank, but the lines count the class ids; remove it")
     if not names or len(set(names)) < len(names):
         raise UserError(f"{path}: needs one class name per line, without repeats")
     return names

@@ -106,7 +106,7 @@ def check_areas(path: Path, truth: GroundTruth, report: Report) -> GroundTruth:
         "declared area",
         ~good & ~np.isnan(areas),
         lambda row: f"{path}: annotation {truth.ids[row]}",
-        lambda row: f"area {areas[row]:g} does not fit a box of {widths[row]:g} x {heights[row]:g}; the box's is used",
+        lambda row: f"area {areas[row]:g} does not fit a box of {widths[row]:g} x {heights[row]:g}, whose area is used",
     )
     return truth._replace(areas=np.where(good, areas, own))
 

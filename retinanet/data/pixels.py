@@ -16,7 +16,7 @@ import numpy as np
 from retinanet.errors import shown
 
 PixelRange = tuple[float, float]  # the values that become black and white
-PixelRanges = PixelRange | dict[str, PixelRange] | None  # one for all types, or one for each named type
+PixelRanges = PixelRange | dict[str, PixelRange] | None  # one for all types, or by type; other types have their own
 
 PERCENTILES = 0.1, 99.9
 SAMPLE_SIDE = 256  # pixels that are sampled along an image's shorter side, at most

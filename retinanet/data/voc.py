@@ -41,8 +41,8 @@ class VOCDataset(DetectionDataset):
             or, without lists, a folder `<set_name>` with images and XML files for each set; or all files, without sets.
         set_name: such as `train`.
         transform: sample -> sample.
-        class_names: the classes, in order; default: those in `classes.txt` in `root_dir`, or else VOC's twenty, or all
-            classes in the XML files, sorted, if VOC's twenty do not include them.
+        class_names: the classes, in order; default: those in `classes.txt` in `root_dir`, or else VOC's twenty, or, if
+            the XML files have others, all classes in the XML files, sorted.
         val_share: share of the images for validation, in a folder without sets.
         report: collects the problems.
     """

@@ -126,7 +126,7 @@ def _find_sets(root: Path, set_name: str, settings: Mapping[Path, dict]) -> dict
             found = {text: _resolve(text, root, base) for text in values if isinstance(text, str) and text}
             paths = list(itertools.chain.from_iterable(found.values()))
             if lost := [shown(text) for text in found if name in wanted and not found[text]]:
-                message = f"{source}: {', '.join(lost)} of the set {shown(name)} does not exist"
+                message = f"{source}: {', '.join(lost)} of the set {shown(name)} cannot be found"
                 if paths:
                     raise UserError(message)
                 log.warning("warning: %s; trying the usual folders", message)  # often a path of another computer

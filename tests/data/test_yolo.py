@@ -284,12 +284,12 @@ def test_a_path_in_yaml_that_does_not_exist_is_reported(tmp_path, caplog):
     root = write_yolo(tmp_path, {"a": BOX})
     names = "names: [cat, dog]\n"
     (root / "data.yaml").write_text(f"train: [images/train, images/extrra]\n{names}")
-    with pytest.raises(UserError, match=r"data\.yaml: 'images/extrra' of the set 'train' does not exist"):
+    with pytest.raises(UserError, match=r"data\.yaml: 'images/extrra' of the set 'train' cannot be found"):
         YoloDataset(root)
     (root / "data.yaml").write_text(f"train: /home/someone/images/train\n{names}")  # on another computer
     with caplog.at_level("WARNING", logger="retinanet"):
         assert len(YoloDataset(root)) == 1
-    assert "'/home/someone/images/train' of the set 'train' does not exist" in caplog.text
+    assert "'/home/someone/images/train' of the set 'train' cannot be found" in caplog.text
     (root / "data.yaml").write_text(f"train: images/train\nval: images/gone\n{names}")
     assert len(YoloDataset(root)) == 1  # val is not needed
 
