@@ -1,4 +1,4 @@
-"""What several test modules use: the original's numbers, and weights that two implementations can share."""
+"""Fixtures for several test modules: the original's numbers, weights for two implementations, and small networks."""
 
 import functools
 from pathlib import Path
@@ -60,7 +60,7 @@ def filled_net():
 
 
 @pytest.fixture(scope="module")
-def small_network(filled_net):  # which is made before, as it must not be small
+def small_network(filled_net):  # created first, because it must not be small
     """Detectors of the module on a ResNet-18 have half its blocks, and 16 channels in pyramid and heads: 20 MB."""
     from retinanet import model
 
@@ -75,7 +75,7 @@ def small_network(filled_net):  # which is made before, as it must not be small
 
 @pytest.fixture(scope="module")
 def small_training(small_network):
-    """Trainings of the module take a small network, and draw neither pictures nor the report."""
+    """Trainings of the module use a small network, and draw neither images nor the report."""
     from retinanet import running
 
     with pytest.MonkeyPatch.context() as patch:
@@ -97,11 +97,11 @@ def no_pictures(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test draws the same random numbers."""
+    """Every test starts from the same random seed."""
     np.random.seed(0)
     torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that fork come first: a child's backward pass dies where others (the exporters) have started threads."""
+    """Tests that fork run first: a child's backward pass dies if other tests (the exporters) have started threads."""
     items.sort(key=lambda item: item.path.name != "test_train.py")

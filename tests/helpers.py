@@ -13,7 +13,7 @@ from torch.utils.data import _utils
 from retinanet.data.dataset import DetectionDataset
 from retinanet.postprocess import Detections
 
-# After an error in a data-loading worker, torch waits so many seconds for it to end; its own value is 5.
+# Seconds that torch waits for a data-loading worker to end after an error; the default is 5.
 _utils.MP_STATUS_CHECK_INTERVAL = 0.2
 
 CLASSES = ["circle", "rectangle", "triangle"]
@@ -33,14 +33,14 @@ def save(array, path, **options):
 
 
 def exif(orientation):
-    """EXIF tags that hold an orientation alone."""
+    """EXIF tags that hold only an orientation."""
     tags = Image.Exif()
     tags[0x0112] = orientation
     return tags
 
 
 def frame_image(number, height=40, width=64, noise=0):
-    """Green, with a white square that moves by two pixels a frame, and noise that takes space in a file."""
+    """Green, with a white square that moves by two pixels per frame, and noise that makes the file larger."""
     image = np.random.default_rng(number).integers(0, noise + 1, (height, width, 3), dtype=np.uint8)
     image[:, :, 1], image[8:16, 2 * number : 2 * number + 8] = 160, 255
     return image
@@ -74,7 +74,7 @@ def truncate(path, share=0.5):
 
 
 def broken_pipe():
-    """A text file that nobody reads."""
+    """A text file that writes to a pipe without a reader."""
     reader, writer = os.pipe()
     os.close(reader)
     return open(writer, "w")

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("small_training")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A result, what its callables got, and the two data sets."""
+    """A result, the entries that its callbacks received, and the two data sets."""
     sets, calls = (ShapesDataset(4, seed=1), ShapesDataset(3, seed=0)), ([], [])
     told = dict(zip(("on_log", "on_validation"), (calls[0].append, calls[1].append), strict=True))
     return retinanet.train(*sets, out_dir=tmp_path_factory.mktemp("a"), **SETTINGS, **told), calls, sets
@@ -52,7 +52,7 @@ def test_the_script_and_the_function_train_the_same_weights(trained, tmp_path):
     assert one["training"]["progress"] == other["training"]["progress"] and one["metrics"] == other["metrics"]
 
 
-def test_the_result_is_the_run(trained):
+def test_the_result_describes_the_run(trained):
     result, (entries, validations), sets = trained
     assert entries == read_log(result.log) and [entry["step"] for entry in entries if "step" in entry] == [1, 2, 1, 2]
     assert [one["epoch"] for one in validations] == [0, 1]
@@ -97,7 +97,7 @@ def test_the_header_says_to_which_sizes_tiles_are_resized(tmp_path, caplog):
     assert ", tiles of 64 x 64, resized to 32 to 64 / 1024 pixels, global batch" in caplog.text
 
 
-def test_settings_that_a_sets_own_transform_leaves_without_effect_are_an_error(tmp_path):
+def test_settings_without_effect_on_a_sets_own_transform_are_an_error(tmp_path):
     dataset = ShapesDataset(2, seed=1, transform=Resizer(32))
     with pytest.raises(UserError, match="its own transform, so flip, rotate90 would have no effect"):
         retinanet.train(dataset, out_dir=tmp_path, flip="both", rotate90=True, jitter=None)
@@ -144,7 +144,7 @@ def test_a_wrong_setting_is_one_message(settings, message, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["on_log", "on_validation"])
-def test_an_epoch_is_saved_before_it_is_handed_on(name, tmp_path):
+def test_an_epoch_is_saved_before_the_callbacks_get_it(name, tmp_path):
     def fail(entry):
         if "step" not in entry:
             raise ConnectionError("the tracker is down")
@@ -166,7 +166,7 @@ def test_the_program_survives_a_second_ctrl_c(tmp_path, monkeypatch):
         retinanet.train(ShapesDataset(2, seed=1), on_log=stop, out_dir=tmp_path, **SETTINGS)
 
 
-def test_what_is_no_data_set_is_one_message():
+def test_a_wrong_data_set_is_one_message():
     with pytest.raises(UserError, match="train_set must be a DetectionDataset, such as CSVDataset, not str"):
         retinanet.train("train.csv")
     with pytest.raises(UserError, match="val_set has no images"):

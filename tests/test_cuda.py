@@ -1,7 +1,7 @@
-"""The CUDA path: on fake tensors, which know devices and shapes but hold no numbers, and on a GPU where there is one.
+"""The CUDA path: on fake tensors, which have devices and shapes but no numbers, and on a GPU if there is one.
 
-A fake tensor raises where its numbers are read back to the host, and where devices are mixed. Backward passes need a
-real device.
+A fake tensor raises if its numbers are read back to the host, and if devices are mixed. Backward passes need a real
+device.
 """
 
 import pytest
@@ -19,7 +19,7 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @pytest.fixture
 def fake_cuda():
     """Within the test, new tensors are fake and on a GPU, where networks compute in bfloat16."""
-    # torch.autocast switches itself off where there is no GPU.
+    # torch.autocast disables itself if there is no GPU.
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     try:
@@ -39,7 +39,7 @@ def make_batch(num_boxes):
 def test_the_training_forward_stays_on_the_gpu_and_reads_nothing_back(
     fake_cuda, monkeypatch, num_boxes, best_match_iou
 ):
-    # The one thing that is read back, early and on its own: how many tiles the box head needs.
+    # Only the number of tiles that the box head needs is read back, early and separately.
     monkeypatch.setattr(sparse_head.Plan, "numbers", lambda self: [2] * len(self.levels))
     net = resnet18(3).train()
     net.freeze_bn()

@@ -56,7 +56,7 @@ def test_the_gradient_is_finite_below_gamma_1():  # where the plain form's is no
 
 
 def random_batch(num_boxes):
-    """Outputs and annotations of three images of 96 x 128 pixels with so many boxes each."""
+    """Outputs and annotations of three images of 96 x 128 pixels with `num_boxes` boxes each."""
     anchors = Anchors()(torch.empty(1, 3, 96, 128))
     annotations = torch.full((3, max(num_boxes), 5), -1.0)
     for row, count in zip(annotations, num_boxes, strict=True):
@@ -79,7 +79,7 @@ def test_the_criterion_equals_the_plain_one(num_boxes, best_match_iou):
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
 
 
-def test_all_rows_in_place_of_the_positive_ones_give_the_same(monkeypatch):  # as on a GPU, which is not asked to count
+def test_all_rows_in_place_of_the_positive_ones_give_the_same(monkeypatch):  # as on a GPU
     logits, deltas, anchors, annotations = random_batch((3, 0, 1))
     expected = gradients(lambda *x: FusedFocalLoss()(*x, anchors, annotations), logits, deltas)
     monkeypatch.setattr(fused_loss, "positive_rows", lambda labels: torch.arange(labels.numel()))

@@ -1,4 +1,4 @@
-"""The house stays as it is drawn: imports point downwards, and the doors of the original's names hold no logic."""
+"""The package keeps its structure: imports point downwards, and the original's import paths hold no logic."""
 
 import ast
 from pathlib import Path
@@ -8,11 +8,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "retinanet"
 PAPER = ("anchors", "boxes", "matcher", "losses", "resnet", "model", "postprocess")
-DOORS = ("dataloader", "coco_eval", "csv_eval", "utils")
+IMPORT_PATHS = ("dataloader", "coco_eval", "csv_eval", "utils")
 BASE = ("errors", "process", "signals")
 USE = ("detection", "inference")
 
-# Part of the package -> what it may import of the package; a name stands for everything below it.
+# Part of the package -> the parts that it may import; a name stands for everything below it.
 RULES = {
     "errors": (),
     "signals": (),
@@ -48,7 +48,7 @@ def is_module(name):
 
 
 def imported(path):
-    """Modules that a file imports anywhere, those of the package without its name: `data.images`, `torch`, ..."""
+    """All modules that a file imports, those of the package without its name: `data.images`, `torch`, ..."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
@@ -71,9 +71,9 @@ def test_imports_point_downwards(file):
             assert module.split(".")[0] in allowed_outside, module
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_doors_hold_names_alone(door):
-    docstring, *statements = ast.parse((PACKAGE / f"{door}.py").read_text()).body
+@pytest.mark.parametrize("path", IMPORT_PATHS)
+def test_the_originals_import_paths_hold_only_imports(path):
+    docstring, *statements = ast.parse((PACKAGE / f"{path}.py").read_text()).body
     assert isinstance(docstring, ast.Expr)
     *imports, names = statements
     assert all(isinstance(statement, ast.ImportFrom) for statement in imports)

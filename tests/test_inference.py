@@ -102,7 +102,7 @@ def test_names_and_sizes_are_those_of_the_checkpoint(filled_net, tmp_path):
 
 
 def kept(prediction, keep):
-    """The detections that `keep` [N] names."""
+    """The detections that `keep` [N] selects."""
     names = [name for name, chosen in zip(prediction.class_names, keep, strict=True) if chosen]
     return Prediction(*(values[keep] for values in prediction[:3]), names)
 
@@ -162,14 +162,14 @@ def test_a_stream_is_read_a_batch_ahead_and_fails_where_it_breaks(filled_net):
         assert_same(prediction, next(expected))
         assert max(read) == ahead
     assert_same(next(found), next(expected))
-    assert_same(next(found), next(expected))  # the fifth comes, though the sixth is none
+    assert_same(next(found), next(expected))  # the fifth is found, although the sixth is not an image
     with pytest.raises(ValueError, match="channels"):
         next(found)
     assert read == list(range(6)) and next(found, None) is None
     assert isinstance(predict(filled_net, images[:1], **LIMITS), list)
 
 
-def test_images_may_come_in_memory_that_is_filled_again(filled_net):
+def test_images_may_come_in_memory_that_is_reused(filled_net):
     images, memory = [gradient(64, 90), gradient(64, 90)[::-1]], np.zeros((64, 90, 3), np.uint8)
 
     def reader():
@@ -326,7 +326,7 @@ def test_a_wrong_argument_of_predict_is_one_message(filled_net, arguments, messa
 
 
 @pytest.mark.parametrize("model", [None, nn.Linear(2, 2), (nn.Linear(2, 2),), {"conv1.weight": torch.zeros(1)}])
-def test_what_is_no_model_is_one_message(model):
+def test_a_wrong_model_is_one_message(model):
     with pytest.raises(UserError, match="model must be a path, a RetinaNet or the result of load_model, not"):
         predict(model, gradient(64, 96))
 
@@ -353,7 +353,7 @@ def test_models_of_other_types_and_callers_of_another_default_type(filled_net, d
 
 
 class Finder(nn.Module):
-    """Finds one box an image, with the image's mean as its score."""
+    """Finds one box per image, with the image's mean as its score."""
 
     error = None
 

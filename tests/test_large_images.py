@@ -1,4 +1,4 @@
-"""Tiles from image to detections. What they are for: `python -m pytest -m slow -s tests/test_large_images.py`."""
+"""Tiles, from images to detections; `python -m pytest -m slow -s tests/test_large_images.py` shows their benefit."""
 
 import contextlib
 import csv
@@ -38,7 +38,7 @@ SIDES = {"min_side": 64, "max_side": 96}
 
 
 class Finder(nn.Module):
-    """A perfect detector: an object is what has one value of red, its score grows with it; the ground has none."""
+    """A perfect detector: an object's pixels have one value of red, which gives its score; the ground has no red."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ class Finder(nn.Module):
 
 
 def scene(height, width, number, largest, seed=0):
-    """An image of rectangles for Finder, which touch but do not overlap, and what is to be found in it, best first."""
+    """An image for Finder, of rectangles that touch but do not overlap, and the expected detections, best first."""
     rng, image, rows = np.random.default_rng(seed), np.zeros((height, width, 3), dtype=np.uint8), []
     while len(rows) < number:
         size = rng.integers(4, largest, 2)
@@ -194,7 +194,7 @@ def test_a_model_keeps_its_tiles_from_training_to_use(tmp_path):
     image = gradient(200, 300)
     found = predict((net, info), image, 0.005)[0]
     assert_equal(found, predict((net, info), image, 0.005, tile=128, tile_overlap=0.3)[0])
-    small = gradient(60, 50)  # neither is it enlarged: training enlarged nothing
+    small = gradient(60, 50)  # not enlarged either, because training enlarged nothing
     assert_equal(predict((net, info), small, 0.005)[0], predict(net, small, 0.005, 30, min_side=50, max_side=60)[0])
     status, _, err = run(train, *flags[:-2], "--epochs", 2, "--resume", "auto", "--tile", 96)
     assert status == 1 and "--tile is 96, was 128" in err
@@ -316,9 +316,9 @@ def write_png(path, side):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "write_file"), [("a.tif", write_tiff), ("a.png", write_png)])
 def test_an_image_of_400_million_pixels_takes_at_most_4_gib(tmp_path, name, write_file):
-    """The network runs on the first batch alone, which takes as much memory as all others.
+    """The network runs on the first batch only; the others would take no more memory.
 
-    The TIFF file is mapped: what was read of it counts here, but the system takes it back where memory is short.
+    The TIFF file is mapped: the parts that were read count here, although the system can reclaim them.
     """
     checkpoint.save(tmp_path / "model.pt", checkpoint.model_entries(retinanet.model.resnet50(2), NAMES, 608, 1024))
     write_file(tmp_path / name, 20_000)

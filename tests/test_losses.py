@@ -143,13 +143,13 @@ def test_calc_iou_is_the_originals():
 
 
 @pytest.mark.parametrize("label", [2, 7, -2, 0.5, math.nan, math.inf])
-def test_a_label_that_is_no_class_is_an_error_that_names_both(label):
+def test_a_label_that_is_not_a_class_is_an_error_that_names_both(label):
     outputs = torch.zeros(1, 1, 2), torch.zeros(1, 1, 4), torch.tensor([[[0.0, 0.0, 9.0, 9.0]]])
     with pytest.raises(ValueError, match=f"annotations have label {label}, but the classes are 0 to 1"):
         FocalLoss()(*outputs, torch.tensor([[[0.0, 0.0, 9.0, 9.0, label]]]))
 
 
-def test_annotations_of_another_form_are_refused():
+def test_annotations_of_another_shape_are_refused():
     outputs = torch.zeros(1, 1, 2), torch.zeros(1, 1, 4), torch.tensor([[[0.0, 0.0, 9.0, 9.0]]])
     with pytest.raises(ValueError, match=r"annotations must be \[B, G, 5\] .*, not \[1, 2, 4\]"):
         FocalLoss()(*outputs, torch.zeros(1, 2, 4))

@@ -54,7 +54,7 @@ def test_chunks_change_nothing(monkeypatch):
     monkeypatch.setattr(matcher, "CPU_CHUNK", 7 * 3 * len(anchors))
     for rule, expected in zip((None, 0.4), whole, strict=True):
         assert torch.equal(match_anchors(anchors, boxes, rule), expected)
-    iou = box_iou(anchors, boxes[0, :, :4])  # the rule as the paper words it
+    iou = box_iou(anchors, boxes[0, :, :4])  # the rule as the paper states it
     best, index = iou.max(dim=1)
     expected = torch.where(best >= 0.5, index, torch.where(best < 0.4, BACKGROUND, IGNORE))
     assert torch.equal(whole[0][0], expected)

@@ -94,7 +94,7 @@ def test_pyramid_upsampling_is_nearest_times_two():
     assert [tuple(level.shape[-2:]) for level in outputs] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
 
 
-def test_head_outputs_stand_in_the_anchors_order():
+def test_head_outputs_are_in_the_anchors_order():
     """Only the output at row 1, column 2, anchor 5 fires: it must be the one that `Anchors` lists there."""
     head = model.RegressionModel(2, num_anchors=9, feature_size=2)
     head.output = torch.nn.Identity()
@@ -123,7 +123,7 @@ def test_training_returns_two_losses_and_reaches_every_weight():
     net = tiny_net().train()
     with torch.no_grad():
         for head in (net.classificationModel, net.regressionModel):
-            head.output.weight.normal_(std=0.01)  # zeros, where it starts, pass nothing on
+            head.output.weight.normal_(std=0.01)  # the initial zeros would pass on no gradient
     annotations = torch.tensor([[[5.0, 5.0, 50.0, 50.0, 1.0]]])
     class_loss, box_loss = net([torch.randn(1, 3, 64, 64), annotations])
     assert class_loss.shape == box_loss.shape == (1,)
@@ -159,7 +159,7 @@ def test_frozen_bn_stays_frozen_through_train():
     assert net.bn1.training
 
 
-def test_pretrained_loads_the_trunk_and_freezes_bn(monkeypatch):
+def test_pretrained_loads_the_backbone_and_freezes_bn(monkeypatch):
     state = {
         key: value + 1 for key, value in resnet18(2).state_dict().items() if key.startswith(("conv1", "bn1", "layer"))
     }

@@ -50,7 +50,7 @@ def test_boxes_are_clipped():
     assert select(logit([0.9]), anchors).boxes.tolist() == [[0, 0, 100, 100]]
 
 
-def test_what_lies_wholly_in_the_padding_is_no_detection():
+def test_a_box_entirely_in_the_padding_is_not_a_detection():
     anchors = torch.tensor([[10.0, 10, 30, 30], [50, 10, 70, 30], [35, 10, 60, 30]])
     found = select(torch.full((3, 1), 3.0), anchors, size=(64, 40))
     assert found.boxes.tolist() == [[10, 10, 30, 30], [35, 10, 40, 30]]

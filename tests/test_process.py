@@ -14,7 +14,7 @@ from retinanet.errors import UserError
 
 @pytest.fixture
 def logger():
-    """The package's logger, put back after the test."""
+    """The package's logger, restored after the test."""
     before = process.log.handlers, process.log.propagate, process.log.level
     yield process.log
     process.log.handlers, process.log.propagate = before[:2]
@@ -31,7 +31,7 @@ def rank_1(monkeypatch):
 # Scripts
 
 
-def test_a_script_hands_on_its_arguments_and_its_status():
+def test_a_script_passes_on_its_arguments_and_its_status():
     seen = []
     assert process.script(seen.append)(["--a"]) == 0
     assert process.script(seen.append)() == 0
@@ -252,7 +252,7 @@ def test_auto_precision_is_bf16_where_the_gpu_has_it_or_else_fp16(monkeypatch, n
     assert process.choose_precision("fp16", torch.device("cuda")) == torch.float16
 
 
-def test_precisions_that_a_device_has_not_are_usage_errors():
+def test_precisions_that_a_device_lacks_are_usage_errors():
     assert process.choose_precision("auto", torch.device("mps")) == torch.float32
     for device, name, reason in (("cpu", "fp16", "needs a GPU"), ("mps", "bf16", "mps supports only fp32")):
         with pytest.raises(process.UsageError, match=f"^--precision {name}: {reason}"):
@@ -278,7 +278,7 @@ def test_ranks_are_those_of_torch(rank_1):
     assert process.get_rank() == 1 and process.get_world_size() == 4 and not process.is_main_process()
 
 
-def test_alone_this_is_rank_0_of_1_and_exchange_changes_nothing():
+def test_a_single_process_is_rank_0_of_1_and_exchange_changes_nothing():
     process.init_distributed(torch.device("cpu"))
     assert not process.distributed.is_initialized()
     assert process.get_rank() == 0 and process.get_world_size() == 1 and process.is_main_process()

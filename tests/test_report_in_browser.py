@@ -21,12 +21,12 @@ NAMES = ["<script>alert(1)</script>", "$x_$", "\u05e9\u05dc\u05d5\u05dd \u6c7d\u
 
 @pytest.fixture(scope="module")
 def tab():
-    """A tab of the browser for all tests, as a new one takes long, and the list of what goes wrong in it."""
+    """One browser tab for all tests, because opening one takes long, and the list of its errors."""
     with sync_api.sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
         page, problems = browser.new_page(), []
-        page.set_default_timeout(120_000)  # of a busy machine
+        page.set_default_timeout(120_000)  # for busy machines
         page.on("console", lambda message: problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("dialog", lambda dialog: problems.append(dialog.message))
@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def page(tab, folder):
-    """The page, opened from its file; whatever goes wrong in it, and whatever it asks of others, fails the test."""
+    """The page, opened from its file; any error in it, and any request to a server, fails the test."""
     page, problems = tab
     problems.clear()
     page.set_viewport_size({"width": 1100, "height": 800})

@@ -35,7 +35,7 @@ def test_folded_normalisation_is_the_same_function_with_the_same_gradients(train
 
 
 @pytest.mark.parametrize("depth", [18, 50])
-def test_trunk_equals_torchvisions(depth):
+def test_backbone_equals_torchvisions(depth):
     theirs = getattr(torchvision.models, f"resnet{depth}")().eval()
     ours = Backbone(*ARCHITECTURES[depth]).eval()
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
@@ -97,7 +97,7 @@ def test_the_bf16_gradient_on_a_map_one_column_wide_is_right(height):
     (expected,) = torch.autograd.grad(conv(x).sum(), conv.weight)
     for _ in range(3):
         garbage = [torch.full((size,), float("nan")) for size in (2**10, 2**14, 2**16, 9 * 256 * 256, 2**22)]
-        del garbage  # what torch does not write now shows
+        del garbage  # memory that torch leaves uninitialised now holds NaN
         with torch.autocast("cpu", torch.bfloat16):
             y = half_resolution(conv, x)
         (grad,) = torch.autograd.grad(y.float().sum(), conv.weight)

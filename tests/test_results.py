@@ -23,7 +23,7 @@ def read(path):
         return list(csv.reader(file))
 
 
-def test_a_line_a_detection_and_a_line_an_image(tmp_path):
+def test_the_tables_have_a_line_per_detection_and_per_image(tmp_path):
     path = tmp_path / "new" / "trees.csv"
     check_csv(path)
     write_csv(path, FOUND, ["oak, old", "elm"])
@@ -62,7 +62,7 @@ FLAGS = [*SMALL, "--weights", "none", "--recipe", "scratch", "--epochs", "1", "-
 
 
 @pytest.mark.usefixtures("small_network")
-def test_a_training_ends_with_its_report_and_not_with_an_error_of_it(tmp_path, capsys, monkeypatch):
+def test_training_writes_a_report_and_survives_its_errors(tmp_path, capsys, monkeypatch):
     detect, flags, calls = detection.detect, [*FLAGS, "--out_dir", str(tmp_path)], []
     monkeypatch.setattr(detection, "detect", lambda *args, **limits: calls.append(1) or detect(*args, **limits))
     assert train.main(flags) == 0
@@ -70,7 +70,7 @@ def test_a_training_ends_with_its_report_and_not_with_an_error_of_it(tmp_path, c
     assert all((tmp_path / name).stat().st_size for name in pictures)
     page = (tmp_path / "report.html").read_text()
     assert str(tmp_path / "best.pt") in page and 'id="training"' in page and "The anchors' reach" in page
-    assert train.main([*flags, "--resume", "auto"]) == 0 and len(calls) == 1  # what the validation found is used
+    assert train.main([*flags, "--resume", "auto"]) == 0 and len(calls) == 1  # no second detection
     (tmp_path / "report.html").unlink()
     (tmp_path / "report.html").mkdir()
     capsys.readouterr()

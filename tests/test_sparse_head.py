@@ -1,4 +1,4 @@
-"""The sparse box head gives what the dense one gives where it counts: in losses, gradients and detections."""
+"""The sparse box head equals the dense one where its output is needed: in losses, gradients and detections."""
 
 import copy
 
@@ -20,29 +20,29 @@ def lively_head():
     return head
 
 
-def random_counts(number):
-    counts = torch.zeros(2, sum(2 * rows * columns for rows, columns in SHAPES), dtype=torch.bool)
-    counts[torch.randint(2, (number,)), torch.randint(counts.shape[1], (number,))] = True
-    return counts
+def random_needed(number):
+    needed = torch.zeros(2, sum(2 * rows * columns for rows, columns in SHAPES), dtype=torch.bool)
+    needed[torch.randint(2, (number,)), torch.randint(needed.shape[1], (number,))] = True
+    return needed
 
 
 def every_corner():
     """The first and the last anchor of each level of the first image, none of the second."""
-    counts, start = random_counts(0), 0
+    needed, start = random_needed(0), 0
     for rows, columns in SHAPES:
-        counts[0, [start, start + 2 * rows * columns - 1]] = True
+        needed[0, [start, start + 2 * rows * columns - 1]] = True
         start += 2 * rows * columns
-    return counts
+    return needed
 
 
-@pytest.mark.parametrize("counts", [random_counts(0), random_counts(1), random_counts(9), every_corner()])
-def test_outputs_are_equal_to_the_bit_and_gradients_within_rounding(counts):
+@pytest.mark.parametrize("needed", [random_needed(0), random_needed(1), random_needed(9), every_corner()])
+def test_outputs_are_equal_to_the_bit_and_gradients_within_rounding(needed):
     head, pyramid = lively_head(), [torch.randn(2, 8, *shape, requires_grad=True) for shape in SHAPES]
     dense = torch.cat([head(level) for level in pyramid], dim=1)
-    sparse = sparse_head.run(head, pyramid, sparse_head.Plan(counts, SHAPES))
+    sparse = sparse_head.run(head, pyramid, sparse_head.Plan(needed, SHAPES))
     assert sparse.shape == dense.shape
-    torch.testing.assert_close(sparse[counts], dense[counts], rtol=1e-6, atol=1e-7)
-    weights = torch.randn(dense.shape) * counts[..., None]
+    torch.testing.assert_close(sparse[needed], dense[needed], rtol=1e-6, atol=1e-7)
+    weights = torch.randn(dense.shape) * needed[..., None]
     inputs = [*pyramid, *head.parameters()]
     for found, expected in zip(
         torch.autograd.grad((sparse * weights).sum(), inputs), torch.autograd.grad((dense * weights).sum(), inputs),
@@ -52,21 +52,21 @@ def test_outputs_are_equal_to_the_bit_and_gradients_within_rounding(counts):
 
 
 def test_a_level_is_dense_where_that_is_cheaper():
-    tiles = sparse_head.Plan(random_counts(2000), SHAPES).tiles()
+    tiles = sparse_head.Plan(random_needed(2000), SHAPES).tiles()
     assert tiles == [None] * 5
-    tiles = sparse_head.Plan(random_counts(1), SHAPES).tiles()
+    tiles = sparse_head.Plan(random_needed(1), SHAPES).tiles()
     assert tiles[0] is not None and tiles[-1] is None  # the coarsest level keeps every weight in the graph
 
 
-def test_tiles_are_those_that_hold_what_counts():
-    counts = random_counts(0)
-    counts[1, 2 * (9 * 40 + 17)] = True  # row 9, column 17 of the finest level: tile (1, 2)
-    (image, corner), *_ = sparse_head.Plan(counts, SHAPES).tiles()
+def test_tiles_are_those_that_contain_needed_anchors():
+    needed = random_needed(0)
+    needed[1, 2 * (9 * 40 + 17)] = True  # row 9, column 17 of the finest level: tile (1, 2)
+    (image, corner), *_ = sparse_head.Plan(needed, SHAPES).tiles()
     assert image.tolist() == [1] and corner.tolist() == [[8, 16]]
 
 
 def batch(num_boxes, size):
-    """Images of `size` with so many boxes each, some of them at the border."""
+    """Images of `size` with `num_boxes` boxes each, some of them at the border."""
     height, width = size
     annotations = torch.full((len(num_boxes), max(1, *num_boxes), 5), -1.0)
     for row, number in zip(annotations, num_boxes, strict=True):
@@ -87,7 +87,7 @@ def test_losses_and_gradients_equal_the_dense_ones(filled_net, num_boxes, size):
     dense = FocalLoss()(*net.heads(images), annotations)
     expected = torch.autograd.grad(sum(dense), net.parameters(), allow_unused=True)
     sparse = net([images, annotations])
-    found = torch.autograd.grad(sum(sparse), net.parameters())  # every weight takes part, as DDP wants
+    found = torch.autograd.grad(sum(sparse), net.parameters())  # every weight has a gradient, as DDP requires
     torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-7)
     for grad, plain in zip(found, expected, strict=True):
         assert (grad - plain).norm() <= 1e-5 * plain.norm() + 1e-9

@@ -36,7 +36,7 @@ FORK = multiprocessing.get_context("fork")
 SMALL = ["--dataset", "shapes", "--shapes_train", "3", "--shapes_val", "2", "--min_side", "64", "--depth", "18"]
 FLAGS = [*SMALL, "--weights", "none", "--batch_size", "1", "--device", "cpu", "--precision", "fp32", "--workers", "0"]
 FLAGS += ["--log_every", "1", "--recipe", "scratch", "--epochs", "2"]
-# Everything that has a state, and everything that is random.
+# All features that have a state or are random.
 LIVELY = ["--ema", "0.9", "--random_crop", "0.5", "--colour_jitter", "0.3", "--flip", "both", "--rotate90"]
 LIVELY += ["--scale_jitter", "0.5", "1.5", "--max_side", "96"]
 
@@ -122,7 +122,7 @@ def assert_same_run(folder, reference):
 
 
 def once(module, name, call, action):
-    """A change of a process: before the given call of a function, counted from 1, it does something else."""
+    """A change to a process: before the given call of a function, counted from 1, it runs `action`."""
 
     def change():
         original, calls = getattr(module, name), []
@@ -139,7 +139,7 @@ def once(module, name, call, action):
 
 
 def in_step(number, action):
-    """A change of a process: it does something in the given optimizer step, counted from 1."""
+    """A change to a process: it runs `action` in the given optimizer step, counted from 1."""
     return once(Schedule, "step", number, action)
 
 
@@ -153,7 +153,7 @@ def on_rank_1(action):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """A lively run that nothing interrupts, and how long it took."""
+    """An uninterrupted run with LIVELY, and how long it took."""
     folder = tmp_path_factory.mktemp("runs") / "reference"
     begin = time.monotonic()
     train_to_end(folder, *LIVELY, "--checkpoint_every", "1")

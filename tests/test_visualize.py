@@ -169,7 +169,7 @@ def test_a_folder_is_its_pictures_in_the_order_of_their_numbers(pictures):
             find_images([nothing])
 
 
-def test_outputs_have_names_of_their_own_and_spare_the_inputs(pictures, tmp_path):
+def test_outputs_have_unique_names_and_spare_the_inputs(pictures, tmp_path):
     save(gradient(8, 8), pictures / "frame2.png")
     files = find_images([f"{pictures}/**/*"])
     files = [path for path in files if path.suffix not in (".txt", ".pdf")]

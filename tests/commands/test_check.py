@@ -24,7 +24,7 @@ def test_the_program_lists_errors_and_warnings_apart(tmp_path, capsys):
     assert text.endswith("training would not start\n")
 
 
-def test_the_program_says_where_nothing_is_wrong(tmp_path, capsys):
+def test_the_program_says_when_nothing_is_wrong(tmp_path, capsys):
     assert check.main(flags(tmp_path, LINES)) == 0
     assert capsys.readouterr().out.endswith("no errors found\n")
     assert check.main(["--dataset", "shapes", "--shapes_train", "20", "--shapes_val", "5"]) == 0

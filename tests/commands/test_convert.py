@@ -355,7 +355,7 @@ def test_links_fifos_and_folders_are_not_written_to(source, tmp_path, capsys):
         assert run("csv", source, "csv", out) == 1
         assert "classes.csv: exists and is not a regular file" in capsys.readouterr().err
         (out / "classes.csv").rmdir() if (out / "classes.csv").is_dir() else (out / "classes.csv").unlink()
-    (out / "images/val/a.png").symlink_to(tmp_path / "elsewhere")  # to nothing
+    (out / "images/val/a.png").symlink_to(tmp_path / "elsewhere")  # a link whose target does not exist
     assert run("csv", source, "csv", out) == 1
     assert "a.png: exists and differs from" in capsys.readouterr().err and not (tmp_path / "elsewhere").exists()
     (tmp_path / "file").write_text("")

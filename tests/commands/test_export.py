@@ -41,7 +41,7 @@ def random_image(height, width, seed=0):
 
 
 def assert_near(found, expected):
-    """Equal but for rounding: the memory format is another, and so is the order of sums."""
+    """Equal up to rounding: the memory format differs, and with it the order of sums."""
     assert len(found) == len(expected)
     for tensor, other in zip(found, expected, strict=True):
         torch.testing.assert_close(tensor, other, rtol=1e-4, atol=1e-3 if tensor.dim() == 2 else 1e-5)
@@ -59,7 +59,7 @@ def test_logits_and_boxes_are_those_of_the_network(filled_net):
         best = image_logits.max(dim=1).values.argmax()
         torch.testing.assert_close(found.boxes[0], image_boxes[best], rtol=0, atol=1e-3)
     assert boxes.min() >= 0 and boxes[..., 2].max() <= 96 and boxes[..., 3].max() <= 64
-    assert anchors.min() < 0  # so there was something to cut
+    assert anchors.min() < 0  # so there was something to clip
 
 
 @torch.no_grad()
@@ -206,7 +206,7 @@ def test_a_missing_library_is_named_with_its_extra(loaded, tmp_path, monkeypatch
 
 
 def run_export(model_path, path, capsys, *flags):
-    """Export, and load again; gives the function, its metadata and what was reported."""
+    """Export, and load again; returns the function, its metadata and the report."""
     assert export.main(["--model", str(model_path), "--output", str(path), *flags]) == 0
     out = capsys.readouterr().out
     run, metadata = export.load(path)

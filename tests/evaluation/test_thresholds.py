@@ -42,7 +42,7 @@ def test_rates_above_scores_by_hand():
     np.testing.assert_allclose(f1, [6 / 10, 6 / 9, 4 / 7, 4 / 7, 0])
 
 
-def test_equal_scores_are_kept_or_left_together():
+def test_equal_scores_are_kept_or_dropped_together():
     ranking = RANKING._replace(scores=np.array([0.9, 0.5, 0.5, 0.5, 0.5, 0.3]))
     point = best_f1(ranking)
     assert (point.right, point.false) == (3, 2) and 0.3 <= point.score < 0.5
@@ -58,7 +58,7 @@ def test_all_classes_are_ranked_together():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("spread", [1, 1e-6, 1e-12, 1e30])
-def test_a_threshold_gives_its_counts_again(dtype, spread):
+def test_a_threshold_reproduces_its_counts(dtype, spread):
     rng = np.random.default_rng(0)
     for _ in range(20):
         scores = -np.sort(-(dtype(0.5) + rng.integers(0, 30, 25) * dtype(spread) / 60).astype(dtype))

@@ -80,7 +80,7 @@ def test_average_precision_reads_the_best_precision_at_each_recall_or_higher():
 
 
 def plain_loop(data, found, label, iou_threshold):
-    """Pascal VOC's development kit in plain words, one detection after another."""
+    """The algorithm of Pascal VOC's development kit as a plain loop over detections."""
     rows = [
         (score, index, box)
         for index, one in found.items()

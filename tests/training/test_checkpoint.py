@@ -71,7 +71,7 @@ def test_a_failing_write_leaves_the_old_file_intact(tmp_path, monkeypatch, modul
     with pytest.raises(UserError, match=r"a\.pt: cannot be saved \(\[Errno .*an earlier file, if any, is intact"):
         checkpoint.save(path, {"epoch": 2})
     assert path.read_bytes() == before
-    assert names(tmp_path) == ["a.pt"]  # no rubbish left
+    assert names(tmp_path) == ["a.pt"]  # no temporary files are left
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, TypeError])
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b".", b"a few words", b"hello", b"q\n1,2,3\n", bytes(range(256))])
-def test_what_is_no_checkpoint_is_an_error_that_names_it(tmp_path, content):
+def test_a_file_that_is_not_a_checkpoint_is_an_error_that_names_it(tmp_path, content):
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.pt: is (not a checkpoint|damaged)"):
         checkpoint.load(tmp_path / "a.pt")
@@ -151,7 +151,7 @@ def test_a_missing_checkpoint_or_a_folder_is_an_error(tmp_path):
         checkpoint.load(tmp_path)
 
 
-def test_a_list_is_no_checkpoint(tmp_path):
+def test_a_list_is_not_a_checkpoint(tmp_path):
     torch.save([1, 2], tmp_path / "a.pt")
     with pytest.raises(UserError, match=r"a\.pt: holds a list"):
         checkpoint.load_model(tmp_path / "a.pt")
@@ -248,13 +248,13 @@ def test_exported_models_are_refused(tmp_path):
 
 
 class Call:
-    """Pickles as the call of a function."""
+    """An object that is pickled as the call of a function."""
 
     def __init__(self, function, *args):
         self.call = function, args
 
     def __call__(self):
-        """Only so that pickle takes one call as the function of another."""
+        """Needed so that pickle accepts one call as the function of another."""
 
     def __reduce__(self):
         return self.call
@@ -327,7 +327,7 @@ def test_the_message_names_what_was_not_run(tmp_path):
     message = r"hostile\.pt: .* more than tensors and plain types \(eval\), and was not run"
     with pytest.raises(UserError, match=message) as error:
         checkpoint.load_model(tmp_path / "hostile.pt")
-    assert "weights_only" not in str(error.value)  # torch's own message advises to run it
+    assert "weights_only" not in str(error.value)  # torch's own message advises running it
 
 
 @pytest.mark.parametrize("script", ["train", "validate", "visualize"])
@@ -416,7 +416,7 @@ def test_a_checkpoint_of_odd_content_is_one_message(net, saved, tmp_path, odd):
         ("bn1__running_var", torch.full((64,), -1e-3), "is below 0"),
     ],
 )  # fmt: skip
-def test_weights_that_cannot_be_are_named(net, saved, tmp_path, name, value, message):
+def test_impossible_weights_are_named(net, saved, tmp_path, name, value, message):
     torch.save(changed_weights(**{name: value})(dict(saved[1])), tmp_path / "odd.pt")
     for read in (checkpoint.load_model, functools.partial(weights.load_weights, net)):
         with pytest.raises(UserError, match=rf"odd\.pt: .*{name.replace('__', '.')} {message}"):
@@ -430,7 +430,7 @@ def test_weights_of_half_precision_are_taken(saved, tmp_path):
 
 
 def deep_module(depth):
-    """A module whose two children are one, and so on: 2^depth paths lead through it."""
+    """A module whose two children are the same module, and so on: 2^depth paths lead through it."""
     module = nn.Sequential()
     for _ in range(depth):
         module = nn.Sequential(module, module)

@@ -36,7 +36,7 @@ def assert_same_model(net, original):
 
 @torch.no_grad()
 def enliven(net):
-    """Random weights under which all levels and classes say something."""
+    """Random weights that give distinct outputs on all levels and for all classes."""
     generator = torch.Generator().manual_seed(0)
     for name, tensor in net.state_dict().items():
         if tensor.dim() == 4:
@@ -59,7 +59,7 @@ def anchor_generator():
 
 
 def resnet18_fpn(p6_channels, num_classes=4, norm_layer=nn.BatchNorm2d):
-    """A RetinaNet as users of torchvision build their own."""
+    """A RetinaNet built as users of torchvision build theirs."""
     backbone = resnet_fpn_backbone(
         backbone_name="resnet18",
         weights=None,
@@ -92,7 +92,7 @@ def assert_equal_heads(source, net, labels):
     expected_deltas = expected["bbox_regression"]
     scale = float(expected_deltas.abs().max())
     torch.testing.assert_close(deltas * torch.tensor(DELTA_STD), expected_deltas, rtol=1e-5, atol=1e-5 * scale)
-    assert expected_logits.std() > 0.1 and expected_deltas.std() > 0.01  # there is something to compare
+    assert expected_logits.std() > 0.1 and expected_deltas.std() > 0.01  # otherwise the comparison means nothing
 
 
 def save(state, path):
@@ -118,7 +118,7 @@ def test_a_torchvision_model_finds_the_same(tmp_path, with_p6_on_p5):
     net, _ = checkpoint.load_model(save(source.state_dict(), tmp_path / "tv.pth"))
     image = torch.rand(3, 128, 256)  # torchvision's strides are the paper's where 128 divides the sides
     expected = source([image])[0]
-    inside = (expected["boxes"][:, 2:] > expected["boxes"][:, :2]).all(dim=1)  # it keeps what clipping made a line
+    inside = (expected["boxes"][:, 2:] > expected["boxes"][:, :2]).all(dim=1)  # torchvision also keeps lines
     expected = {key: values[inside] for key, values in expected.items()}
     mean, std = (
         torch.tensor(values)[:, None, None] for values in (source.transform.image_mean, source.transform.image_std)
@@ -265,7 +265,7 @@ def test_a_whole_pickled_model_of_the_original_is_read_without_its_code(
     for name in ("model", "anchors", "losses"):
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ModuleNotFoundError):
-        torch.load(tmp_path / "a.pt", weights_only=False)  # what the original's users meet
+        torch.load(tmp_path / "a.pt", weights_only=False)  # the error that the original's users get
     with caplog.at_level("INFO", logger="retinanet"):
         net, _ = checkpoint.load_model(tmp_path / "a.pt")
     assert_same_model(net, filled_net)
@@ -281,7 +281,7 @@ def test_a_whole_pickled_model_of_this_library_keeps_its_anchors(tmp_path, ancho
     assert_same_model(again, net)
 
 
-def test_another_pickled_module_is_no_retinanet(tmp_path):
+def test_another_pickled_module_is_not_a_retinanet(tmp_path):
     torch.save(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), tmp_path / "a.pt")
     with pytest.raises(UserError, match=r"a\.pt: holds a Sequential, which is not a complete RetinaNet"):
         checkpoint.load_model(tmp_path / "a.pt")
@@ -291,7 +291,7 @@ def test_a_stand_in_can_do_nothing(filled_net, tmp_path):
     torch.save(filled_net, tmp_path / "a.pt")
     content = checkpoint.load(tmp_path / "a.pt")
     assert isinstance(content, foreign_weights.StandIn) and not isinstance(content, nn.Module)
-    assert not set(foreign_weights.STAND_INS) & set(torch.serialization.get_safe_globals())  # nothing stays admitted
+    assert not set(foreign_weights.STAND_INS) & set(torch.serialization.get_safe_globals())  # none stays allowed
 
 
 # Files of other programs

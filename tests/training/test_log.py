@@ -114,7 +114,7 @@ def test_one_program_writes_to_a_folder(tmp_path, monkeypatch):
     assert not (tmp_path / "old_1").exists()
     holder.kill()
     holder.join()
-    RunLog(tmp_path, None, 0, False, 1)  # the dead hold nothing
+    RunLog(tmp_path, None, 0, False, 1)  # a dead process holds no lock
     assert not list(tmp_path.glob("*.tmp"))
 
 

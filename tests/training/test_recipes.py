@@ -124,7 +124,7 @@ def test_ema_by_hand():
     assert not any(weight.requires_grad for weight in ema.model.parameters()) and ema.steps == 2
 
 
-def test_ema_comes_to_keep_what_its_decay_says():
+def test_ema_reaches_its_decay():
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
     ema = EMA(model, 0.9)

@@ -140,7 +140,7 @@ def test_the_best_validation_is_kept_and_later_ones_make_it_stale(net, settings,
     assert checkpoint.load(tmp_path / "last.pt")["metrics"] == {"AP": 0.25}
 
 
-def test_an_ap_that_cannot_be_measured_is_no_score(net, settings, tmp_path):
+def test_without_boxes_the_last_model_is_kept_as_best(net, settings, tmp_path):
     run = Run(settings("--early_stop", 2), net, CPU, ShapesDataset(5))
     for epoch in range(4):
         run.metrics = {"AP": -1.0}
@@ -220,7 +220,7 @@ def test_the_checkpoint_to_resume(settings, tmp_path, caplog):
 
 @pytest.fixture(scope="module")
 def stepped(small_network, tmp_path_factory):
-    """A function that makes a run of a recipe which has done a step, and what it saved."""
+    """A function that returns a run of a recipe after one step, and what it saved."""
     made = {}
 
     def make(recipe):
@@ -254,7 +254,7 @@ def replaced(content, keys, value):
 
 
 @pytest.mark.parametrize("recipe", ["original", "paper", "scratch"])
-def test_what_a_run_saved_it_takes_back(stepped, recipe):
+def test_a_run_restores_what_it_saved(stepped, recipe):
     settings, net, content = stepped(recipe)
     run = Run(settings, net, CPU, ShapesDataset(5))
     run.restore("last.pt", content)
@@ -286,7 +286,7 @@ ALTERED = [
 ]  # fmt: skip
 
 
-# A third of them at every run, all with `pytest -m "slow or not slow"`.
+# A third of them run by default, all with `pytest -m "slow or not slow"`.
 @pytest.mark.parametrize(
     ("keys", "value"),
     [pytest.param(*case, marks=[pytest.mark.slow] if number % 3 else []) for number, case in enumerate(ALTERED)],

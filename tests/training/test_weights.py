@@ -1,4 +1,4 @@
-"""What `--weights` means, and class heads that follow the names of classes."""
+"""The weights that `--weights` names, and class heads matched by class name."""
 
 import copy
 
@@ -39,7 +39,7 @@ def test_weights_of_as_many_classes_are_taken_whole(filled_net, tmp_path):
         assert torch.equal(net.state_dict()[key], value), key
 
 
-def test_other_classes_start_only_the_last_layer_anew(filled_net, tmp_path):
+def test_with_other_classes_only_the_last_layer_keeps_initial_weights(filled_net, tmp_path):
     torch.save(filled_net.state_dict(), tmp_path / "a.pt")
     net = resnet18(5)
     before = copy.deepcopy(net.state_dict())
@@ -133,7 +133,7 @@ def test_weights_without_names_are_taken_in_their_order(filled_net, tmp_path):
         (["caf\u00e9", "cat"], ["Cafe\u0301", "dog"], {0: 0}),
     ],
 )
-def test_names_match_but_for_case_and_separators_where_that_is_clear(theirs, ours, found):
+def test_names_match_without_case_and_separators_if_unique(theirs, ours, found):
     assert weights.match_names(theirs, ours) == found
 
 
@@ -194,7 +194,7 @@ def test_without_a_network_the_message_says_which_file_goes_where(hub):
     assert str(caught.value).endswith(f"(no network). Put {COCO.url} into {hub}")
 
 
-def test_a_name_that_is_none(hub):
+def test_an_unknown_name_is_an_error(hub):
     with pytest.raises(UserError, match=r"neither a file nor one of .*; did you mean 'imagenet'"):
         weights.make_model(18, "imagnet", ["dog"], Anchors())
     with pytest.raises(UserError, match="GroupNorm"):

@@ -14,7 +14,7 @@ NO_BOXES = np.zeros((0, 5), np.float32)
 
 
 def centres(picture, anchors):
-    """Colours at the middles of anchors."""
+    """Colours at the centres of anchors."""
     x, y = ((anchors[:, :2] + anchors[:, 2:]) / 2).long().T
     return {tuple(colour) for colour in picture[y, x].tolist()}
 
