@@ -1,4 +1,4 @@
-"""UserError, for mistakes that users can fix, and helpers for its messages."""
+"""UserError, for mistakes that users can fix, and functions that format its messages."""
 
 import difflib
 import itertools
