@@ -1,4 +1,4 @@
-"""The networks that the benchmarks compare: ours, torchvision's RetinaNet, and a lower bound, Floor."""
+"""The networks that the benchmarks compare: ours, torchvision's RetinaNet, and the bare network, Floor."""
 
 import torch
 from torch import Tensor, nn

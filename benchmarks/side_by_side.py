@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler warns of a missing GPU
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler warns of a missing GPU
 
 import torch
 import torchvision

@@ -84,7 +84,7 @@ class _FocalLossSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.grad is None:
-            raise RuntimeError("the fused focal loss allows one backward pass only, even with retain_graph=True")
+            raise RuntimeError("backward can run only once through the fused focal loss, even with retain_graph=True")
         (kept,) = ctx.saved_tensors
         grad, ctx.grad = ctx.grad, None
         return grad.mul_((kept * grad_output[:, None])[..., None]).to(ctx.dtype), None, None, None
@@ -100,7 +100,7 @@ def fused_focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma:
         gamma: as in `losses.focal_loss`.
 
     Returns:
-        [B] float32: `focal_loss(logits, labels, alpha, gamma).sum(dim=1)`. It allows one backward pass only.
+        [B] float32: `focal_loss(logits, labels, alpha, gamma).sum(dim=1)`. Backward can run only once.
     """
     return _FocalLossSum.apply(logits, labels, alpha, gamma)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from retinanet import losses, postprocess, sparse_head
 from retinanet.anchors import PYRAMID_LEVELS, Anchors
-from retinanet.boxes import BBoxTransform as BBoxTransform  # for the original's scripts, as the next and model_urls
+from retinanet.boxes import BBoxTransform as BBoxTransform  # for the original's scripts, like ClipBoxes, model_urls
 from retinanet.boxes import ClipBoxes as ClipBoxes
 from retinanet.fused_loss import FusedFocalLoss
 from retinanet.postprocess import Detections
@@ -27,8 +27,8 @@ PRIOR = 0.01  # "every anchor should be labeled as foreground with confidence of
 class PyramidFeatures(nn.Module):
     """The feature pyramid network, P3 to P7 (Lin et al., "Feature Pyramid Networks", 2017).
 
-    Coarse levels know what is in the image, fine ones where it is. So each coarse level is upsampled and added to the
-    finer one below it, which then knows both.
+    Coarse levels have the more meaningful features, fine levels the more precise positions. Each coarse level is
+    upsampled and added to the finer one below it, which then has both.
 
     Args:
         C3_size: channels of the backbone's C3; likewise `C4_size` and `C5_size`.
@@ -159,7 +159,7 @@ class RetinaNet(Backbone):
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """[B, 3, H, W] normalised -> P3 to P7, [B, 256, rows, columns] each."""
-        return self.fpn(self.backbone(images.to(self.conv1.weight.dtype)))  # the weights may be half or double
+        return self.fpn(self.backbone(images.to(self.conv1.weight.dtype)))  # the weights need not be float32
 
     def heads(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The network's raw outputs at all anchors.
@@ -274,7 +274,7 @@ def resnet(depth: int, num_classes: int, pretrained: bool | str = False, anchors
     net = RetinaNet(num_classes, *ARCHITECTURES[depth], anchors)
     if pretrained:
         version = "IMAGENET1K_V1" if pretrained is True else pretrained
-        net.load_state_dict(imagenet_weights(depth, version), strict=False)  # no pyramid, no heads
+        net.load_state_dict(imagenet_weights(depth, version), strict=False)  # pyramid and heads are not in it
         net.freeze_bn()
     return net
 

@@ -79,7 +79,7 @@ def select_detections(
     """
     anchor_index = candidates // logits.shape[-1]  # [N]
     boxes = clip_boxes(decode_boxes(anchors[anchor_index], deltas[anchor_index]), *image_size)
-    inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # clipping leaves a line of a box in the padding
+    inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # boxes in the padding are clipped to lines
     candidates, boxes = candidates[inside], boxes[inside]
     scores = logits.flatten()[candidates].float().sigmoid()  # [N]
     labels = candidates % logits.shape[-1]

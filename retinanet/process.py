@@ -1,4 +1,4 @@
-"""The process around the work: exit statuses, messages, seeds, devices, and the ranks of a torchrun job."""
+"""What every program needs to run: exit statuses, messages, seeds, devices, and the ranks of a torchrun job."""
 
 import contextlib
 import functools

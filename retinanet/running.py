@@ -49,13 +49,13 @@ def run_training(
     on_validation: Callable[[dict[str, float]], object] | None = None,
     in_program: bool = False,
 ) -> Run:
-    """Train with resolved settings and return the finished run; see `retinanet.train`, and StopSignals for the rest."""
+    """Train with resolved settings and return the finished run; see `retinanet.train` and StopSignals for the rest."""
     process.seed_everything(settings.seed)
     if val_set is train_set:
         val_set = copy.copy(val_set)  # it needs another transform
     if train_set.transform is not None:
         settings = replace(settings, jitter=None)  # it may come from the recipe
-        log.info("%s: trained with its own transform; the settings' sizes are those of validation", train_set.source)
+        log.info("%s: training uses its own transform, and only validation the sizes of the settings", train_set.source)
     resizer, by_parts = Resizer(*settings.sides, enlarge=not settings.tile), bool(settings.tile)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # this enables gradients, too, if the caller disabled them
@@ -269,7 +269,7 @@ def _report(
         if run.log and not stop.signum:
             evaluation = report.Evaluation(dataset, found, limit=settings.limits["max_detections"])
             write_page(page, evaluation, str(best), (net, info))
-            log.info("what it gets wrong: %s", page)
+            log.info("report of the detector's errors: %s", page)
     except (OSError, ValueError, RuntimeError) as error:  # the run itself is complete
         log.warning("warning: no report.html: %s", error)
 

@@ -112,7 +112,7 @@ def resume_workers() -> None:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Within the context, the death of a data-loading worker raises no error, which could occur at any line."""
+    """Within the context, the death of a data-loading worker raises no error, which could come at any line."""
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -100,7 +100,7 @@ class Plan:
             self._arrived.record()
 
     def numbers(self) -> list[int]:
-        """Number of tiles to compute on each level."""
+        """Number of tiles on each level that contain a needed anchor."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._numbers.tolist()

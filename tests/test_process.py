@@ -254,7 +254,7 @@ def test_auto_precision_is_bf16_where_the_gpu_has_it_or_else_fp16(monkeypatch, n
 
 def test_precisions_that_a_device_lacks_are_usage_errors():
     assert process.choose_precision("auto", torch.device("mps")) == torch.float32
-    for device, name, reason in (("cpu", "fp16", "needs a GPU"), ("mps", "bf16", "mps supports only fp32")):
+    for device, name, reason in (("cpu", "fp16", "this needs a GPU"), ("mps", "bf16", "mps supports only fp32")):
         with pytest.raises(process.UsageError, match=f"^--precision {name}: {reason}"):
             process.choose_precision(name, torch.device(device))
 
@@ -270,7 +270,7 @@ def test_a_network_computes_in_the_precision_that_was_chosen(precision):
 
 def test_the_ranks_of_a_job_cannot_be_on_mps(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    with pytest.raises(UserError, match="use one process, or --device cpu"):
+    with pytest.raises(UserError, match="use one process or --device cpu"):
         process.init_distributed(torch.device("mps"))
 
 

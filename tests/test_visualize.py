@@ -179,7 +179,7 @@ def test_outputs_have_unique_names_and_spare_the_inputs(pictures, tmp_path):
     assert {str(path.relative_to(out)) for path in targets} == {
         "frame1.png", "frame2.png", "frame2_2.png", "frame10.png", "sub/frame1.png"
     }  # fmt: skip
-    with pytest.raises(UserError, match="would lie among the others"):
+    with pytest.raises(UserError, match="would be mixed with inputs"):
         output_paths(files, pictures)
 
 

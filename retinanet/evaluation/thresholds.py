@@ -56,7 +56,7 @@ def counts_above(ranking: Ranking, scores: np.ndarray) -> np.ndarray:
 
 
 def _steps(ranking: Ranking) -> np.ndarray:
-    """[T] numbers of detections that a threshold can keep: it separates no equal scores."""
+    """[T] numbers of detections that a threshold can keep; it cannot separate equal scores."""
     return np.unique(np.searchsorted(-ranking.scores, -ranking.scores, side="right"))
 
 

@@ -273,7 +273,7 @@ def load_model(path: str | Path) -> tuple[RetinaNet, dict[str, Any]]:
         raise UserError(f"{path}: holds no RetinaNet of depth {', '.join(map(str, ARCHITECTURES))}")
     if CLASS_OUTPUT not in state:
         raise UserError(
-            f"{path}: holds only the backbone of a RetinaNet, a ResNet-{depth}; train it with `train.py --weights`"
+            f"{path}: holds a ResNet-{depth} backbone, not a RetinaNet; start a training from it with --weights"
         )
     found = info.pop("found")
     net = resnet(depth, len(info["class_names"]), anchors=anchors)

@@ -73,8 +73,8 @@ def train_one_epoch(
                 is_last = batch is group[-1]
                 images = normalize(batch["img"].to(device, non_blocking=on_gpu))
                 annotations = batch["annot"].to(device, non_blocking=on_gpu)
-                # A batch with one value per channel on C5 has no variance: it uses the running statistics, as do
-                # frozen stages.
+                # A batch with one value per channel on C5 has no variance, so it uses the running statistics, as
+                # frozen stages always do.
                 for norm in norms:
                     norm.train(norm.weight.requires_grad and images[:, 0].numel() > C5_STRIDE**2)
                 # Ranks average their gradients once a step, in the backward pass of its last batch.

@@ -20,7 +20,7 @@ LOCK_SECONDS = 10  # how long to wait for a program that is about to end
 
 @contextlib.contextmanager
 def replaced(path: str | Path) -> Iterator[IO[bytes]]:
-    """Write to a temporary file, flush it, then rename it to `path`, which so is never a partial file.
+    """Write to a temporary file, flush it, then rename it to `path`, so that `path` is never a partial file.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written to; `path` is unchanged.

@@ -19,7 +19,7 @@ from retinanet.data.report import MIN_SIDE
 from retinanet.data.transforms import resized_size
 from retinanet.matcher import FOREGROUND_IOU
 
-# Boxes are grouped by their side (square root of the area), pixels after resizing; each group spans a factor of 2.
+# Boxes are grouped by their side (square root of the area), pixels after resizing, with one group per factor of 2.
 SIZE_EDGES = (0, 16, 32, 64, 128, 256, 512, math.inf)
 
 WORTHWHILE_IOU = 0.05  # other anchors that reach no more boxes must raise the mean of the best IoUs by this

@@ -40,8 +40,8 @@ def log_summary(
     log.info("%s", summary(fit))
     if fit.unreachable_share > WARNING_SHARE:
         log.warning(
-            "warning: %d of %d boxes (%s) can never be learned, because no anchor overlaps them by IoU %g: %sask "
-            "`visualize.py --show anchor_fit%s`, with the same flags for data and size, for anchors that fit",
+            "warning: %d of %d boxes (%s) can never be learned, because no anchor overlaps them by IoU %g: %srun "
+            "`visualize.py --show anchor_fit%s`, with the same flags for data and size, to find anchors that fit",
             fit.unreachable.sum(), len(fit.iou), _percent(fit.unreachable_share), fit.needed_iou,
             "try a larger --min_side, or " if min_side else "",
             "" if best_match_iou is None else f" --best_match_iou {best_match_iou:g}",

@@ -322,9 +322,9 @@ def test_code_is_found_wherever_it_hides(net, tmp_path, place, writer):
     assert_refused(path, target, net)
 
 
-def test_the_message_names_what_was_not_run(tmp_path):
+def test_the_message_names_what_was_not_loaded(tmp_path):
     torch.save(ATTACKS["eval"](tmp_path / "was-run"), tmp_path / "hostile.pt")
-    message = r"hostile\.pt: .* more than tensors and plain types \(eval\), and was not run"
+    message = r"hostile\.pt: .* more than tensors and plain types \(eval\), and was not loaded"
     with pytest.raises(UserError, match=message) as error:
         checkpoint.load_model(tmp_path / "hostile.pt")
     assert "weights_only" not in str(error.value)  # torch's own message advises running it

@@ -197,7 +197,7 @@ def test_a_classifier_gives_its_backbone(tmp_path):
     assert "a backbone only" in weights.load_weights(net, path)
     assert torch.equal(net.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
     assert torch.equal(net.classificationModel.conv1.weight, head)
-    with pytest.raises(UserError, match="backbone of a ResNet-18"):
+    with pytest.raises(UserError, match="holds a ResNet-18 backbone"):
         checkpoint.load_model(path)
 
 
@@ -315,5 +315,5 @@ def test_weights_of_other_training_programs_are_found(filled_net, tmp_path, wrap
 
 def test_two_sets_of_weights_are_an_error_that_names_them(filled_net, tmp_path):
     torch.save({"net": filled_net.state_dict(), "ema": filled_net.state_dict()}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=r"a\.pt: holds other things than the weights of a model: \['net', 'ema'\]"):
+    with pytest.raises(UserError, match=r"a\.pt: holds something other than the weights of a model: \['net', 'ema'\]"):
         checkpoint.load_model(tmp_path / "a.pt")

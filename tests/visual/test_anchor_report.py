@@ -18,12 +18,12 @@ def test_training_is_warned_of_boxes_out_of_reach(caplog):
         assert len(caplog.records) == 1 and "95.0 % of the boxes" in caplog.text
         caplog.clear()
         anchor_report.log_summary(make_dataset(big + tiny), Anchors(), 480, 1024)
-    assert "warning: 2 of 21 boxes (9.5 %)" in caplog.text and "larger --min_side, or ask `visualize.py" in caplog.text
+    assert "warning: 2 of 21 boxes (9.5 %)" in caplog.text and "larger --min_side, or run `visualize.py" in caplog.text
     caplog.clear()
     anchor_report.log_summary(
         make_dataset(big + tiny), Anchors(), None, None
     )  # tiles, which --min_side does not resize
-    assert "by IoU 0.5: ask `visualize.py --show anchor_fit`" in caplog.text
+    assert "by IoU 0.5: run `visualize.py --show anchor_fit`" in caplog.text
 
 
 def test_a_data_set_without_boxes_has_a_summary():
