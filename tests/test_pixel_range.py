@@ -97,6 +97,6 @@ def test_check_shows_the_range_and_what_is_above_the_limit(data, capfd):
 def test_a_wrong_range_is_a_usage_error(data, values, capfd):
     with pytest.raises(SystemExit) as error:
         train.main([*data[1], *data[2], "--pixel_range", *values.split()])
-    assert error.value.code == 2 and "must be auto, or two numbers" in capfd.readouterr().err
+    assert error.value.code == 2 and "must be auto or two numbers" in capfd.readouterr().err
     with pytest.raises(ValueError, match="pixel range must be two numbers"):
         checked_range(values.split())
