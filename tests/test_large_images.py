@@ -146,7 +146,7 @@ def test_the_smallest_tile_works(filled_net):
         ({"tile": -1}, "tile must be a whole number"),
         ({"tile": 64, "tile_overlap": 1}, "tile_overlap must be a share"),
         ({"tile": 64, "tile_overlap": None}, "tile_overlap must be a share"),
-        ({"tile": None, "tile_overlap": 0.5}, "needs the side of the tiles"),
+        ({"tile": None, "tile_overlap": 0.5}, "needs a side of the tiles"),
     ],
 )
 def test_wrong_tiles_are_errors(filled_net, options, message):
