@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torchvision
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from retinanet import __version__, detection, process
+from retinanet import detection, process
 from retinanet.data.checks import check_before_training, write_skipped
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.loader import WorkerDiedError, explained, make_loader, transformed
@@ -111,43 +110,14 @@ def _make_run(settings: Settings, device: torch.device, train_set: DetectionData
     return run
 
 
-def _log_header(run: Run, train_set: DetectionDataset) -> None:
-    """Log in one line the data, the model and the settings."""
-    settings, recipe = run.settings, RECIPES[run.settings.recipe]
-    sizes = f"{' to '.join(map(str, settings.jitter or [settings.min_side]))} / {settings.max_side}"
-    if settings.tile:
-        sizes = f"tiles of {settings.tile} x {settings.tile}" + f", resized to {sizes}" * bool(settings.jitter)
-    log.info(
-        "%s: %s, %s, %s | ResNet-%d, %.1f M parameters, weights: %s | %s, %s | recipe %s, "
-        "learning rate %.3g (%.3g for %s)%s%s, %s pixels, global batch %d = %s x %s x %s, %s%s%s | "
-        "retinanet %s, torch %s, torchvision %s",
-        settings.other.get("dataset", train_set.source), counted(run.num_images, "image"),
-        counted(len(train_set.annotations), "box"), counted(len(run.class_names), "class"),
-        settings.depth, sum(weight.numel() for weight in run.net.parameters()) / 1e6, settings.weights,
-        run.device, str(settings.dtype).removeprefix("torch."), settings.recipe, settings.lr, recipe.lr,
-        counted(recipe.reference_batch, "image"),
-        "" if settings.backbone_lr == 1 else f", backbone x {settings.backbone_lr:g}",
-        "" if settings.freeze_stages == recipe.freeze_stages else f", frozen stages: {settings.freeze_stages}",
-        sizes + (" x {:g} to {:g}".format(*settings.scale_jitter) if settings.scale_jitter else ""),
-        settings.global_batch, counted(settings.batch_size, "image"),
-        "1 batch" if settings.accumulate == 1 else f"{settings.accumulate} batches",
-        counted(process.get_world_size(), "process"), counted(settings.epochs, "epoch"),
-        "" if settings.ema is None else f", EMA {settings.ema}",
-        f", {counted(run.epoch_size, 'tile')} an epoch" if settings.tile else
-        "" if settings.balance is None else
-        f", balance {settings.balance:g}: {counted(run.num_images, 'image')} seen as {run.epoch_size:,} an epoch",
-        __version__, torch.__version__, torchvision.__version__,
-    )  # fmt: skip
-    if settings.weights == "none" and settings.recipe != "scratch":
-        log.warning("warning: recipe %s does not learn from random weights; use --recipe scratch", settings.recipe)
-
-
 def _begin(
     run: Run, train_set: DetectionDataset, val_set: DetectionDataset | None, sampler: AspectRatioBasedSampler
 ) -> None:
     """Log and write, on rank 0, what is known before the first step."""
     settings, out_dir = run.settings, Path(run.settings.out_dir)
-    _log_header(run, train_set)
+    log.info("%s", run.header(train_set))
+    if settings.weights == "none" and settings.recipe != "scratch":
+        log.warning("warning: recipe %s does not learn from random weights; use --recipe scratch", settings.recipe)
     if not process.is_main_process():
         return
     write_skipped(out_dir, [train_set, val_set])

@@ -7,13 +7,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torchvision
 from tqdm import tqdm
 
+from retinanet import __version__
 from retinanet.data.dataset import DetectionDataset
+from retinanet.data.report import counted
 from retinanet.data.sampler import epoch_size, repeat_factors
 from retinanet.errors import UserError
 from retinanet.model import RetinaNet
-from retinanet.process import from_main_process, is_main_process, log, random_states, set_random_states, shows_progress
+from retinanet.process import (
+    from_main_process,
+    get_world_size,
+    is_main_process,
+    log,
+    random_states,
+    set_random_states,
+    shows_progress,
+)
 from retinanet.signals import undisturbed
 from retinanet.training import checkpoint
 from retinanet.training.accounting import Progress
@@ -78,6 +89,42 @@ class Run:
         """Whether all epochs are done, or `--early_stop` ends the run earlier."""
         settings = self.settings
         return self.progress.epoch >= settings.epochs or bool(settings.early_stop and self.stale >= settings.early_stop)
+
+    def header(self, train_set: DetectionDataset) -> str:
+        """The data, the model and the settings, in one line."""
+        settings, recipe = self.settings, RECIPES[self.settings.recipe]
+        num_weights = sum(weight.numel() for weight in self.net.parameters())
+        images, boxes = counted(self.num_images, "image"), counted(len(train_set.annotations), "box")
+        sizes = f"{' to '.join(map(str, settings.jitter or [settings.min_side]))} / {settings.max_side}"
+        if settings.tile:
+            tiles = f"tiles of {settings.tile} x {settings.tile}"
+            sizes = f"{tiles}, resized to {sizes}" if settings.jitter else tiles
+        if settings.scale_jitter:
+            sizes += " x {:g} to {:g}".format(*settings.scale_jitter)
+        batches = "1 batch" if settings.accumulate == 1 else f"{settings.accumulate} batches"
+        batch = [counted(settings.batch_size, "image"), batches, counted(get_world_size(), "process")]
+        balanced = settings.balance is not None and not settings.tile
+        steps = [
+            f"recipe {settings.recipe}",
+            f"learning rate {settings.lr:.3g} ({recipe.lr:.3g} for {counted(recipe.reference_batch, 'image')})",
+            f"backbone x {settings.backbone_lr:g}" if settings.backbone_lr != 1 else "",
+            f"frozen stages: {settings.freeze_stages}" if settings.freeze_stages != recipe.freeze_stages else "",
+            f"{sizes} pixels",
+            f"global batch {settings.global_batch} = {' x '.join(batch)}",
+            counted(settings.epochs, "epoch"),
+            f"EMA {settings.ema}" if settings.ema is not None else "",
+            f"{counted(self.epoch_size, 'tile')} an epoch" if settings.tile else "",
+            f"balance {settings.balance:g}: {images} seen as {self.epoch_size:,} an epoch" if balanced else "",
+        ]
+        source, classes = settings.other.get("dataset", train_set.source), counted(len(self.class_names), "class")
+        parts = [
+            f"{source}: {images}, {boxes}, {classes}",
+            f"ResNet-{settings.depth}, {num_weights / 1e6:.1f} M parameters, weights: {settings.weights}",
+            f"{self.device}, {str(settings.dtype).removeprefix('torch.')}",
+            ", ".join(filter(None, steps)),
+            f"retinanet {__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}",
+        ]
+        return " | ".join(parts)
 
     def write_step(self, entry: dict[str, float]) -> None:
         """Add an entry about a step to the log, on rank 0."""
