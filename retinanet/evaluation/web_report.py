@@ -57,22 +57,14 @@ def write(
     run's log.jsonl, `anchors` the `summary` of `anchor_report` and the `coverage` of its `as_dict`. Raises UserError
     for files that must not be overwritten, and OSError for those that cannot be written.
     """
-    page, images = output_file(path), path.parent / "report"
-    if images.is_symlink():
-        raise UserError(f"{images}: is a link; remove it, or choose another folder")
-    images.mkdir(exist_ok=True)
-    for old in images.glob("image_[0-9][0-9][0-9].jpg"):
-        old.unlink()
+    page, folder = output_file(path), path.parent / "report"
     dataset, names = evaluation.dataset, [escaped(name) for name in evaluation.dataset.labels.values()]
     analysis = evaluation.errors or errors.analyse(dataset, evaluation.detections, evaluation.limit)
     rankings = voc.all_rankings(evaluation.voc)
     points = list(map(best_f1, rankings))
     steps = score_steps(rankings, points)
     chosen = choose_images(dataset, analysis, points[-1].score if points[-1] else 0.5)
-    paths = [images / f"image_{number:03}.jpg" for number in range(len(chosen))]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        save = partial(_save_image, dataset, budget=MAX_BYTES // max(1, len(chosen)))
-        sizes = list(threads.map(save, chosen, paths))
+    saved = _save_images(dataset, chosen, folder)
     data = {
         "names": names,
         **steps,
@@ -80,8 +72,8 @@ def write(
         "near": NEAR_IOU,
         "kinds": {"right": "Right"} | {kind: title for kind, (title, _) in errors.KINDS.items()},
         "images": [
-            _image_entry(dataset, index, analysis.images[index], size, path.name, np.array(steps["steps"]))
-            for index, size, path in zip(chosen, sizes, paths, strict=True)
+            _image_entry(dataset, index, analysis.images[index], one, np.array(steps["steps"]))
+            for index, one in zip(chosen, saved, strict=True)
         ],
         "training": _training_curves(training),
     }
@@ -92,18 +84,8 @@ def write(
         "Date": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         "Versions": f"retinanet {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
     }
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("retinanet.evaluation", "page"),
-        autoescape=True,
-        finalize=lambda value: escaped(value) if type(value) is str else value,  # not Markup, a subclass of str
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    text = environment.get_template("report.html").render(
+    text = _template().render(
         source=source,
-        data_set=dataset.source,
         about=about,
         metrics=evaluation.coco.metrics,
         best=points[-1],
@@ -120,6 +102,19 @@ def write(
         data=data,
     )
     page.write_text(text, encoding="utf-8", errors="replace")
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("retinanet.evaluation", "page"),
+        autoescape=True,
+        finalize=lambda value: escaped(value) if type(value) is str else value,  # not Markup, a subclass of str
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment.get_template("report.html")
 
 
 def score_steps(rankings: Sequence[Ranking], points: Sequence[Point | None]) -> dict[str, Any]:
@@ -185,28 +180,38 @@ def choose_images(dataset: DetectionDataset, analysis: errors.ErrorAnalysis, sco
     return chosen[: max(1, int((boxes <= MAX_BOXES).sum()))]
 
 
-def _save_image(dataset: DetectionDataset, index: int, path: Path, budget: int) -> tuple[int, int] | None:
-    """Write an image as JPEG, if possible of at most `budget` bytes; returns (height, width), or None if unreadable."""
+Saved = tuple[str, tuple[int, int]] | tuple[None, None]  # name, and height and width before downscaling
+
+
+def _save_images(dataset: DetectionDataset, indices: Sequence[int], folder: Path) -> list[Saved]:
+    """Write images as JPEG to a folder, in place of an earlier report's; (None, None) for those that are unreadable."""
+    if folder.is_symlink():
+        raise UserError(f"{folder}: is a link; remove it, or choose another folder")
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("image_[0-9][0-9][0-9].jpg"):
+        old.unlink()
+    paths = [folder / f"image_{number:03}.jpg" for number in range(len(indices))]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return list(threads.map(partial(_save_image, dataset, MAX_BYTES // max(1, len(indices))), indices, paths))
+
+
+def _save_image(dataset: DetectionDataset, budget: int, index: int, path: Path) -> Saved:
+    """Write one image, if possible in at most `budget` bytes."""
     try:
         pixels = dataset.load_image(index)
     except (UserError, OSError):
-        return None
+        return None, None
     image = Image.fromarray(pixels)
     for side, quality in QUALITIES:
         image.thumbnail((side, side), Image.Resampling.BILINEAR, reducing_gap=2)
         image.save(path, quality=quality)
         if path.stat().st_size <= budget:
             break
-    return pixels.shape[:2]
+    return path.name, pixels.shape[:2]
 
 
 def _image_entry(
-    dataset: DetectionDataset,
-    index: int,
-    one: errors.ImageErrors,
-    size: tuple[int, int] | None,
-    name: str,
-    steps: np.ndarray,
+    dataset: DetectionDataset, index: int, one: errors.ImageErrors, saved: Saved, steps: np.ndarray
 ) -> dict[str, Any]:
     """The page's data about an image; boxes are rounded to tenths of its pixels.
 
@@ -217,7 +222,7 @@ def _image_entry(
     annotations, regions = dataset.load_annotations(index), dataset.load_difficult(index)
     scores, boxes = one.detections.scores.double().numpy(), one.detections.boxes.double().numpy()
     rows = range(dataset.offsets[index], dataset.offsets[index + 1])
-    file = name if size else None
+    name, size = saved
     if size is None:  # the declared size or, if that is unknown too, room for all boxes
         known = dataset.known_sizes[index]
         corners = np.concatenate([annotations[:, 2:4], regions[:, 2:4], boxes[:, 2:].clip(0, 1e5)])
@@ -230,7 +235,7 @@ def _image_entry(
     truth = annotations[:, 4].astype(int).tolist(), _finite(one.near, 3)
     return {
         "path": escaped(dataset.expected_path(index)),
-        "file": file,
+        "file": name,
         "size": [int(side) for side in size],
         "found": [[*box, *rest] for box, *rest in zip(_finite(boxes, 1), *columns, strict=True)],
         "truth": [
