@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -86,6 +86,53 @@ def describe(frame: Frame, found: Detections, names: Sequence[str], of_video: bo
     return entry | {"detections": detections}
 
 
+class Item(NamedTuple):
+    """An image, or a frame of a video, on its way through the detector."""
+
+    path: Path
+    target: Path  # of the drawn file
+    video: Video | None
+    frame: Frame
+
+
+class Reader:
+    """Reads files for a detector that takes plain pixels, and pairs its detections with the files and frames.
+
+    Messages about files that cannot be read go to `failures`.
+    """
+
+    def __init__(self, files: Sequence[Path], targets: Sequence[Path], args: argparse.Namespace, by_parts: bool):
+        self.files, self.args, self.by_parts = list(zip(files, targets, strict=True)), args, by_parts
+        self.waiting: collections.deque[Item] = collections.deque()  # for their detections
+        self.failures: list[str] = []
+
+    def _read(self) -> Iterator[np.ndarray]:
+        args, read = self.args, open_image if self.by_parts else read_image
+        for path, target in progress(self.files, "detecting"):
+            try:
+                video = Video(path, args.every) if is_video(path) else None
+                frames = video or [Frame(read(path, args.pixel_range, args.pixel_limit), 0, 0)]
+                for frame in progress(frames, path.name, video.total) if video else frames:
+                    self.waiting.append(Item(path, target, video, frame))
+                    yield frame.image
+            except UserError as error:
+                self.failures.append(str(error))
+
+    def detections(
+        self, detect: Callable[[Iterator[np.ndarray]], Iterator[tuple[np.ndarray, Detections]]]
+    ) -> Iterator[tuple[Item, Detections]]:
+        """Every item with what `detect` finds in it, in order."""
+        images, is_done = self._read(), False
+        while not is_done:
+            try:
+                for _, found in detect(images):
+                    yield self.waiting.popleft(), found
+                is_done = True
+            except UserError as error:  # a part of a large image cannot be read; the next image may be intact
+                self.failures.append(str(error))
+                self.waiting.clear()
+
+
 def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any], device: torch.device) -> None:
     """Detect objects in the images and videos of `--images`, draw each, and write all detections to detections.json.
 
@@ -95,54 +142,31 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
     tiling, table = inference.choose_tiling(info, flags.given_tiles(args)), []
     if args.save_csv:
         check_csv(args.save_csv)
-    targets, names, failures = output_paths(files, folder), info["class_names"], []
-    read: collections.deque[tuple[Path, Path, Video | None, Frame]] = collections.deque()  # read, but not yet drawn
-
-    def load() -> Iterator[np.ndarray]:
-        for path, target in zip(progress(files, "detecting"), targets, strict=True):
-            try:
-                video = Video(path, args.every) if is_video(path) else None
-                read_one = open_image if tiling else read_image
-                frames = video or [Frame(read_one(path, args.pixel_range, args.pixel_limit), 0, 0)]
-                for frame in progress(frames, path.name, video.total) if video else frames:
-                    read.append((path, target, video, frame))
-                    yield frame.image
-            except UserError as error:
-                failures.append(str(error))
-
+    reader = Reader(files, output_paths(files, folder), args, by_parts=bool(tiling))
     precision = process.choose_precision(args.precision, device)
     resizer = inference.make_resizer(info, args.min_side, args.max_side)
     limits = inference.detection_limits(info, flags.given_limits(args), for_use=True)
-
-    def detect() -> Iterator[tuple[Path, Path, Video | None, Frame, Detections]]:
-        images, is_done = load(), False
-        while not is_done:
-            try:
-                found = detection.detect_images(net, images, resizer, args.batch_size, precision, tiling, **limits)
-                yield from ((*read.popleft(), detections) for _, detections in found)
-                is_done = True
-            except UserError as error:  # a part of a large image cannot be read; the next image may be intact
-                failures.append(str(error))
-                read.clear()
-
-    results, limit = detect(), limits["max_detections"]
-    head, counts = {"model": args.model, "class_names": names, **limits}, collections.Counter()
-    with detections_json(folder / "detections.json", head, failures) as add_entry:
-        for (path, target, video), frames in itertools.groupby(results, key=lambda result: result[:3]):
+    results = reader.detections(
+        lambda images: detection.detect_images(net, images, resizer, args.batch_size, precision, tiling, **limits)
+    )
+    names, limit, counts = info["class_names"], limits["max_detections"], collections.Counter()
+    head = {"model": args.model, "class_names": names, **limits}
+    with detections_json(folder / "detections.json", head, reader.failures) as add_entry:
+        for (path, target, video), of_file in itertools.groupby(results, key=lambda result: result[0][:3]):
             target.parent.mkdir(parents=True, exist_ok=True)
             with video_writer(target, video) if video else contextlib.nullcontext() as write:
-                for *_, frame, detections in frames:
+                for (*_, frame), found in of_file:
                     image, scale = overview(frame.image, DRAWN_SIDE)
-                    picture = draw_frame(image, detections._replace(boxes=detections.boxes * scale), names, bool(video))
+                    picture = draw_frame(image, found._replace(boxes=found.boxes * scale), names, bool(video))
                     if video:
                         write(picture, frame.seconds)
                     else:
                         save_image(picture, target)
                     source = {"file": str(path), "picture": str(target)}
-                    add_entry(source | describe(frame, detections, names, bool(video)))
+                    add_entry(source | describe(frame, found, names, bool(video)))
                     if args.save_csv:
-                        table.append((f"{path}#{frame.number}" if video else str(path), detections))
-                    number = len(detections.scores)
+                        table.append((f"{path}#{frame.number}" if video else str(path), found))
+                    number = len(found.scores)
                     counts.update(image=not video, frame=bool(video), detection=number, full=number == limit)
             counts["video"] += bool(video)
     kinds = [kind for kind in ("image", "video", "frame") if counts[kind]] or ["image"]
@@ -152,5 +176,7 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
     if counts["full"]:
         text = "warning: %s with %d detections, as many as --max_detections allows: there may be more objects"
         log.warning(text, counted(counts["full"], "image"), limit)
-    if failures:
-        raise UserError(f"{len(failures)} of {counted(len(files), 'file')} skipped:\n" + "\n".join(failures))
+    if reader.failures:
+        raise UserError(
+            f"{len(reader.failures)} of {counted(len(files), 'file')} skipped:\n" + "\n".join(reader.failures)
+        )
