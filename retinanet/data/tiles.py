@@ -153,32 +153,10 @@ def merge_cut_boxes(
     sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
     near = (boxes - of_box).abs() <= (NEAR_SHARE * sides).clamp(min=NEAR_PIXELS)
     cut = (near & (of_box != bounds)).any(dim=1)  # [N]
-
-    agreements = []
-    for tile in tile_index.unique().tolist():
-        begin, end = (int(torch.searchsorted(tile_index, value)) for value in (tile, tile + 1))
-        # Boxes of earlier tiles that overlap this one. Tiles go down the image row by row, so their lower edges ascend.
-        first = int(torch.searchsorted(of_box[:begin, 3].contiguous(), tiles[tile, 1], right=True))
-        shared = box_intersection(of_box[first:begin], tiles[tile : tile + 1])[:, 0] > 0
-        others = shared.nonzero()[:, 0] + first  # [M]
-        low, high = of_box[others].maximum(tiles[tile]), of_box[others].minimum(tiles[tile])
-        low, high = low[:, [0, 1, 0, 1]], high[:, [2, 3, 2, 3]]  # [M, 4]: the region that both tiles see
-        own, theirs = boxes[begin:end, None].clamp(low, high), boxes[others].clamp(low, high)
-        iou = box_iou(own[:, :, None], theirs[:, None])[:, :, 0, 0]  # [end - begin, M]
-        possible = (labels[begin:end, None] == labels[others]) & (cut[begin:end, None] | cut[others])
-        rows, columns = ((iou >= SAME_IOU) & possible).nonzero().unbind(dim=1)
-        agreements += zip(iou[rows, columns].tolist(), (rows + begin).tolist(), others[columns].tolist(), strict=True)
-
-    objects = {}  # index of each box in a pair -> indices of the boxes of its object
-    for _, one, other in sorted(agreements, reverse=True):
-        ours, theirs = objects.setdefault(one, [one]), objects.setdefault(other, [other])
-        both = tile_index[ours + theirs]
-        if ours is not theirs and len(both.unique()) == len(both):
-            ours += theirs
-            objects |= dict.fromkeys(theirs, ours)
+    pairs = _agreeing_pairs(labels, boxes, tile_index, tiles, cut)
 
     keep, boxes, scores = torch.ones(len(boxes), dtype=torch.bool), boxes.clone(), scores.clone()
-    for members in {id(members): members for members in objects.values() if len(members) > 1}.values():
+    for members in _joined(pairs, tile_index):
         keep[members] = ~cut[members]
         if cut[members].all():
             parts, best = boxes[members], members[int(scores[members].argmax())]
@@ -193,6 +171,39 @@ def merge_cut_boxes(
         covered = box_intersection(parts, boxes[whole]) >= COVERED * box_area(parts)[:, None]
         keep[chosen] = ~(seen & covered & (scores[whole] >= scores[chosen, None])).any(dim=1)
     return scores[keep], labels[keep], boxes[keep]
+
+
+def _agreeing_pairs(
+    labels: Tensor, boxes: Tensor, tile_index: Tensor, tiles: Tensor, cut: Tensor
+) -> list[tuple[float, int, int]]:
+    """IoU and indices of the pairs of boxes that agree where both of their tiles see them; one at least is cut."""
+    pairs, of_box = [], tiles[tile_index]
+    for tile in tile_index.unique().tolist():
+        begin, end = (int(torch.searchsorted(tile_index, value)) for value in (tile, tile + 1))
+        # Boxes of earlier tiles that overlap this one. Tiles go down the image row by row, so their lower edges ascend.
+        first = int(torch.searchsorted(of_box[:begin, 3].contiguous(), tiles[tile, 1], right=True))
+        shared = box_intersection(of_box[first:begin], tiles[tile : tile + 1])[:, 0] > 0
+        others = shared.nonzero()[:, 0] + first  # [M]
+        low, high = of_box[others].maximum(tiles[tile]), of_box[others].minimum(tiles[tile])
+        low, high = low[:, [0, 1, 0, 1]], high[:, [2, 3, 2, 3]]  # [M, 4]: the region that both tiles see
+        own, theirs = boxes[begin:end, None].clamp(low, high), boxes[others].clamp(low, high)
+        iou = box_iou(own[:, :, None], theirs[:, None])[:, :, 0, 0]  # [end - begin, M]
+        possible = (labels[begin:end, None] == labels[others]) & (cut[begin:end, None] | cut[others])
+        rows, columns = ((iou >= SAME_IOU) & possible).nonzero().unbind(dim=1)
+        pairs += zip(iou[rows, columns].tolist(), (rows + begin).tolist(), others[columns].tolist(), strict=True)
+    return pairs
+
+
+def _joined(pairs: list[tuple[float, int, int]], tile_index: Tensor) -> list[list[int]]:
+    """The boxes of each object, from pairs that agree, taken from the best one on; at most one box from each tile."""
+    objects = {}  # index of each box in a pair -> indices of the boxes of its object
+    for _, one, other in sorted(pairs, reverse=True):
+        ours, theirs = objects.setdefault(one, [one]), objects.setdefault(other, [other])
+        both = tile_index[ours + theirs]
+        if ours is not theirs and len(both.unique()) == len(both):
+            ours += theirs
+            objects |= dict.fromkeys(theirs, ours)
+    return list({id(members): members for members in objects.values() if len(members) > 1}.values())
 
 
 def overview(image: np.ndarray, limit: int) -> tuple[np.ndarray, float]:
