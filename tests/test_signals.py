@@ -35,15 +35,16 @@ def test_a_second_ctrl_c_leaves_the_callers_program_running(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_closed_terminal_is_a_request_unless_it_is_ignored():
-    with signals.StopSignals() as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.signum == signal.SIGHUP
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+@pytest.mark.parametrize(
+    ("handler", "noted"), [(signal.SIG_DFL, signal.SIGHUP), (signal.SIG_IGN, 0)], ids=["terminal", "nohup"]
+)
+def test_a_closed_terminal_is_a_request_unless_it_is_ignored(handler, noted):
+    before = signal.signal(signal.SIGHUP, handler)
     try:
         with signals.StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.signum == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert stop.signum == noted
+        assert signal.getsignal(signal.SIGHUP) == handler
     finally:
         signal.signal(signal.SIGHUP, before)
 
