@@ -39,7 +39,7 @@ from retinanet.training.checkpoint import LIMITS
 from retinanet.training.engine import train_one_epoch
 from retinanet.training.log import read_log
 from retinanet.training.recipes import RECIPES, Schedule
-from retinanet.training.settings import training_transform
+from retinanet.training.settings import follow_recipe, training_transform
 
 COMMON = "--dataset csv --depth 18 --weights none --recipe scratch --epochs 10 --batch_size 4 --min_side 320"
 METRICS = ("AP", "AP50", "AP75")
@@ -151,7 +151,8 @@ def main() -> None:
                 if name == "ours":
                     found = train_ours(words, own.out_dir / f"ours_{seed}")
                 else:
-                    found = train_torchvision(train.parse_arguments(words), own.lr)
+                    args = argparse.Namespace(**follow_recipe(vars(train.parse_arguments(words))))
+                    found = train_torchvision(args, own.lr)
                 metrics = {metric: found[metric] for metric in METRICS}
                 entry = {**key, "processor": processor(), "minutes": (time.monotonic() - start) / 60, **metrics}
                 finished.append(entry)

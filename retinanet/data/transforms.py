@@ -196,7 +196,8 @@ def resized_size(
     Returns:
         The scale (resized size / original size), and height and width after resizing and after padding.
     """
-    scale = min(min_side / min(height, width), max_side / max(height, width)) if min_side and max_side else 1.0
+    limits = (min_side, min(height, width)), (max_side, max(height, width))
+    scale = min((wanted / side for wanted, side in limits if wanted), default=1.0)
     scale = scale if enlarge else min(scale, 1.0)
     size = max(1, round(height * scale)), max(1, round(width * scale))
     return scale, size, (padded_side(size[0]), padded_side(size[1]))

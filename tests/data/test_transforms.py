@@ -362,6 +362,12 @@ def test_sizes_by_hand(height, width, size, padded):
     assert resized_size(height, width, 60, 160) == (out["scale"], size, padded)
 
 
+def test_a_missing_limit_does_not_count():
+    assert resized_size(100, 200, 50, None)[:2] == (0.5, (50, 100))
+    assert resized_size(100, 200, None, 50)[:2] == (0.25, (25, 50))
+    assert resized_size(100, 200, None, None)[:2] == (1.0, (100, 200))
+
+
 @pytest.mark.parametrize("side", [32, 64, 96])
 def test_nothing_is_padded_where_32_divides_the_size(side):
     out = Resizer(min_side=side, max_side=2 * side)(sample_of(40, 80))  # the original: 32 px more
