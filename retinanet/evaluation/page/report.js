@@ -158,6 +158,7 @@ function crop({ image, box, isTruth }) {
   return [start(x1, x2, across, width), start(y1, y2, down, height), across, down];
 }
 function drawCards() {
+  cancelAnimationFrame(drawing); // a second drawing would take the focus from the cards
   const list = (state.list = cases()), more = list.length - state.limit;
   $("cards").replaceChildren(...list.slice(0, state.limit).map((one, place) => {
     const svg = element("svg", { "aria-hidden": true }), { what, verdict, where } = describe(one);
