@@ -41,10 +41,7 @@ class Run:
 
     def __init__(self, settings: Settings, net: RetinaNet, device: torch.device, train_set: DetectionDataset):
         recipe = RECIPES[settings.recipe]
-        self.settings, self.device = settings, device
-        self.class_names = list(train_set.labels.values())
-        self.num_images = len(train_set)
-        self.pixel_range = train_set.pixel_range
+        self.settings, self.device, self.train_set = settings, device, train_set
         net.focalLoss.best_match_iou = recipe.best_match_iou
         net.train()
         net.freeze_bn(not recipe.train_bn, recipe.fix_affine)
@@ -67,7 +64,6 @@ class Run:
         self.last_ap: float | None = None  # of the last validation
         self.clock: tuple[float, int] | None = None  # time after this process's first step, and steps done by then
         self.saved_at = time.monotonic()
-        self.not_drawn: set[str] = set()  # images that could not be written
 
     @property
     def detector(self) -> RetinaNet:
@@ -90,11 +86,11 @@ class Run:
         settings = self.settings
         return self.progress.epoch >= settings.epochs or bool(settings.early_stop and self.stale >= settings.early_stop)
 
-    def header(self, train_set: DetectionDataset) -> str:
+    def header(self) -> str:
         """The data, the model and the settings, in one line."""
-        settings, recipe = self.settings, RECIPES[self.settings.recipe]
+        settings, recipe, train_set = self.settings, RECIPES[self.settings.recipe], self.train_set
         num_weights = sum(weight.numel() for weight in self.net.parameters())
-        images, boxes = counted(self.num_images, "image"), counted(len(train_set.annotations), "box")
+        images, boxes = counted(len(train_set), "image"), counted(len(train_set.annotations), "box")
         sizes = f"{' to '.join(map(str, settings.jitter or [settings.min_side]))} / {settings.max_side}"
         if settings.tile:
             tiles = f"tiles of {settings.tile} x {settings.tile}"
@@ -116,7 +112,7 @@ class Run:
             f"{counted(self.epoch_size, 'tile')} an epoch" if settings.tile else "",
             f"balance {settings.balance:g}: {images} seen as {self.epoch_size:,} an epoch" if balanced else "",
         ]
-        source, classes = settings.other.get("dataset", train_set.source), counted(len(self.class_names), "class")
+        source, classes = settings.other.get("dataset", train_set.source), counted(train_set.num_classes(), "class")
         parts = [
             f"{source}: {images}, {boxes}, {classes}",
             f"ResNet-{settings.depth}, {num_weights / 1e6:.1f} M parameters, weights: {settings.weights}",
@@ -210,9 +206,9 @@ class Run:
                 f"{name} stays as it was: a weight is not finite in epoch {epoch}, after step {step}; lower the "
                 "learning rate (--lr), or clip the gradient (--clip_norm)"
             )
-        settings = self.settings
-        found = settings.limits, self.score_thresholds, settings.tiling, self.pixel_range
-        entries = checkpoint.model_entries(self.detector, self.class_names, *settings.sides, *found)
+        settings, data = self.settings, self.train_set
+        found = settings.limits, self.score_thresholds, settings.tiling, data.pixel_range
+        entries = checkpoint.model_entries(self.detector, list(data.labels.values()), *settings.sides, *found)
         entries |= {"epoch": self.progress.epoch, "metrics": self.metrics}
         checkpoint.save(Path(settings.out_dir) / name, entries | extra)
 
@@ -220,7 +216,7 @@ class Run:
         """Everything, apart from the model, that `restore` needs to continue exactly from here."""
         state = {
             "args": self.settings.as_dict(),
-            "num_images": self.num_images,
+            "num_images": len(self.train_set),
             "progress": asdict(self.progress),
             "best": self.best,
             "stale": self.stale,
