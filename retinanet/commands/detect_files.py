@@ -90,47 +90,41 @@ class Item(NamedTuple):
     """An image, or a frame of a video, on its way through the detector."""
 
     path: Path
-    target: Path  # of the drawn file
     video: Video | None
     frame: Frame
 
 
-class Reader:
-    """Reads files for a detector that takes plain pixels, and pairs its detections with the files and frames.
+def detect_in_files(
+    files: Sequence[Path],
+    args: argparse.Namespace,
+    by_parts: bool,
+    detect: Callable[[Iterator[np.ndarray]], Iterator[tuple[np.ndarray, Detections]]],
+    failures: list[str],
+) -> Iterator[tuple[Item, Detections]]:
+    """Every image and frame with what `detect` finds in it, in order; messages about bad files go to `failures`."""
+    waiting: collections.deque[Item] = collections.deque()  # for their detections
 
-    Messages about files that cannot be read go to `failures`.
-    """
-
-    def __init__(self, files: Sequence[Path], targets: Sequence[Path], args: argparse.Namespace, by_parts: bool):
-        self.files, self.args, self.by_parts = list(zip(files, targets, strict=True)), args, by_parts
-        self.waiting: collections.deque[Item] = collections.deque()  # for their detections
-        self.failures: list[str] = []
-
-    def _read(self) -> Iterator[np.ndarray]:
-        args, read = self.args, open_image if self.by_parts else read_image
-        for path, target in progress(self.files, "detecting"):
+    def pixels() -> Iterator[np.ndarray]:
+        read = open_image if by_parts else read_image
+        for path in progress(files, "detecting"):
             try:
                 video = Video(path, args.every) if is_video(path) else None
                 frames = video or [Frame(read(path, args.pixel_range, args.pixel_limit), 0, 0)]
                 for frame in progress(frames, path.name, video.total) if video else frames:
-                    self.waiting.append(Item(path, target, video, frame))
+                    waiting.append(Item(path, video, frame))
                     yield frame.image
             except UserError as error:
-                self.failures.append(str(error))
+                failures.append(str(error))
 
-    def detections(
-        self, detect: Callable[[Iterator[np.ndarray]], Iterator[tuple[np.ndarray, Detections]]]
-    ) -> Iterator[tuple[Item, Detections]]:
-        """Every item with what `detect` finds in it, in order."""
-        images, is_done = self._read(), False
-        while not is_done:
-            try:
-                for _, found in detect(images):
-                    yield self.waiting.popleft(), found
-                is_done = True
-            except UserError as error:  # a part of a large image cannot be read; the next image may be intact
-                self.failures.append(str(error))
-                self.waiting.clear()
+    images = pixels()
+    while True:
+        try:
+            for _, found in detect(images):
+                yield waiting.popleft(), found
+            return
+        except UserError as error:  # a part of a large image cannot be read; the next image may be intact
+            failures.append(str(error))
+            waiting.clear()
 
 
 def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any], device: torch.device) -> None:
@@ -139,20 +133,25 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
     Files that cannot be read are listed in a UserError at the end.
     """
     files, folder = find_images(args.images), make_out_dir(args.out_dir)
-    tiling, table = inference.choose_tiling(info, flags.given_tiles(args)), []
+    targets = dict(zip(files, output_paths(files, folder), strict=True))
     if args.save_csv:
         check_csv(args.save_csv)
-    reader = Reader(files, output_paths(files, folder), args, by_parts=bool(tiling))
+    tiling = inference.choose_tiling(info, flags.given_tiles(args))
     precision = process.choose_precision(args.precision, device)
     resizer = inference.make_resizer(info, args.min_side, args.max_side)
     limits = inference.detection_limits(info, flags.given_limits(args), for_use=True)
-    results = reader.detections(
-        lambda images: detection.detect_images(net, images, resizer, args.batch_size, precision, tiling, **limits)
-    )
     names, limit, counts = info["class_names"], limits["max_detections"], collections.Counter()
+    table: list[tuple[str, Detections]] = []
+    failures: list[str] = []
+
+    def detect(images: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, Detections]]:
+        return detection.detect_images(net, images, resizer, args.batch_size, precision, tiling, **limits)
+
+    results = detect_in_files(files, args, bool(tiling), detect, failures)
     head = {"model": args.model, "class_names": names, **limits}
-    with detections_json(folder / "detections.json", head, reader.failures) as add_entry:
-        for (path, target, video), of_file in itertools.groupby(results, key=lambda result: result[0][:3]):
+    with detections_json(folder / "detections.json", head, failures) as add_entry:
+        for (path, video), of_file in itertools.groupby(results, key=lambda result: result[0][:2]):
+            target = targets[path]
             target.parent.mkdir(parents=True, exist_ok=True)
             with video_writer(target, video) if video else contextlib.nullcontext() as write:
                 for (*_, frame), found in of_file:
@@ -176,7 +175,5 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
     if counts["full"]:
         text = "warning: %s with %d detections, as many as --max_detections allows: there may be more objects"
         log.warning(text, counted(counts["full"], "image"), limit)
-    if reader.failures:
-        raise UserError(
-            f"{len(reader.failures)} of {counted(len(files), 'file')} skipped:\n" + "\n".join(reader.failures)
-        )
+    if failures:
+        raise UserError(f"{len(failures)} of {counted(len(files), 'file')} skipped:\n" + "\n".join(failures))
