@@ -158,10 +158,8 @@ class _Training:
                 run.progress, settings.clip_norm, settings.accumulate, stop_signal=lambda: self.stop.signum,
                 after_step=run.after_step, log_step=run.write_step, log_every=settings.log_every, outlook=run.outlook,
             )  # fmt: skip
-            log.info(
-                "epoch %d: class loss %.3f, box loss %.3f, %.1f images/s%s",
-                epoch, *(statistics[name] for name in ("class_loss", "box_loss", "images_per_second")), run.time_left(),
-            )  # fmt: skip
+            text = "class loss {class_loss:.3f}, box loss {box_loss:.3f}, {images_per_second:.1f} images/s"
+            log.info("epoch %d: %s%s", epoch, text.format(**statistics), run.time_left())
             is_last = epoch + 1 == settings.epochs
             run.metrics, run.score_thresholds = {}, {}
             if self.val_set is not None and ((epoch + 1) % settings.val_every == 0 or is_last):

@@ -37,7 +37,11 @@ class RunLog:
         self.folder = Path(out_dir)
         self.path = self.folder / "log.jsonl"
         self.steps_per_epoch = steps_per_epoch
-        make_board = _summary_writer() if tensorboard else None  # before any file is moved
+        if tensorboard:  # imported before any file is moved
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError("--tensorboard needs tensorboard: pip install tensorboard") from error
         self.lock = lock_folder(self.folder)
         if resumed is None:
             _put_aside(self.folder)
@@ -45,10 +49,10 @@ class RunLog:
             self._continue_from(resumed.parent, size)
         self.file = open(output_file(self.path), "w" if resumed is None else "a", buffering=1)  # noqa: SIM115
         self.board = None
-        if make_board:
+        if tensorboard:
             for old in self.folder.glob(BOARD_FILES):
                 old.unlink()
-            self.board = make_board(self.folder)
+            self.board = SummaryWriter(self.folder)
             for entry in read_log(self.path):  # all are written again, so that no entry of a resumed run appears twice
                 self._add_to_board(entry)
 
@@ -143,12 +147,3 @@ def _put_aside(folder: Path) -> None:
         for path in folder.glob(pattern):
             path.replace(aside / path.name)
     log.warning("warning: %s held an earlier run, whose files are now in %s", folder, aside)
-
-
-def _summary_writer() -> type:
-    """TensorBoard's writer."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard needs tensorboard: pip install tensorboard") from error
-    return SummaryWriter

@@ -83,24 +83,24 @@ def make_optimizer(model: nn.Module, recipe: Recipe, lr: float, backbone_lr: flo
 
     These are `lr`, multiplied by `backbone_lr` for the backbone; if the backbone has its own groups, they come last.
     """
-    groups = {}  # (is of the backbone, has no decay) -> weights
+    weights = {}  # (is in the backbone's groups, has no decay) -> weights
     for name, weight in model.named_parameters():
         no_decay = (recipe.double_bias and name.endswith("bias")) or (not recipe.decay_vectors and weight.dim() == 1)
-        key = backbone_lr != 1 and name.startswith(BACKBONE), no_decay
         if weight.requires_grad:
-            groups.setdefault(key, []).append(weight)
-    rates = {
-        key: lr * (backbone_lr if key[0] else 1) * (2 if key[1] and recipe.double_bias else 1) for key in sorted(groups)
-    }
-    decays = {key: 0.0 if key[1] else recipe.weight_decay for key in groups}
-    groups = [{"params": groups[key], "lr": rates[key], "weight_decay": decays[key]} for key in rates]
+            weights.setdefault((backbone_lr != 1 and name.startswith(BACKBONE), no_decay), []).append(weight)
+    groups = []
+    for of_backbone, no_decay in sorted(weights):
+        rate = lr * (backbone_lr if of_backbone else 1) * (2 if no_decay and recipe.double_bias else 1)
+        decay = 0.0 if no_decay else recipe.weight_decay
+        groups.append({"params": weights[of_backbone, no_decay], "lr": rate, "weight_decay": decay})
     if recipe.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, momentum=0.9, fused=True)
         # torch 2.14 leaves the buffers uninitialised if a GradScaler skips the first step. Zeros give the same steps.
         for weight in (weight for group in groups for weight in group["params"]):
             optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         return optimizer
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups, fused=True)
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, fused=True)
 
 
 class Schedule:

@@ -123,24 +123,19 @@ class Run:
         return " | ".join(parts)
 
     def write_step(self, entry: dict[str, float]) -> None:
-        """Add an entry about a step to the log, on rank 0."""
-        if self.log:
-            self.log.write(entry)
-            if self.on_log:
-                self.on_log(dict(entry))
-            if not shows_progress():
-                self._log_step(entry)
-
-    def _log_step(self, entry: dict[str, float]) -> None:
-        """Log an entry as a line, of at most about MOST_LINES in a run; the end of an epoch has a line of its own."""
-        number, of = self.settings.epochs * self.steps_per_epoch // self.settings.log_every, self.steps_per_epoch
-        every = self.settings.log_every * (1 + number // MOST_LINES)
-        if entry["step"] % every == 0 and entry["step"] < of:
-            log.info(
-                "epoch %d, step %d of %d: class loss %.3f, box loss %.3f, lr %.1e, %.1f images/s%s",
-                *(entry[name] for name in ("epoch", "step")), of,
-                *(entry[name] for name in ("class_loss", "box_loss", "lr", "images_per_second")), self.outlook(),
-            )  # fmt: skip
+        """Add an entry about a step to the log, on rank 0; without a progress bar, print up to about MOST_LINES."""
+        if not self.log:
+            return
+        self.log.write(entry)
+        if self.on_log:
+            self.on_log(dict(entry))
+        num_entries = self.settings.epochs * self.steps_per_epoch // self.settings.log_every
+        every = self.settings.log_every * (1 + num_entries // MOST_LINES)
+        is_last = entry["step"] == self.steps_per_epoch  # the end of an epoch has a line of its own
+        if entry["step"] % every == 0 and not is_last and not shows_progress():
+            text = "epoch {epoch}, step {step} of {steps}: class loss {class_loss:.3f}, box loss {box_loss:.3f}, "
+            text += "lr {lr:.1e}, {images_per_second:.1f} images/s"
+            log.info("%s%s", text.format(steps=self.steps_per_epoch, **entry), self.outlook())
 
     def outlook(self) -> str:
         """The end of a line about a step: the AP of the last validation, and the time left."""
@@ -179,8 +174,8 @@ class Run:
             if self.log:
                 self.log.write(entry)
             if self.metrics:
-                self.stale, self.last_ap = self.stale + 1, self.metrics["AP"]
-                ap = self.metrics["AP"]
+                self.stale += 1
+                self.last_ap = ap = self.metrics["AP"]
                 if ap > self.best or ap < 0:  # -1: no boxes, so the last model is as good as any
                     self.best, self.stale = ap, 0
                     self.save("best.pt")
@@ -250,14 +245,15 @@ class Run:
             self.best, self.stale = state["best"], state["stale"]
             # Everything but the rates and the counters follows from the settings, and is not taken from the file.
             saved = state["optimizer"]
-            groups = zip(own["optimizer"]["param_groups"], saved["param_groups"], strict=True)
-            groups = [group | {"lr": found["lr"]} for group, found in groups]
+            groups = own["optimizer"]["param_groups"]
+            for group, found in zip(groups, saved["param_groups"], strict=True):
+                group["lr"] = found["lr"]
             self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
             changed = {key: state["schedule"][key] for key in CHANGING if key in own["schedule"]}
             self.schedule.scheduler.load_state_dict(own["schedule"] | changed)
             if self.scaler.is_enabled():
-                counted = {key: state["scaler"][key] for key in ("scale", "_growth_tracker")}
-                self.scaler.load_state_dict(own["scaler"] | counted)
+                changed = {key: state["scaler"][key] for key in ("scale", "_growth_tracker")}
+                self.scaler.load_state_dict(own["scaler"] | changed)
             if self.ema:
                 self.net.load_state_dict(state["weights"])
                 self.ema.steps = state["ema_steps"]
