@@ -16,9 +16,8 @@ import numpy as np
 from retinanet.data.classes import read_class_ids, unknown_class
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.files import explain_missing
-from retinanet.data.reading import MAX_NAME
 from retinanet.data.report import DataError, Report
-from retinanet.data.tables import Table, read_table
+from retinanet.data.tables import Table, first_rows, read_table
 from retinanet.errors import shown
 
 
@@ -56,15 +55,13 @@ class CSVDataset(DetectionDataset):
         class_names = table.class_names() if class_names is None else class_names
         labels = _find_labels(table, class_names, report)
         image_files, image_index = _find_images(table, report)
-        first = _first_rows(image_index, len(image_files))
+        first = first_rows(image_index, len(image_files))
         report.add_rows(
             "negative with boxes",
             np.intersect1d(image_index[table.has_box], image_index[~table.has_box]),
             lambda index: table.where(first[index]),
             lambda index: f"{shown(image_files[index])} has lines with and without boxes; the boxes are used",
         )
-        if not table.has_header:
-            _check_corners(path, table.boxes[table.has_box], report)
         sizes = np.zeros((len(image_files), 2), dtype=np.int64)
         sized = np.flatnonzero((table.sizes > 0).all(axis=1))[::-1]  # reversed, so that an image's first row wins
         sizes[image_index[sized]] = table.sizes[sized]
@@ -94,18 +91,13 @@ class CSVDataset(DetectionDataset):
 
 def _find_labels(table: Table, class_names: Sequence[str], report: Report) -> np.ndarray:
     """[N] the label of each row; -1 for unknown classes, which are reported if they have a box."""
-    rows, codes = np.flatnonzero(table.has_box), table.class_codes
-    _check_texts(table.classes, codes[rows], lambda row: table.where(rows[row]), report)
-    names = [text.strip() for text in table.classes]
     known = {name: label for label, name in enumerate(class_names)}
-    labels = np.array([known.get(name, -1) for name in names], dtype=np.int64)[codes]
-    report.add_rows(
-        "unknown class",
-        table.has_box & (labels < 0),
-        table.where,
-        lambda row: unknown_class(names[codes[row]], class_names),
-        lambda row: names[codes[row]],
-    )
+    labels = np.array([known.get(name, -1) for name in table.classes], dtype=np.int64)[table.class_codes]
+
+    def explain(row: int) -> str:
+        return unknown_class(table.class_name(row), class_names)
+
+    report.add_rows("unknown class", table.has_box & (labels < 0), table.where, explain, table.class_name)
     return labels
 
 
@@ -114,8 +106,7 @@ def _find_images(table: Table, report: Report) -> tuple[list[str], np.ndarray]:
     folder = os.path.abspath(table.path.parent)  # noqa: PTH100
     positions: dict[str, int] = {}  # absolute path -> index of the image
     files, found = [], []
-    first = _check_texts(table.paths, table.path_codes, table.where, report)
-    for name, row in zip(map(str.strip, table.paths), first, strict=True):
+    for name, row in zip(table.paths, first_rows(table.path_codes, len(table.paths)), strict=True):
         key = name and os.path.normpath(os.path.join(folder, name))  # noqa: PTH118
         index = positions.setdefault(key, len(files))
         found.append(index)
@@ -126,31 +117,3 @@ def _find_images(table: Table, report: Report) -> tuple[list[str], np.ndarray]:
         elif files[index] != name:
             report.add("repeated image", table.where(row), f"{shown(name)} is {shown(files[index])}, and is read once")
     return files, np.array(found, dtype=np.int64)[table.path_codes]
-
-
-def _check_texts(texts: Sequence[str], codes: np.ndarray, where: Callable[[int], str], report: Report) -> np.ndarray:
-    """Report texts that are too long or have spaces around them; returns the first row of each text."""
-    first = _first_rows(codes, len(texts))
-    for text, row in zip(texts, first, strict=True):
-        if row < len(codes) and len(text) > MAX_NAME:
-            report.add("bad name", where(row), f"{shown(text)} has {len(text):,} characters, more than {MAX_NAME:,}")
-        elif row < len(codes) and text != text.strip():
-            report.add("spaces", where(row), f"the spaces around {shown(text)} are ignored")
-    return first
-
-
-def _first_rows(codes: np.ndarray, number: int) -> np.ndarray:
-    """[number] the first row of each code; len(codes) for a code without a row."""
-    first = np.full(number, len(codes))
-    np.minimum.at(first, codes, np.arange(len(codes)))
-    return first
-
-
-def _check_corners(path: Path, boxes: np.ndarray, report: Report) -> None:
-    """Report x, y, width, height in place of corners, if so many boxes are inverted that nothing else explains it."""
-    inverted = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
-    count = int(inverted.sum())
-    explained = (boxes[:, :2] >= 0).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
-    if count > max(1, len(boxes) / 10) and explained[inverted].all() and explained.mean() > 0.95:
-        message = f"{count:,} of {len(boxes):,} boxes have x2 < x1 or y2 < y1, but must be the corners x1,y1,x2,y2"
-        report.add("looks like x, y, width, height", str(path), message)

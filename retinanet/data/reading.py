@@ -25,8 +25,11 @@ SIDE = re.compile(r"([0-9]{1,6})(\.0*)?")
 
 def parse_side(text: str) -> int:
     """The height or width of an image, which some tools write as 128.0; 0 if the text is empty, -1 if it is invalid."""
-    found = SIDE.fullmatch(text.strip())
-    return int(found[1]) if found else -(text.strip().lower() not in EMPTY)
+    text = text.strip().lower()
+    if text in EMPTY:
+        return 0
+    found = SIDE.fullmatch(text)
+    return int(found[1]) if found else -1
 
 
 def parse_number(text: str) -> float:
@@ -88,13 +91,14 @@ def read_annotations(
         files.append(file)
         sizes.append(size)
     table = np.array(rows, dtype=np.float64).reshape(-1, 8)
-    arguments = dict(zip(("image_index", "annotation_ids", "difficult"), table[:, :3].T.astype(np.int64), strict=True))
-    sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)
+    image_index, annotation_ids, difficult = table[:, :3].T.astype(np.int64)
     return {
-        **arguments,
         "image_files": images,
         "annotations": table[:, 3:],
-        "declared_sizes": sizes,
+        "image_index": image_index,
+        "difficult": difficult,
+        "annotation_ids": annotation_ids,
+        "declared_sizes": np.array(sizes, dtype=np.int64).reshape(-1, 2),
         "annotation_files": files,
         "report": report,
     }

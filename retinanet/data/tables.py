@@ -7,13 +7,13 @@ import csv
 import io
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from retinanet.data.reading import EMPTY, parse_side, read_text
+from retinanet.data.reading import EMPTY, MAX_NAME, parse_number, parse_side, read_text
 from retinanet.data.report import DataError, Report
 from retinanet.errors import UserError, shown
 
@@ -45,7 +45,7 @@ class Layout(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The N well-formed rows of a file; texts are stored as codes, indices into a list of the distinct texts."""
+    """The N well-formed rows of a file; texts are stripped, and stored as codes, indices into a list of them."""
 
     path: Path
     lines: np.ndarray  # [N] int, from 1
@@ -56,11 +56,14 @@ class Table(NamedTuple):
     classes: list[str]
     class_codes: np.ndarray  # [N] int
     sizes: np.ndarray  # [N, 2] int: height and width, of `parse_side`
-    has_header: bool
 
     def class_names(self) -> list[str]:
         """The classes of the boxes, sorted."""
-        return sorted({self.classes[code].strip() for code in np.unique(self.class_codes[self.has_box])} - {""})
+        return sorted({self.classes[code] for code in np.unique(self.class_codes[self.has_box])} - {""})
+
+    def class_name(self, row: int) -> str:
+        """The class of a row."""
+        return self.classes[self.class_codes[row]]
 
     def where(self, row: int) -> str:
         """The file and line of a row, for messages."""
@@ -82,8 +85,13 @@ def read_table(path: Path, report: Report) -> Table:
     if not len(lines) and not report.errors():
         raise UserError(f"{path}: lists no images")
     has_box = ~(np.isnan(boxes).all(axis=1) | (boxes == 0).all(axis=1) | (boxes == -1).all(axis=1))
-    has_header = layout.header is not None
-    table = Table(path, lines, [*paths], path_codes, boxes, has_box, [*classes], class_codes, sizes, has_header)
+    names, class_names = ([text.strip() for text in texts] for texts in (paths, classes))
+    table = Table(path, lines, names, path_codes, boxes, has_box, class_names, class_codes, sizes)
+    rows = np.flatnonzero(has_box)
+    _check_texts(list(classes), class_codes[rows], lambda row: table.where(rows[row]), report)
+    _check_texts(list(paths), path_codes, table.where, report)
+    if not layout.header:
+        _check_corners(path, boxes[rows], report)
     named = np.array([text != NO_CLASS for text in classes], dtype=bool)[class_codes]
     message = "is read as an image without objects; better write its line as `path,,,,,`"
     report.add_rows("no objects", ~has_box & named, table.where, message, "")
@@ -197,7 +205,35 @@ def _look_closer(
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        parse_number(text)
     except ValueError:
         return False
-    return "_" not in text
+    return True
+
+
+def _check_texts(texts: Sequence[str], codes: np.ndarray, where: Callable[[int], str], report: Report) -> None:
+    """Report texts that are too long or have spaces around them, each at its first row."""
+    for text, row in zip(texts, first_rows(codes, len(texts)), strict=True):
+        if row == len(codes):  # only images without objects have this class
+            continue
+        if len(text) > MAX_NAME:
+            report.add("bad name", where(row), f"{shown(text)} has {len(text):,} characters, more than {MAX_NAME:,}")
+        elif text != text.strip():
+            report.add("spaces", where(row), f"the spaces around {shown(text)} are ignored")
+
+
+def first_rows(codes: np.ndarray, number: int) -> np.ndarray:
+    """[number] the first row of each code; len(codes) for a code without a row."""
+    first = np.full(number, len(codes))
+    np.minimum.at(first, codes, np.arange(len(codes)))
+    return first
+
+
+def _check_corners(path: Path, boxes: np.ndarray, report: Report) -> None:
+    """Report x, y, width, height in place of corners, if so many boxes are inverted that nothing else explains it."""
+    inverted = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
+    count = int(inverted.sum())
+    explained = (boxes[:, :2] >= 0).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
+    if count > max(1, len(boxes) / 10) and explained[inverted].all() and explained.mean() > 0.95:
+        message = f"{count:,} of {len(boxes):,} boxes have x2 < x1 or y2 < y1, but must be the corners x1,y1,x2,y2"
+        report.add("looks like x, y, width, height", str(path), message)

@@ -3,12 +3,13 @@
 import glob
 import itertools
 import math
-import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import numpy as np
 
 from retinanet.data.classes import class_difference, read_class_list
 from retinanet.data.dataset import DetectionDataset
@@ -64,26 +65,24 @@ class YoloDataset(DetectionDataset):
             lines = read_text(file).splitlines() if file.is_file() else []
             boxes = list(_read_boxes(file, lines, len(class_names), key_numbers, report))
             height, width, _ = read_header(image)
-            factors = 1, 0, width, height, width, height, 1  # fractions -> pixels
-            return (height, width), [map(operator.mul, box, factors) for box in boxes]
+            return (height, width), boxes
 
         contents = read_annotations(files, read, report)
+        sides = contents["declared_sizes"][contents["image_index"], ::-1]  # width and height of each box's image
+        contents["annotations"][:, :4] *= np.tile(sides, 2)  # fractions -> pixels
         super().__init__(class_names=class_names, transform=transform, source=source, **contents)
 
 
 def _read_settings(root: Path) -> dict[Path, dict[str, Any]]:
     """The content of those of SETTINGS that exist."""
+    return {root / name: _read_file(root / name) for name in SETTINGS if (root / name).is_file()}
 
-    def read(path: Path) -> dict[str, Any]:
-        if path.suffix != ".data":
-            return _read_yaml(path)
-        pairs = (line.partition("=") for line in read_text(path).splitlines())
+
+def _read_file(path: Path) -> dict[str, Any]:
+    text = read_text(path)
+    if path.suffix == ".data":
+        pairs = (line.partition("=") for line in text.splitlines())
         return {key.strip(): value.strip() for key, sign, value in pairs if sign}
-
-    return {root / name: read(root / name) for name in SETTINGS if (root / name).is_file()}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         import yaml  # an optional dependency that nothing else needs
     except ModuleNotFoundError as error:
@@ -93,7 +92,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             return {}
         raise UserError(f"{path}: {message}, and no {path.parent / 'classes.txt'} lists the class names") from error
     try:
-        content = yaml.load(read_text(path), yaml.BaseLoader)  # all values stay text: `no` does not become False
+        content = yaml.load(text, yaml.BaseLoader)  # all values stay text: `no` does not become False
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: is not valid YAML, or is nested too deeply ({error})") from error
     return content if isinstance(content, dict) else {"names": None}
@@ -107,12 +106,12 @@ def _places(text: str, root: Path, *bases: Path) -> list[Path]:
     return [path for path in places if os.path.exists(path)]  # noqa: PTH110, pathlib raises errors for impossible names
 
 
-def _resolve(text: str, root: Path, base: Path) -> list[Path]:
-    """The place that a path in `data.yaml` means: one, or none; a UserError if there are several."""
+def _resolve(text: str, root: Path, base: Path) -> Path | None:
+    """The place that a path in `data.yaml` means, if it exists; a UserError if there are several."""
     found = {os.path.realpath(path): path for path in _places(text, root, base)}
     if len(found) > 1:
         raise UserError(f"{root}: {shown(text)} may be {' or '.join(map(str, found.values()))}; give the full path")
-    return list(found.values())
+    return next(iter(found.values()), None)
 
 
 def _find_sets(root: Path, set_name: str, settings: Mapping[Path, dict]) -> dict[str, list[list[Path]]]:
@@ -121,12 +120,15 @@ def _find_sets(root: Path, set_name: str, settings: Mapping[Path, dict]) -> dict
     wanted = {set_name}.union(*(names for names in SAME_NAMES if set_name in names))
     for source, content in settings.items():
         base = root / content["path"] if isinstance(content.get("path"), str) else root
-        for name in [name for name in content if name not in NO_SETS]:
-            values = content[name] if isinstance(content[name], list) else [content[name]]
-            found = {text: _resolve(text, root, base) for text in values if isinstance(text, str) and text}
-            paths = list(itertools.chain.from_iterable(found.values()))
-            if lost := [shown(text) for text in found if name in wanted and not found[text]]:
-                message = f"{source}: {', '.join(lost)} of the set {shown(name)} cannot be found"
+        for name, values in content.items():
+            if name in NO_SETS:
+                continue
+            texts = values if isinstance(values, list) else [values]
+            found = {text: _resolve(text, root, base) for text in texts if isinstance(text, str) and text}
+            paths = [path for path in found.values() if path]
+            if name in wanted and len(paths) < len(found):
+                lost = ", ".join(shown(text) for text, path in found.items() if not path)
+                message = f"{source}: {lost} of the set {shown(name)} cannot be found"
                 if paths:
                     raise UserError(message)
                 log.warning("warning: %s; trying the usual folders", message)  # often a path of another computer
@@ -207,8 +209,8 @@ def _class_names(root: Path, folders: Iterable[Path], settings: Mapping[Path, di
     """The class names; all files that name classes must agree."""
     paths = [folder / name for folder in dict.fromkeys(folders) for name in CLASS_LISTS]
     for content in settings.values():
-        if isinstance(text := content.get("names"), str):
-            paths += _resolve(text, root, root)
+        if isinstance(text := content.get("names"), str) and (path := _resolve(text, root, root)):
+            paths.append(path)
     sources = {path: names for path in paths if (names := read_class_list(path))}
     for path, content in settings.items():
         if path.suffix != ".data" and ("names" in content or not sources):
