@@ -77,8 +77,9 @@ class Torchvision(nn.Module):
         return [Detections(one["scores"], one["labels"], one["boxes"]) for one in found]
 
 
-def train_torchvision(args: argparse.Namespace, lr: float) -> dict[str, float]:
+def train_torchvision(words: list[str], lr: float) -> dict[str, float]:
     """Train torchvision's network with the flags of train.py, and return COCO's numbers."""
+    args = argparse.Namespace(**follow_recipe(vars(train.parse_arguments(words))))
     device = process.choose_device(args.device)
     precision = process.choose_precision(args.precision, device)
     process.seed_everything(args.seed)
@@ -92,10 +93,10 @@ def train_torchvision(args: argparse.Namespace, lr: float) -> dict[str, float]:
     schedule = Schedule(optimizer, RECIPES["scratch"], args.epochs * len(loader))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     with train_set.scaled(), val_set.scaled(train_set.pixel_range):
+        clip_norm = args.clip_norm or CLIP_NORM
         for epoch in range(args.epochs):
             sampler.set_epoch(epoch)
             progress = Progress(epoch)
-            clip_norm = args.clip_norm or CLIP_NORM
             done = train_one_epoch(net, loader, optimizer, scaler, schedule, device, precision, progress, clip_norm)
             process.log.info("epoch %d: loss %.3f, %.1f images/s", epoch, done["loss"], done["images_per_second"])
         limits = {name: getattr(args, name) for name in LIMITS}
@@ -142,8 +143,9 @@ def main() -> None:
     path = own.out_dir / "results.json"
     finished = json.loads(path.read_text()) if path.exists() else []
     results: dict[str, list[dict[str, float]]] = {}
+    names = [own.only] if own.only else ["ours", "torchvision"]
     for seed in range(own.seeds):
-        for name in [own.only] if own.only else ["ours", "torchvision"]:
+        for name in names:
             words = [*COMMON.split(), *others, "--seed", str(seed), *(own.ours if name == "ours" else [])]
             theirs = {"lr": own.lr, "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP_NORM}
             how = asdict(RECIPES["scratch"]) if name == "ours" else theirs
@@ -154,8 +156,7 @@ def main() -> None:
                 if name == "ours":
                     found = train_ours(words, own.out_dir / f"ours_{seed}")
                 else:
-                    args = argparse.Namespace(**follow_recipe(vars(train.parse_arguments(words))))
-                    found = train_torchvision(args, own.lr)
+                    found = train_torchvision(words, own.lr)
                 metrics = {metric: found[metric] for metric in METRICS}
                 entry = {**key, "processor": processor(), "minutes": (time.monotonic() - start) / 60, **metrics}
                 finished.append(entry)

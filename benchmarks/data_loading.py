@@ -6,12 +6,11 @@ import io
 import json
 import os
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 from pycocotools.coco import COCO
-from side_by_side import make_parser, measure, report
+from side_by_side import make_parser, measure, parse, report, timed
 from torch.utils.data import DataLoader
 
 from retinanet.data.coco import CocoDataset
@@ -81,12 +80,10 @@ def main() -> None:
     parser = make_parser(__doc__, repeats=1)
     parser.add_argument("--images", type=int, default=118_000, help="images")
     parser.add_argument("--boxes", type=int, default=860_000, help="boxes")
-    args = parser.parse_args()
+    args = parse(parser)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        start = time.perf_counter()
-        write_files(folder, args.images, args.boxes)
-        written = time.perf_counter() - start
+        written = timed(lambda: write_files(folder, args.images, args.boxes))
 
         def pycocotools() -> None:
             with contextlib.redirect_stdout(io.StringIO()):

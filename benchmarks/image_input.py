@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from side_by_side import make_parser, measure, report
+from side_by_side import make_parser, measure, parse, report
 from skimage.data import astronaut
 from torchvision.transforms.v2.functional import resize
 
@@ -26,8 +26,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = make_parser(__doc__, repeats=20)
     parser.set_defaults(threads=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse(parser)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture.jpg"
         Image.fromarray(astronaut()).resize((640, 480)).save(path, quality=90)

@@ -1,7 +1,8 @@
 """The loss, forward and backward, beside its plain form and beside torchvision's focal loss and matcher."""
 
 import torch
-from side_by_side import make_parser, measure, peak_memory, report
+from networks import add_size_arguments
+from side_by_side import make_parser, measure, parse, peak_memory, report
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
@@ -39,14 +40,8 @@ def torchvisions(logits: torch.Tensor, anchors: torch.Tensor, annotations: torch
 def main() -> None:
     """Run the benchmark."""
     parser = make_parser(__doc__, repeats=5)
-    parser.add_argument("--batch", type=int, default=2, help="images")
-    parser.add_argument("--height", type=int, default=608, help="pixels")
-    parser.add_argument("--width", type=int, default=800, help="pixels")
-    parser.add_argument("--classes", type=int, default=80, help="classes")
-    parser.add_argument("--boxes", type=int, default=15, help="boxes per image")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    add_size_arguments(parser, boxes=15)
+    args = parse(parser)
     inputs = make_inputs(args.batch, args.height, args.width, args.classes, args.boxes, args.device)
     many = make_inputs(args.batch, args.height, args.width, args.classes, 200, args.device)
 

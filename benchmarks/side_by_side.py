@@ -28,20 +28,29 @@ def make_parser(description: str, repeats: int) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the flags, set torch's threads accordingly, and seed it."""
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    return args
+
+
+def timed(program: Callable[[], object], device: str = "cpu") -> float:
+    """The seconds that a program takes."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    program()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def measure(programs: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, float]:
     """Median seconds of each program; all run in turn `repeats` times, after one warm-up round."""
-    seconds = {name: [] for name in programs}
-    for round_number in range(repeats + 1):
-        for name, program in programs.items():
-            if device != "cpu":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            program()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            if round_number:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    rounds = [{name: timed(program, device) for name, program in programs.items()} for _ in range(repeats + 1)]
+    return {name: statistics.median(seconds[name] for seconds in rounds[1:]) for name in programs}
 
 
 def peak_memory(program: Callable[[], object], device: str = "cpu") -> int:

@@ -2,7 +2,8 @@
 
 import numpy as np
 import torch
-from side_by_side import make_parser, measure, report
+from networks import add_precision_argument
+from side_by_side import make_parser, measure, parse, report
 
 from retinanet.data.tiles import Tiling
 from retinanet.data.transforms import Resizer, normalize
@@ -20,10 +21,8 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=512, help="side of the tiles, pixels, less than height and width")
     parser.add_argument("--overlap", type=float, default=0.25, help="share of the side by which tiles overlap")
     parser.add_argument("--batch", type=int, default=4, help="tiles per batch")
-    parser.add_argument("--precision", default="auto", help="of the network's arithmetic")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    add_precision_argument(parser)
+    args = parse(parser)
     device, tiling = torch.device(args.device), Tiling(args.tile, args.overlap)
     precision, count = choose_precision(args.precision, device), tiling.count(args.height, args.width)
     net = resnet(args.depth, 1).eval().to(device, memory_format=torch.channels_last)

@@ -2,16 +2,14 @@
 
 import contextlib
 import io
-import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from side_by_side import make_parser, report
+from side_by_side import make_parser, parse, report, timed
 from skimage.data import astronaut
 
 import train
@@ -20,7 +18,8 @@ from retinanet.data.loader import make_loader
 from retinanet.data.sampler import AspectRatioBasedSampler
 from retinanet.data.transforms import Resizer, normalize
 from retinanet.model import resnet
-from retinanet.process import choose_precision
+from retinanet.process import autocast, choose_precision
+from retinanet.training.log import read_log
 from retinanet.training.recipes import RECIPES, make_optimizer
 
 
@@ -46,8 +45,7 @@ def main() -> None:
     parser.add_argument("--min_side", type=int, default=320, help="pixels of the resized short side")
     parser.add_argument("--batch", type=int, default=4, help="images per batch")
     parser.add_argument("--workers", type=int, default=2, help="processes of train.py that read images")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse(parser)
     device = torch.device(args.device)
     precision = choose_precision("auto", device)
     recipe = RECIPES["scratch"]
@@ -59,32 +57,27 @@ def main() -> None:
         net = resnet(args.depth, 1).train().to(device, memory_format=torch.channels_last)
         optimizer = make_optimizer(net, recipe, recipe.lr)
 
-        def bare() -> float:
-            start = time.perf_counter()
+        def bare() -> None:
             for batch in batches:
                 images, annotations = normalize(batch["img"].to(device)), batch["annot"].to(device)
-                with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                with autocast(device, precision):
                     losses = torch.cat(net([images, annotations]))
                 losses.sum().backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            return (time.perf_counter() - start) / args.images
 
         flags = ["--dataset", "csv", *data_flags, "--depth", args.depth, "--weights", "none", "--recipe", "scratch"]
         flags += ["--min_side", args.min_side, "--batch_size", args.batch, "--device", args.device]
         flags += ["--workers", args.workers, "--epochs", 2, "--out_dir", folder / "run"]
 
-        def script() -> float:
+        def seconds_of_script() -> float:
             with contextlib.redirect_stdout(io.StringIO()):
                 assert train.main(list(map(str, flags))) == 0
-            entries = map(json.loads, (folder / "run" / "log.jsonl").read_text().splitlines())
-            # The speed of the second epoch, because the workers start in the first.
-            return 1 / [entry["images_per_second"] for entry in entries if "step" not in entry][1]
+            # The last entry is that of the second epoch; the first also has the start of the workers.
+            return 1 / read_log(folder / "run" / "log.jsonl")[-1]["images_per_second"]
 
         bare()
-        rounds = [(script(), bare()) for _ in range(args.repeats)]
+        rounds = [(seconds_of_script(), timed(bare, args.device) / args.images) for _ in range(args.repeats)]
     ours, floor = (statistics.median(times) for times in zip(*rounds, strict=True))
     seconds = {"train.py, an image": ours, "bare step, an image": floor}
     title = f"training ResNet-{args.depth} on JPEG files, --min_side {args.min_side}, {args.batch} images per batch"

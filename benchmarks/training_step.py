@@ -3,77 +3,82 @@
 Floor is the bare network: BatchNorm is a separate operation, and the sum of all outputs is the loss.
 """
 
+from collections.abc import Callable
+
 import torch
-from networks import add_arguments, make_batch, make_networks, torchvision_targets
-from side_by_side import make_parser, measure, peak_memory, report
+from networks import add_precision_argument, add_size_arguments, make_batch, make_networks, torchvision_targets
+from side_by_side import make_parser, measure, parse, peak_memory, report
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from retinanet.process import choose_precision
+from retinanet.process import autocast, choose_precision
 
 
 def main() -> None:
     """Run the benchmark."""
     parser = make_parser(__doc__, repeats=3)
-    add_arguments(parser)
+    add_size_arguments(parser)
+    add_precision_argument(parser)
     parser.add_argument("--plain", action="store_true", help="also time torchvision with its default flags")
     parser.add_argument("--frozen", action="store_true", help="also time ours with the frozen layers of recipe paper")
     parser.add_argument("--growth", action="store_true", help="also time ours on a quarter of the pixels")
     parser.add_argument("--compiled", action="store_true", help="also time ours under torch.compile")
     parser.add_argument("--peak", type=float, help="peak TFLOP/s of the device in this precision, from its data sheet")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    precision = choose_precision(args.precision, torch.device(args.device))
-    ours, theirs, floor = (
-        network.train() for network in make_networks(args.classes, args.height, args.width, args.device)
-    )
+    args = parse(parser)
+    device = torch.device(args.device)
+    precision = choose_precision(args.precision, device)
+    sizes = args.classes, args.height, args.width
+    ours, theirs, floor = (network.train() for network in make_networks(*sizes, args.device))
     images, annotations = make_batch(args.batch, args.height, args.width, args.classes, args.boxes, args.device)
     targets = torchvision_targets(annotations)
-    small = make_batch(args.batch, args.height // 2, args.width // 2, args.classes, args.boxes, args.device)
 
-    def step(network: torch.nn.Module, loss, dtype: torch.dtype) -> None:
-        with torch.autocast(args.device, dtype, enabled=dtype != torch.float32):
-            value = loss()
+    def step(network: nn.Module, loss: Callable[[nn.Module], Tensor], dtype: torch.dtype = precision) -> None:
+        with autocast(device, dtype):
+            value = loss(network)
         value.backward()
         network.zero_grad()
 
+    def our_loss(network: nn.Module) -> Tensor:
+        return torch.cat(network([images, annotations])).sum()
+
+    def dense_loss(network: nn.Module) -> Tensor:
+        return torch.cat(network.focalLoss(*network.heads(images), annotations)).sum()
+
+    def sum_of_outputs(network: nn.Module) -> Tensor:
+        return sum(output.float().sum() for output in network(images))
+
+    def torchvisions_loss(network: nn.Module) -> Tensor:
+        return sum(network(list(images), targets).values())
+
     programs = {
-        "ours": lambda: step(ours, lambda: torch.cat(ours([images, annotations])).sum(), precision),
-        "ours, dense box head": lambda: step(
-            ours, lambda: torch.cat(ours.focalLoss(*ours.heads(images), annotations)).sum(), precision
-        ),
-        "floor": lambda: step(floor, lambda: sum(output.float().sum() for output in floor(images)), precision),
-        "torchvision": lambda: step(theirs, lambda: sum(theirs(list(images), targets).values()), precision),
+        "ours": lambda: step(ours, our_loss),
+        "ours, dense box head": lambda: step(ours, dense_loss),
+        "floor": lambda: step(floor, sum_of_outputs),
+        "torchvision": lambda: step(theirs, torchvisions_loss),
     }
     bounds = {("ours", "floor"): 0.88, ("ours", "ours, dense box head"): 1.02, ("ours", "torchvision"): 0.78}
     if args.plain:
-        plain = make_networks(args.classes, args.height, args.width, args.device)[1].to(
-            memory_format=torch.contiguous_format
-        )
+        plain = make_networks(*sizes, args.device)[1].train().to(memory_format=torch.contiguous_format)
         contiguous = [image.contiguous() for image in images]
-        plain.train()
         programs["torchvision, default flags"] = lambda: step(
-            plain, lambda: sum(plain(contiguous, targets).values()), torch.float32
+            plain, lambda network: sum(network(contiguous, targets).values()), torch.float32
         )
         bounds["ours", "torchvision, default flags"] = 0.25
     if args.frozen:
-        frozen = make_networks(args.classes, args.height, args.width, args.device)[0].train()
+        frozen = make_networks(*sizes, args.device)[0].train()
         frozen.freeze_bn(affine=True)
         frozen.freeze_stages(2)
-        programs["ours, as recipe paper"] = lambda: step(
-            frozen, lambda: torch.cat(frozen([images, annotations])).sum(), precision
-        )
+        programs["ours, as recipe paper"] = lambda: step(frozen, our_loss)
         bounds["ours, as recipe paper", "ours"] = 0.90
     if args.growth:
+        small = make_batch(args.batch, args.height // 2, args.width // 2, args.classes, args.boxes, args.device)
         programs["ours, a quarter of the pixels"] = lambda: step(
-            ours, lambda: torch.cat(ours(list(small))).sum(), precision
+            ours, lambda network: torch.cat(network(list(small))).sum()
         )
         bounds["ours", "ours, a quarter of the pixels"] = 4.0
     if args.compiled:
         compiled = torch.compile(ours)
-        programs["ours, compiled"] = lambda: step(
-            ours, lambda: torch.cat(compiled([images, annotations])).sum(), precision
-        )
+        programs["ours, compiled"] = lambda: step(compiled, our_loss)
         bounds["ours, compiled", "ours"] = 1.0
     seconds = measure(programs, args.repeats, args.device)
     with FlopCounterMode(display=False) as counter:
