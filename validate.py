@@ -12,7 +12,7 @@ from retinanet.training.checkpoint import LIMITS, load_model
 from retinanet.training.files import make_out_dir
 
 SETTINGS = (  # flags that are arguments of `retinanet.validate`
-    *("out", "save_csv", "iou_threshold", "voc07", "analyse", "min_precision"),
+    *("out", "save_csv", "iou_threshold", "voc07", "analyse", "min_precision", *LIMITS, "tile", "tile_overlap"),
     *("batch_size", "workers", "device", "precision", "limit"),
 )
 
@@ -57,20 +57,21 @@ def main(argv: list[str] | None = None) -> None:
         process.init_distributed(process.choose_device(args.device))
         net, info = load_model(args.model)
         dataset = flags.make_dataset(args, "val", None, info["class_names"])
-        given = {name: getattr(args, name) for name in SETTINGS} | flags.given_limits(args) | flags.given_tiles(args)
-        api.validate((net, info), dataset, **given)
+        api.validate((net, info), dataset, **{name: getattr(args, name) for name in SETTINGS})
         return
     if args.out:
         report.check_folder(make_out_dir(args.out))
     if args.save_csv:
         check_csv(args.save_csv)
     dataset = flags.make_dataset(args, "val", None)
-    results, chosen = coco.read_results(dataset, args.detections), range(len(dataset))[: args.limit]
-    found, ids = coco.to_detections(dataset, results), {dataset.image_ids[index] for index in chosen}
-    results, found = [one for one in results if one["image_id"] in ids], {index: found[index] for index in chosen}
-    limit = (LIMITS | flags.given_limits(args))["max_detections"]
-    how = args.iou_threshold, args.voc07, args.analyse, results, limit, args.min_precision
-    evaluation = report.Evaluation(dataset, found, *how)
+    ids = set(dataset.image_ids[: args.limit])
+    results = [one for one in coco.read_results(dataset, args.detections) if one["image_id"] in ids]
+    found = coco.to_detections(dataset, results)
+    found = {index: found[index] for index in range(len(ids))}
+    limit = args.max_detections or LIMITS["max_detections"]
+    evaluation = report.Evaluation(
+        dataset, found, args.iou_threshold, args.voc07, args.analyse, results, limit, args.min_precision
+    )
     api.report_scores(evaluation, args.out, args.detections, save_csv=args.save_csv)
 
 

@@ -32,8 +32,6 @@ from retinanet.data.report import Report, counted
 from retinanet.errors import UserError, output_file, shown
 from retinanet.process import log, progress, script, setup_logging
 
-IMAGE_FOLDERS = {"csv": "images/{}", "coco": "images/{}", "voc": "JPEGImages", "yolo": "images/{}"}
-
 # Characters that cannot be written to XML or UTF-8, or that readers take for the end of a line.
 UNWRITABLE = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
@@ -214,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         log.warning("%s", found.text(kinds, max_examples=3))
     root = Path(args.out)
     try:
-        folder = root / IMAGE_FOLDERS[args.to].format(set_name)
+        folder = root / ("JPEGImages" if args.to == "voc" else f"images/{set_name}")
         images = plan_images(dataset, root, folder, args.to)
         WRITERS[args.to](dataset, list(images), root, set_name)  # before the images, because it may raise
         for name, path in progress(images.items(), "images", len(images)):
@@ -241,13 +239,12 @@ def report(dataset: DetectionDataset, written: DetectionDataset, names: list[str
             if old != new:
                 message = f"{shown(old)} is read back as {shown(new)}; do not use these files"
                 raise UserError(f"{root}: the {what} differ from those of the source: {message}")
-    difficult = len(dataset.difficult_annotations) - len(written.difficult_annotations)
-    if difficult and kind in ("csv", "yolo"):
-        what = counted(difficult, "difficult box")
+    unmarked = len(dataset.difficult_annotations) if kind in ("csv", "yolo") else 0
+    if unmarked:
+        what = counted(unmarked, "difficult box")
         log.warning("warning: left out: %s (crowds, in COCO), which %s files cannot mark", what, kind)
-        difficult = 0
-    lost = len(dataset.annotations) - len(written.annotations) + difficult
-    if lost:
+    in_source, in_written = (len(one.annotations) + len(one.difficult_annotations) for one in (dataset, written))
+    if lost := in_source - in_written - unmarked:
         log.warning("warning: left out: %s, outside the image or equal to another after rounding", counted(lost, "box"))
     images, boxes = counted(len(written), "image"), counted(len(written.annotations), "box")
     difficult, classes = len(written.difficult_annotations), counted(written.num_classes(), "class")

@@ -149,12 +149,11 @@ def to_detections(dataset: DetectionDataset, results: Sequence[Mapping[str, Any]
     indices = {image_id: index for index, image_id in enumerate(dataset.image_ids)}
     labels = {category_id: label for label, category_id in dataset.coco_labels.items()}
     rows: dict[int, list] = {index: [] for index in range(len(dataset))}
-    for entry in results:
+    for entry in sorted(results, key=lambda entry: -entry["score"]):
         rows[indices[entry["image_id"]]].append((entry["score"], labels[entry["category_id"]], *entry["bbox"]))
     detections = {}
     for index, found in rows.items():
-        table = [[float(number) for number in row] for row in sorted(found, key=lambda row: -row[0])]
-        table = torch.tensor(table, dtype=torch.float64).reshape(-1, 6)
+        table = torch.from_numpy(np.array(found, dtype=np.float64).reshape(-1, 6))
         detections[index] = Detections(table[:, 0], table[:, 1].long(), xywh_to_xyxy(table[:, 2:]))
     return detections
 

@@ -79,10 +79,7 @@ def greedy_match(iou: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def judge(
-    dataset: DetectionDataset,
-    found: Mapping[int, Detections],
-    score_threshold: float = 0.0,
-    iou_threshold: float = RIGHT_IOU,
+    dataset: DetectionDataset, found: Mapping[int, Detections], score_threshold: float = 0.0
 ) -> dict[int, tuple[Detections, np.ndarray, np.ndarray]]:
     """Find out which detections are right and which boxes were found, for drawing.
 
@@ -95,7 +92,7 @@ def judge(
         annotations = dataset.load_annotations(index)
         iou = compute_overlap(detections.boxes, annotations[:, :4])  # [N, G]
         iou[detections.labels.numpy()[:, None] != annotations[:, 4]] = 0
-        taken = greedy_match(iou, iou_threshold)
+        taken = greedy_match(iou, RIGHT_IOU)
         judged[index] = detections, taken >= 0, np.isin(np.arange(len(annotations)), taken)
     return judged
 
@@ -145,8 +142,7 @@ def _fixed_ap(judged: _Judged, kind: str, box_labels: np.ndarray) -> float:
     A class or location error becomes right if no detection found its box and no other error of these two kinds has a
     higher score for it; otherwise it is removed. Errors of the other kinds are removed, and missed boxes do not count.
     """
-    right = judged.kinds == "right"
-    wrong = judged.kinds == kind
+    right, wrong = judged.kinds == "right", judged.kinds == kind
     num_boxes, labels, kept = np.bincount(box_labels), judged.labels.copy(), ~wrong
     if kind == "missed":
         num_boxes = np.bincount(box_labels[~_missed(judged, len(box_labels))], minlength=len(num_boxes))

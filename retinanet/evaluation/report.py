@@ -123,10 +123,10 @@ def check_folder(folder: Path) -> None:
 
 def limits_note(dataset: DetectionDataset, indices: Sequence[int], limit: int, by_class: bool = False) -> str:
     """A warning if images hold more boxes than the `limit` of detections per image, or per class and image."""
-    annotations = {index: dataset.load_annotations(index) for index in indices}
     frequency = np.bincount(dataset.annotations[:, 4].astype(np.int64))
     truth, beyond, total, images = {}, 0, 0, 0
-    for index, found in annotations.items():
+    for index in indices:
+        found = dataset.load_annotations(index)
         # The rarer a class, the more each of its boxes adds to AP, so the best detector finds these first.
         found = found[np.argsort(frequency[found[:, 4].astype(np.int64)], kind="stable")]
         counts = np.unique(found[:, 4], return_counts=True)[1] if by_class else np.array([len(found)])

@@ -267,9 +267,8 @@ def confusion_rows(confusion: np.ndarray, names: Sequence[str]) -> dict[str, Any
     between = confusion[:-1, :-1] * ~np.eye(background, dtype=bool)
     worst = np.lexsort((-confusion[:-1].sum(axis=1), -(between.sum(axis=0) + between.sum(axis=1))))[:MATRIX_LIMIT]
     labels = [*np.sort(worst).tolist(), background]
-    totals = np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    cells = np.stack([confusion, confusion / totals], axis=2)[np.ix_(labels, labels)]
-    rows = [[(int(count), float(share)) for count, share in row] for row in cells]
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    rows = [[(int(confusion[true, found]), float(shares[true, found])) for found in labels] for true in labels]
     titles = [*names, "background"]
     return {"labels": labels, "names": [titles[label] for label in labels], "rows": rows, "all": background}
 
