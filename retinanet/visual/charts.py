@@ -49,19 +49,22 @@ def chart_names(names: Iterable[str]) -> list[str]:
     return [f" {name}" if name.startswith("_") else name for name in escaped]
 
 
+def add_class_legend(figure: "Figure", lines: Sequence[Any], names: Iterable[str], title: str | None = None) -> None:
+    """Add a legend beside the axes, in as many columns as it needs."""
+    columns = -(-len(lines) // (2 * LEGEND_LIMIT))
+    figure.legend(lines, chart_names(names), loc="outside right upper", ncols=columns, fontsize=8, title=title)
+
+
 def draw_curves(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) -> None:
     """Draw precision-recall curves: panel title -> class name -> [2, N] recall and precision."""
     figure = new_figure(6 * len(panels) + 2, 6)
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        names = chart_names(curves)
-        lines = [
-            axes.plot(recall, precision, color=rgb(label))[0]
-            for label, (recall, precision) in enumerate(curves.values())
-        ]
+        lines = []
+        for label, (recall, precision) in enumerate(curves.values()):
+            lines += axes.plot(recall, precision, color=rgb(label))
         axes.set(title=title, xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
-    columns = -(-len(names) // (2 * LEGEND_LIMIT))
-    figure.legend(lines, names, loc="outside right upper", ncols=columns, fontsize=8)
+    add_class_legend(figure, lines, curves)
     save_figure(figure, path)
 
 
@@ -88,9 +91,7 @@ def draw_thresholds(
         title = ("precision", "recall", "F1")[row]
         axes.set(title=title, xlabel="scores above", xlim=(scores[0], scores[-1]), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
-    columns = -(-len(names) // (2 * LEGEND_LIMIT))
-    legend = {"title": "dots: best F1", "loc": "outside right upper", "ncols": columns, "fontsize": 8}
-    figure.legend(lines[: len(names)], chart_names(names), **legend)
+    add_class_legend(figure, lines[: len(names)], names, "dots: best F1")
     save_figure(figure, path)
 
 

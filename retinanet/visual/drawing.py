@@ -195,21 +195,19 @@ def draw_legend(labels: Sequence[int], class_names: Sequence[str], width: int) -
     counts = Counter(int(label) for label in labels).most_common()
     texts = [f"{names[label]}: {count}" for label, count in counts]
     widths = [round(load_font(text, size).getlength(text) + 2.5 * size) for text in texts]
-    width = max(width, *widths, 0)
-    places, x, row = [], 0, 0
-    for (label, _), text, entry_width in zip(counts, texts, widths, strict=True):
-        if x and x + entry_width > width:
-            x, row = 0, row + 1
-        if row == LEGEND_ROWS:
-            break
-        places.append((x, row * row_height, text, class_colour(label)))
-        x += entry_width
-    legend = Image.new("RGB", (width, (row + (row < LEGEND_ROWS)) * row_height), "white")
+    legend = Image.new("RGB", (max(width, *widths, 0), LEGEND_ROWS * row_height), "white")
     canvas = ImageDraw.Draw(legend)
-    for x, y, text, colour in places:
+    x = y = 0
+    for (label, _), text, entry_width in zip(counts, texts, widths, strict=True):
+        if x and x + entry_width > legend.width:
+            x, y = 0, y + row_height
+        if y == legend.height:
+            break
+        colour = class_colour(label)
         canvas.rectangle((x + 0.4 * size, y + 0.3 * size, x + 1.4 * size, y + 1.3 * size), colour, "black")
         canvas.text((x + 1.8 * size, y + row_height / 2), text, "black", load_font(text, size), anchor="lm")
-    return np.asarray(legend)
+        x += entry_width
+    return np.asarray(legend)[: y + row_height]
 
 
 def side_by_side(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> np.ndarray:
@@ -217,11 +215,10 @@ def side_by_side(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> np.nd
     titles = [drawable(title) for title in titles]
     height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
     gap = max(2, width // 100)
-    sizes = np.linspace(max(SMALLEST_FONT, min(height, width) / 24), SMALLEST_FONT, 8).tolist()
-    lengths = [max(load_font(title, size).getlength(title) for title in titles) for size in sizes]
-    size, length = next(
-        (fit for fit in zip(sizes, lengths, strict=True) if fit[1] <= width - 2 * gap), (sizes[-1], lengths[-1])
-    )
+    for size in np.linspace(max(SMALLEST_FONT, min(height, width) / 24), SMALLEST_FONT, 8).tolist():
+        length = max(load_font(title, size).getlength(title) for title in titles)
+        if length <= width - 2 * gap:
+            break
     bar = round(1.6 * size)
     column_width = max(width, round(length + 0.5) + 2 * gap) + gap
     sheet = Image.new("RGB", (len(pictures) * column_width - gap, height + bar), "white")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from retinanet.losses import focal_loss
-from retinanet.matcher import BACKGROUND, IGNORE, match_anchors
+from retinanet.matcher import BACKGROUND, IGNORE
 from retinanet.model import RetinaNet
 from retinanet.visual.charts import new_figure, save_figure
 
@@ -79,15 +79,11 @@ class AnchorLosses(NamedTuple):
 def anchor_losses(net: RetinaNet, images: Tensor, annotations: Tensor) -> AnchorLosses:
     """Split the class loss of images [1, 3, H, W] with annotations [G, 5] into the parts of the anchors."""
     criterion = net.focalLoss
-    logits, _, anchors = net.heads(images)
-    annotations = annotations.to(anchors.device)
-    if not len(annotations):
-        annotations = annotations.new_full((1, 5), -1)
-    matches = match_anchors(anchors[0], annotations[None], criterion.best_match_iou)[0]  # [A]
-    labels = torch.where(matches >= 0, annotations[matches.clamp(min=0), 4].long(), matches)
-    losses = focal_loss(logits[0], labels, criterion.alpha, criterion.gamma)
+    (logits,), _, anchors = net.heads(images)  # [A, K]
+    (labels,), _ = criterion.assign(anchors, annotations[None].to(anchors.device), net.num_classes)  # [A]
+    losses = focal_loss(logits, labels, criterion.alpha, criterion.gamma)
     losses = losses / (labels >= 0).sum().clamp(min=1)  # as the criterion does
-    return AnchorLosses(logits[0].float().cpu(), labels.cpu(), losses.cpu())
+    return AnchorLosses(logits.float().cpu(), labels.cpu(), losses.cpu())
 
 
 def draw_loss(
@@ -100,14 +96,13 @@ def draw_loss(
     """
     result, size = anchor_losses(net, images, annotations), tuple(images.shape[-2:])
     kinds = {"objects": result.labels >= 0, "background": result.labels == BACKGROUND}
-    sums = [float(result.losses[chosen].sum()) for chosen in kinds.values()]
-    counts = [int(chosen.sum()) for chosen in kinds.values()]
-    figure, axes = _grid(
-        f"class loss {sum(sums):.3f} = {sums[0]:.3f} from {counts[0]} positive anchors (above)"
-        f" + {sums[1]:.3f} from {counts[1]} background anchors (below); "
-        f"{int((result.labels == IGNORE).sum())} are ignored",
-        size,
+    of_objects, of_background = (result.losses[chosen].sum() for chosen in kinds.values())
+    title = (
+        f"class loss {of_objects + of_background:.3f} = {of_objects:.3f} from {kinds['objects'].sum()} positive anchors"
+        f" (above) + {of_background:.3f} from {kinds['background'].sum()} background anchors (below); "
+        f"{(result.labels == IGNORE).sum()} are ignored"
     )
+    figure, axes = _grid(title, size)
     shapes, names = net.anchors.level_shapes(*size), [f"P{level}" for level in net.anchors.pyramid_levels]
     _draw_map(axes[0, 0], picture, size, "the network's input and the annotations")
     for row, (kind, chosen) in enumerate(kinds.items()):
@@ -139,18 +134,18 @@ def draw_cumulative_loss(results: Sequence[AnchorLosses], alpha: float, path: st
 
     The larger gamma is, the fewer background anchors make up the loss; for positive anchors it hardly changes.
     """
-    logits, labels = (torch.cat(parts) for parts in list(zip(*results, strict=True))[:2])
+    logits = torch.cat([result.logits for result in results])
+    labels = torch.cat([result.labels for result in results])
     figure = new_figure(12, 5)
     figure.suptitle("cumulative focal loss over the anchors, sorted by their loss (the paper's Figure 4)")
-    panels = figure.subplots(1, 2)
-    for axes, kind, chosen in zip(panels, ("positive", "background"), (labels >= 0, labels == BACKGROUND), strict=True):
-        for gamma in GAMMAS if chosen.any() else ():
+    kinds = {"positive": labels >= 0, "background": labels == BACKGROUND}
+    for axes, (kind, chosen) in zip(figure.subplots(1, 2), kinds.items(), strict=True):
+        for gamma in GAMMAS:
             curve = cumulative_loss(focal_loss(logits[chosen], labels[chosen], alpha, gamma))
             points = np.unique(np.linspace(0, curve.shape[1] - 1, CURVE_POINTS).round().astype(int))
             axes.plot(*curve[:, points], label=f"gamma = {gamma:g}")
         share = f"share of the {int(chosen.sum())} {kind} anchors"
         axes.set(xlabel=share, ylabel="share of their loss", title=f"{kind} anchors", xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
-        if chosen.any():
-            axes.legend(loc="upper left")
+        axes.legend(loc="upper left")
     save_figure(figure, path)
