@@ -84,14 +84,11 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
         values, rest = super().parse_known_args(*args, **kwargs)
-        given = ((flag, np.ravel(getattr(values, flag)).tolist()) for flag in BOUNDS if getattr(values, flag, None))
-        errors = [
-            f"--{flag} must be from {BOUNDS[flag][0]:g} to {BOUNDS[flag][1]:,}, not {number}"
-            for flag, numbers in given
-            for number in numbers
-            if number != "best" and not BOUNDS[flag][0] <= number <= BOUNDS[flag][1]  # --score_threshold
-        ]
-        errors += [f"--{flag} is empty" for flag in OUTPUTS if getattr(values, flag, None) == ""]
+        errors = [f"--{flag} is empty" for flag in OUTPUTS if getattr(values, flag, None) == ""]
+        for flag, (low, high) in BOUNDS.items():
+            for number in np.ravel(getattr(values, flag, None) or []).tolist():
+                if number != "best" and not low <= number <= high:  # --score_threshold may be best
+                    errors.append(f"--{flag} must be from {low:g} to {high:,}, not {number}")
         if errors:
             self.error("; ".join(errors))
         return values, rest

@@ -185,11 +185,9 @@ def _is_number(value: Any) -> bool:
 def evaluate_coco(dataset: DetectionDataset, model: nn.Module, threshold: float = 0.05) -> dict[str, float]:
     """Run a model over a data set and log COCO's twelve numbers; the original's interface.
 
-    The model's mode is restored.
-
     Args:
         dataset: any data set, with a Resizer among its transforms.
-        model: a RetinaNet, which may be wrapped in DataParallel.
+        model: a RetinaNet, which may be wrapped in DataParallel; its mode is restored.
         threshold: scores must be above it.
 
     Returns:

@@ -73,7 +73,8 @@ def rank(dataset: DetectionDataset, detections: Mapping[int, Detections], iou_th
     """Find out which detections are right, as for `evaluate_detections`; returns a Ranking for every label."""
     num_classes = dataset.num_classes()
     boxes = np.zeros((num_classes, len(detections)), dtype=np.int64)
-    parts = [(np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
+    nothing = np.zeros(0, dtype=np.int64)
+    parts = [(np.zeros(0), nothing, nothing, nothing)]
     for place, index in enumerate(sorted(detections)):
         order = detections[index].scores.argsort(descending=True, stable=True)
         found = Detections(*(column[order] for column in detections[index]))
@@ -84,11 +85,11 @@ def rank(dataset: DetectionDataset, detections: Mapping[int, Detections], iou_th
     scores, labels, verdict, images = map(np.concatenate, zip(*parts, strict=True))
     order = np.argsort(-scores, kind="stable")
     order = order[verdict[order] >= 0]
-    by_label = [order[labels[order] == label] for label in range(num_classes)]
-    return {
-        label: Ranking(scores[chosen], verdict[chosen] == 1, images[chosen], boxes[label])
-        for label, chosen in enumerate(by_label)
-    }
+    rankings = {}
+    for label in range(num_classes):
+        chosen = order[labels[order] == label]
+        rankings[label] = Ranking(scores[chosen], verdict[chosen] == 1, images[chosen], boxes[label])
+    return rankings
 
 
 def evaluate_detections(
@@ -159,13 +160,11 @@ def class_table(
     """
     names = [*map(shortened, dataset.labels.values()), "all"]
     width, mean, rankings = max(5, *map(len, names)), mean_average_precision(results), all_rankings(results)
-    averages = [f"{one.average_precision:.3f}" if one.num_boxes else "-" for one in results.values()]
-    averages.append(f"{mean:.3f}" if rankings[-1].boxes.any() else "-")
+    averages, points = [*(result.average_precision for result in results.values()), mean], [*map(best_f1, rankings)]
     lines = [f"{'class':{width}}  VOC AP  best F1  its score  precision  recall   boxes"]
-    points = list(map(best_f1, rankings))
     for name, average, point, ranking in zip(names, averages, points, rankings, strict=True):
-        f1 = f"{point.f1:.3f}" if point else "-"
-        lines.append(f"{name:{width}}  {average:>6}  {f1:>7}  {_cells(point)}  {ranking.boxes.sum():6d}")
+        ap, f1 = f"{average:.3f}" if ranking.boxes.any() else "-", f"{point.f1:.3f}" if point else "-"
+        lines.append(f"{name:{width}}  {ap:>6}  {f1:>7}  {_cells(point)}  {ranking.boxes.sum():6d}")
     lines.append(f"mAP {mean:.4f}")
     if over_all := points[-1]:
         lines.append(
@@ -196,11 +195,9 @@ def evaluate(
 ) -> dict[int, tuple[float, int]]:
     """Run a model over a data set and log each class's scores and mAP; the original's interface.
 
-    The model's mode is restored.
-
     Args:
         generator: the data set, with a Resizer among its transforms.
-        retinanet: the model, which may be wrapped in DataParallel.
+        retinanet: the model, which may be wrapped in DataParallel; its mode is restored.
         iou_threshold: smallest IoU at which a box counts as found.
         score_threshold: scores must be above it.
         max_detections: detections per image.
