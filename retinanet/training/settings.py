@@ -25,29 +25,28 @@ from retinanet.training.weights import COCO_DEPTH, V2_DEPTHS
 BOUNDS = {
     **dict.fromkeys(("min_side", "max_side", "jitter"), (1, 16_384)),  # pixels
     **dict.fromkeys(("batch_size", "accumulate"), (1, 65_536)),
-    **dict.fromkeys(("epochs", "early_stop", "val_every", "log_every"), (1, 10**7)),
+    **dict.fromkeys(("epochs", "early_stop", "val_every", "log_every", "limit"), (1, 10**7)),
     **dict.fromkeys(("max_detections", "top_k"), (1, 10**6)),
-    **dict.fromkeys(("ema", "random_crop", "colour_jitter", "score_threshold", "nms_threshold"), (0, 1)),
+    **dict.fromkeys(("ema", "random_crop", "colour_jitter", "tile_background"), (0, 1)),
+    **dict.fromkeys(("score_threshold", "nms_threshold", "iou_threshold", "min_precision"), (0, 1)),
     "tile": SIDES,  # pixels
     "tile_overlap": (0, MAX_OVERLAP),
-    "tile_background": (0, 1),
-    "limit": (1, 10**7),
-    **dict.fromkeys(("iou_threshold", "min_precision"), (0, 1)),
     "workers": (0, 256),
     "seed": (0, 2**63 - 1),
     "lr": (1e-12, 1000),
     "backbone_lr": (1e-6, 1000),
     "clip_norm": (1e-9, 10**9),
     "balance": (1e-6, 1),
-    "scale_jitter": (0.01, 100),
-    "anchor_sizes": (0.5, 16_384),
-    "anchor_scales": (0.01, 100),
-    "anchor_ratios": (0.01, 100),
+    "anchor_sizes": (0.5, 16_384),  # pixels
+    **dict.fromkeys(("anchor_scales", "anchor_ratios", "scale_jitter"), (0.01, 100)),
 }
 AUGMENTATIONS = ("flip", "rotate90", "scale_jitter", "jitter", "random_crop", "colour_jitter")
 CHOICES = {
-    **{"depth": [*ARCHITECTURES], "recipe": [*RECIPES], "freeze_stages": [*range(5)]},
-    **{"flip": [*FLIPS], "precision": ["auto", *PRECISIONS]},
+    "depth": [*ARCHITECTURES],
+    "recipe": [*RECIPES],
+    "freeze_stages": [*range(5)],
+    "flip": [*FLIPS],
+    "precision": ["auto", *PRECISIONS],
 }
 
 
@@ -108,17 +107,17 @@ class Settings:
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """The default of each setting; None for those that `resolve` fills."""
-        own = {one.name: one.default for one in fields(cls)}
-        return {name: own[name] for name in own.keys() - {"global_batch", "other"}}
+        return {one.name: one.default for one in fields(cls) if one.name not in ("global_batch", "other")}
 
     @classmethod
     def resolve(cls, flags: Mapping[str, Any], device: torch.device) -> "Settings":
         """Replace flags of None or `auto` by what the recipe, the device and the number of processes imply."""
-        known = cls.defaults().keys()
-        own, other = ({name: flags[name] for name in flags if (name in known) == is_own} for is_own in (True, False))
-        settings = cls(**follow_recipe(cls.defaults() | own), other=other)
-        recipe = RECIPES[settings.recipe]
-        dtype, stages = choose_precision(settings.precision, device), settings.freeze_stages
+        own, other = cls.defaults(), {}
+        for name, value in flags.items():
+            (own if name in own else other)[name] = value
+        settings = cls(**follow_recipe(own), other=other)
+        recipe, stages = RECIPES[settings.recipe], settings.freeze_stages
+        dtype = choose_precision(settings.precision, device)
         global_batch = settings.batch_size * settings.accumulate * get_world_size()
         return replace(
             settings,
@@ -157,12 +156,13 @@ class Settings:
 
 def follow_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings, with the recipe's weights, epochs, sizes, jitter and average where they are None."""
-    recipe = RECIPES[settings["recipe"]]
-    own = {name: getattr(recipe, name) for name in ("weights", "epochs", "min_side", "max_side", "ema")}
-    if own["weights"] == "imagenet_v2" and settings["depth"] not in V2_DEPTHS:
-        own["weights"] = "imagenet"
-    filled = {**settings, **{name: value for name, value in own.items() if settings[name] is None}}
-    if recipe.jitter and not (settings["jitter"] or settings["scale_jitter"] or settings["tile"]):
+    filled, recipe = dict(settings), RECIPES[settings["recipe"]]
+    if filled["weights"] is None and recipe.weights == "imagenet_v2" and filled["depth"] not in V2_DEPTHS:
+        filled["weights"] = "imagenet"
+    for name in ("weights", "epochs", "min_side", "max_side", "ema"):
+        if filled[name] is None:
+            filled[name] = getattr(recipe, name)
+    if recipe.jitter and not (filled["jitter"] or filled["scale_jitter"] or filled["tile"]):
         filled["jitter"] = [round(recipe.jitter * filled["min_side"]), filled["min_side"]]
     filled["ema"] = filled["ema"] or None  # 0 means no average, whatever the recipe says
     return filled
@@ -170,7 +170,8 @@ def follow_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def augmentation_errors(settings: Mapping[str, Any]) -> list[str]:
     """A message for each setting of augmentation that contradicts another; `max_side` may still be unknown, None."""
-    errors, (jitter, scales, max_side) = [], (settings[name] for name in ("jitter", "scale_jitter", "max_side"))
+    jitter, scales, max_side = settings["jitter"], settings["scale_jitter"], settings["max_side"]
+    errors = []
     if jitter and not jitter[0] <= jitter[1] <= (max_side or jitter[1]):
         end = f", up to --max_side {max_side}" if max_side else ""
         errors.append(f"--jitter {jitter[0]} {jitter[1]} must be in rising order{end}")
@@ -208,9 +209,9 @@ def check_settings(given: Mapping[str, Any], has_val_set: bool) -> dict[str, Any
 
     A UserError lists all errors.
     """
-    settings = Settings.defaults()
-    settings |= as_flags(given, {name: hint for name, hint in get_type_hints(Settings).items() if name in settings})
-    settings["checkpoint_every"] = parse_interval(settings["checkpoint_every"])
+    defaults = Settings.defaults()
+    hints = {name: hint for name, hint in get_type_hints(Settings).items() if name in defaults}
+    settings = as_flags({**defaults, **given}, hints)
     if errors := contradictions(settings, has_val_set):
         raise UserError("; ".join(errors))
     return settings
@@ -247,12 +248,11 @@ def _as_flag(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
     """Convert a setting to what its flag would be: of the first of `kinds`, or None; a ValueError if it cannot be."""
     kind, choices = kinds[0], CHOICES.get(name)
     if name == "checkpoint_every":
-        parse_interval(value)
-        return value
+        return parse_interval(value)
     if value is None and NoneType in kinds:
         return None
     if get_args(kind):  # a list
-        number = {"jitter": 2, "scale_jitter": 2}.get(name)
+        number = 2 if name in ("jitter", "scale_jitter") else None
         values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
         if not values or (number and len(values) != number):
             raise ValueError(f"must be {number or 'one or more'} numbers, not {shown(value)}")
@@ -281,14 +281,19 @@ def anchors_from_settings(settings: Any) -> Anchors:
 
 def training_transform(settings: Any) -> Callable[[dict], dict]:
     """The transform of training samples, from settings or flags."""
-    steps = [RandomTile(settings.tile, settings.tile_background)] if settings.tile else []
-    steps += [RandomCrop(settings.random_crop)] if settings.random_crop is not None else []
-    steps += [ColourJitter(settings.colour_jitter)] if settings.colour_jitter is not None else []
-    sides = (settings.tile, settings.tile) if settings.tile else (settings.min_side, settings.max_side)
+    steps, sides = [], (settings.min_side, settings.max_side)
+    if settings.tile:
+        steps.append(RandomTile(settings.tile, settings.tile_background))
+        sides = (settings.tile, settings.tile)
+    if settings.random_crop is not None:
+        steps.append(RandomCrop(settings.random_crop))
+    if settings.colour_jitter is not None:
+        steps.append(ColourJitter(settings.colour_jitter))
+    steps.append(Augmenter(settings.flip, settings.rotate90))
     if settings.scale_jitter:
-        resizer = LargeScaleJitter(*settings.scale_jitter, *sides)
+        steps.append(LargeScaleJitter(*settings.scale_jitter, *sides))
     elif settings.jitter:
-        resizer = Resizer(settings.jitter, settings.max_side)
+        steps.append(Resizer(settings.jitter, settings.max_side))
     else:
-        resizer = Resizer(*sides, enlarge=not settings.tile)
-    return Compose([*steps, Augmenter(settings.flip, settings.rotate90), resizer])
+        steps.append(Resizer(*sides, enlarge=not settings.tile))
+    return Compose(steps)
