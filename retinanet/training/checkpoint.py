@@ -25,13 +25,17 @@ from retinanet.process import log
 from retinanet.resnet import Bottleneck
 from retinanet.training import foreign_weights
 from retinanet.training.files import replaced
-from retinanet.training.foreign_weights import STAND_INS, PyramidFromP5, StandIn, make_anchors
+from retinanet.training.foreign_weights import BOX_HEAD, CLASS_HEAD, STAND_INS, PyramidFromP5, StandIn, make_anchors
 
 MODEL_KEYS = {"model", "class_names", "anchors", "min_side", "max_side"}  # every checkpoint of this library has them
 # The default limits of detection, as arguments of `RetinaNet.detect`.
-LIMITS = {"score_threshold": SCORE_THRESHOLD, "nms_threshold": NMS_THRESHOLD}
-LIMITS |= {"top_k": TOP_K, "max_detections": MAX_DETECTIONS}
-CLASS_OUTPUT, BOX_OUTPUT = "classificationModel.output.bias", "regressionModel.output.bias"
+LIMITS = {
+    "score_threshold": SCORE_THRESHOLD,
+    "nms_threshold": NMS_THRESHOLD,
+    "top_k": TOP_K,
+    "max_detections": MAX_DETECTIONS,
+}
+CLASS_OUTPUT, BOX_OUTPUT = CLASS_HEAD[1], BOX_HEAD[1]  # their biases
 MAX_SIDE = 100_000  # pixels
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # allowed types of weights
 
@@ -64,13 +68,14 @@ def _check_file(path: Path) -> None:
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as file:
             start = file.read(100)
+        if start.startswith(b"\x80"):  # torch's format before 1.6
+            return
         if start.startswith(b"PK"):
             raise ValueError("it is a truncated zip file")
-        if not start.startswith(b"\x80"):  # torch's format before 1.6
-            line = start.split(b"\n")[0]
-            text = f"it is text that starts with {shown(line.decode())}" if line.isascii() and line.strip(b"\0") else ""
-            raise ValueError(text or (f"it starts with {shown(start[:8])}" if start else "it is empty"))
-        return
+        line = start.split(b"\n")[0]
+        if line.isascii() and line.strip(b"\0"):
+            raise ValueError(f"it is text that starts with {shown(line.decode())}")
+        raise ValueError(f"it starts with {shown(start[:8])}" if start else "it is empty")
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
         names = {part.filename.rpartition("/")[2] for part in parts}
@@ -201,6 +206,11 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], A
     return state, info, anchors
 
 
+def _fits(value: Any, kind: type, low: float, high: float) -> bool:
+    """Whether a value is a number of exactly this kind in a range."""
+    return type(value) is kind and low <= value <= high
+
+
 def _check(state: Mapping[str, Tensor], info: Mapping[str, Any], anchors: Anchors) -> None:
     """Raise ValueError if an entry of a checkpoint cannot be a RetinaNet's; torch later checks the other shapes."""
     names = info["class_names"]
@@ -211,21 +221,19 @@ def _check(state: Mapping[str, Tensor], info: Mapping[str, Any], anchors: Anchor
         outputs[CLASS_OUTPUT] = len(names) * anchors.num_anchors
     limits, scores, rule = info["limits"], info["score_thresholds"], info.get("best_match_iou")
     scores = [scores["all"], *scores["classes"].values()] if scores else []
+    ranges = {name: (float, 0, 1) if isinstance(LIMITS[name], float) else (int, 1, 10**6) for name in LIMITS}
     right = {
         **{key: state[key].shape == (length,) for key, length in outputs.items() if key in state},
-        **{side: type(info[side]) is int and 0 < info[side] <= MAX_SIDE for side in ("min_side", "max_side")},
+        **{side: _fits(info[side], int, 1, MAX_SIDE) for side in ("min_side", "max_side")},
         "class_names": len(set(names or ())) == len(names or ()),
         "anchors": anchors.strides == Anchors().strides,
-        "best_match_iou": rule is None or (type(rule) is float and 0 <= rule <= 1),
+        "best_match_iou": rule is None or _fits(rule, float, 0, 1),
         "metrics": isinstance(info.get("metrics", {}), dict),
-        "limits": limits.keys() == LIMITS.keys() and all(type(limits[name]) is type(LIMITS[name]) for name in LIMITS),
-        "range of limits": all(
-            0 <= value <= 1 if type(value) is float else 1 <= value <= 10**6 for value in limits.values()
-        ),
+        "limits": limits.keys() == ranges.keys() and all(_fits(limits[name], *ranges[name]) for name in limits),
         "pixel_range": info["pixel_range"] is None or checked_range(info["pixel_range"]) == info["pixel_range"],
-        "tile": info["tile"] is None or (type(info["tile"]) is int and SIDES[0] <= info["tile"] <= SIDES[1]),
-        "tile_overlap": type(info["tile_overlap"]) is float and 0 <= info["tile_overlap"] <= MAX_OVERLAP,
-        "score_thresholds": all(type(score) is float and 0 <= score <= 1 for score in scores),
+        "tile": info["tile"] is None or _fits(info["tile"], int, *SIDES),
+        "tile_overlap": _fits(info["tile_overlap"], float, 0, MAX_OVERLAP),
+        "score_thresholds": all(_fits(score, float, 0, 1) for score in scores),
         "fpn.P6.weight": "fpn.P6.weight" not in state or state["fpn.P6.weight"].dim() == 4,
     }
     if not all(right.values()):

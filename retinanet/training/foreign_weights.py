@@ -14,8 +14,9 @@ from retinanet.boxes import DELTA_STD
 from retinanet.errors import UserError, shown
 from retinanet.model import PyramidFeatures
 
+CLASS_HEAD = ("classificationModel.output.weight", "classificationModel.output.bias")  # the last layers of both heads
+BOX_HEAD = ("regressionModel.output.weight", "regressionModel.output.bias")
 BN_EPS = 1e-5  # of nn.BatchNorm2d, in this library and in torchvision
-TINY_EPS = 0.0  # torchvision uses this eps for its first COCO weights, and only for those
 MAX_PARTS = 10_000  # modules and tensors of a pickled model
 MAX_PREFIXES = 4  # nested prefixes of names, such as DataParallel's `module.`
 NO_CLASS = ("__background__", "N/A")  # outputs that torchvision's COCO weights have but never use
@@ -204,12 +205,12 @@ def convert_torchvision(path: str | Path, state: Mapping[str, Tensor]) -> tuple[
     if unknown:
         raise UserError(f"{path}: is not a RetinaNet of torchvision that can be converted: it has {unknown[0]}")
     new = {_new_name(name): value for name, value in state.items()}
-    for key in ("regressionModel.output.weight", "regressionModel.output.bias"):  # ours regresses in units of DELTA_STD
+    for key in BOX_HEAD:  # ours regresses in units of DELTA_STD
         std = new[key].new_tensor(DELTA_STD).repeat(len(new[key]) // 4)  # [num_anchors * 4]
         new[key] = new[key] / std.reshape(-1, *[1] * (new[key].dim() - 1))
 
     anchors = torchvision_anchors()
-    num_classes = len(new["classificationModel.output.bias"]) // anchors.num_anchors
+    num_classes = len(new[CLASS_HEAD[1]]) // anchors.num_anchors
     info = {
         "found": f"torchvision's RetinaNet with {num_classes} outputs",
         "anchors": anchors.settings(),
@@ -219,18 +220,18 @@ def convert_torchvision(path: str | Path, state: Mapping[str, Tensor]) -> tuple[
     coco_names = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     if num_classes == len(coco_names):
         used = [label for label, name in enumerate(coco_names) if name not in NO_CLASS]
-        for key in ("classificationModel.output.weight", "classificationModel.output.bias"):
+        for key in CLASS_HEAD:
             new[key] = new[key].unflatten(0, (anchors.num_anchors, num_classes))[:, used].flatten(0, 1)
         info["class_names"] = [coco_names[label] for label in used]
         info["found"] += f", of which the {len(used)} of COCO's classes are kept"
         if "bn1.num_batches_tracked" not in new:
-            _change_eps(new, TINY_EPS)
+            _change_eps(new)
     return new, info
 
 
-def _change_eps(state: dict[str, Tensor], eps: float) -> None:
-    """Change the scales of all BatchNorms so that the outputs with BN_EPS equal those with `eps`."""
+def _change_eps(state: dict[str, Tensor]) -> None:
+    """Change the scales of all BatchNorms, which torchvision's first COCO weights use with eps 0, to fit BN_EPS."""
     for key in [key for key in state if key.endswith("running_var")]:
         variance = state[key].double()
         scale = key.replace("running_var", "weight")
-        state[scale] = (state[scale] * ((variance + BN_EPS) / (variance + eps)).sqrt()).to(state[scale].dtype)
+        state[scale] = (state[scale] * ((variance + BN_EPS) / variance).sqrt()).to(state[scale].dtype)

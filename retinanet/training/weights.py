@@ -18,14 +18,13 @@ from retinanet.data.dataset import DetectionDataset
 from retinanet.errors import UserError, shortened, suggestion
 from retinanet.model import RetinaNet, resnet
 from retinanet.process import log
-from retinanet.training.checkpoint import BOX_OUTPUT, CLASS_OUTPUT, infer_depth, load_state, read_weights
-from retinanet.training.foreign_weights import make_anchors
+from retinanet.training.checkpoint import CLASS_OUTPUT, infer_depth, load_state, read_weights
+from retinanet.training.foreign_weights import BOX_HEAD, CLASS_HEAD
 
 # Names that `--weights` accepts in place of a file, besides `coco` -> versions of torchvision's ImageNet weights.
 PRETRAINED = {"imagenet": "IMAGENET1K_V1", "imagenet_v2": "IMAGENET1K_V2", "none": False}
 COCO = RetinaNet_ResNet50_FPN_Weights.COCO_V1
 COCO_DEPTH, V2_DEPTHS = 50, (50, 101, 152)  # depths for which torchvision has coco and imagenet_v2
-CLASS_HEAD, BOX_HEAD = ((key, key.replace("bias", "weight")) for key in (CLASS_OUTPUT, BOX_OUTPUT))
 MOST_NAMES = 10  # listed in a message
 
 
@@ -60,8 +59,9 @@ def coco_file() -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(COCO.url, str(path), path.stem.rpartition("-")[2], progress=False)
         except (OSError, RuntimeError) as error:
-            text = f"--weights coco: cannot download torchvision's weights ({error}). Put {COCO.url} into {path.parent}"
-            raise UserError(text) from error
+            raise UserError(
+                f"--weights coco: cannot download torchvision's weights ({error}). Put {COCO.url} into {path.parent}"
+            ) from error
     return path
 
 
@@ -109,7 +109,7 @@ def load_weights(net: RetinaNet, path: str | Path, class_names: Sequence[str] | 
         elif class_names is not None:
             message += " without names, which are taken over in their order"
         if theirs_count == own_count and anchors.settings() != net.anchors.settings():
-            if net.anchors.settings() == make_anchors({}).settings():
+            if net.anchors.settings() == Anchors().settings():
                 net.anchors = anchors
                 message += "; its anchors are taken over"
             else:
