@@ -169,21 +169,19 @@ def choose_device(name: str) -> torch.device:
     Raises:
         UserError: the device does not exist here.
     """
-    chosen = name
-    if name == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    chosen = next(kind for kind in available if available[kind]) if name == "auto" else name
     if chosen == "cuda":
         chosen = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(chosen)
     except RuntimeError as error:
         raise UserError(f"--device {name}: {error}") from error
-    if device.type not in ("cpu", "cuda", "mps"):
+    if device.type not in available:
         raise UserError(f"--device {name}: only cpu, cuda and mps are supported")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {name}: torch finds no Apple GPU; try --device cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch finds no CUDA device; try --device cpu")
+    if not available[device.type]:
+        what = "CUDA device" if device.type == "cuda" else "Apple GPU"
+        raise UserError(f"--device {name}: torch finds no {what}; try --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"--device {name}: there is no GPU {device.index}, because this machine has {torch.cuda.device_count()}, "

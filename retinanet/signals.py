@@ -78,13 +78,14 @@ def end_with_parent() -> None:
 @contextlib.contextmanager
 def held() -> Iterator[None]:
     """Within the context, signals that stop the program are blocked; processes that start here inherit the block."""
-    signals = StopSignals.HANDLED if hasattr(signal, "sigtimedwait") else ()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals) if signals else ()
+    if not hasattr(signal, "sigtimedwait"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopSignals.HANDLED)
     try:
         yield
     finally:
-        if signals:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def guard_worker(_: int = 0) -> None:

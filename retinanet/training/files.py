@@ -49,21 +49,19 @@ def lock_folder(folder: Path) -> IO[str]:
         UserError: another program holds the lock; the message names it.
     """
     file = open(output_file(folder / "run.lock"), "a+")  # noqa: SIM115, open until the end
-    for seconds in range(LOCK_SECONDS, -1, -1):
+    deadline = time.monotonic() + LOCK_SECONDS
+    while fcntl:
         try:
-            if fcntl:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
         except (BlockingIOError, PermissionError) as error:
-            if not seconds:
+            if time.monotonic() >= deadline:
                 file.seek(0)
-                raise UserError(
-                    f"{folder}: {file.read(200)} is writing here; end it, or choose another --out_dir"
-                ) from error
+                owner = file.read(200)
+                raise UserError(f"{folder}: {owner} is writing here; end it, or choose another --out_dir") from error
             time.sleep(1)
-            continue
         except OSError:  # a file system without locks
-            pass
-        break
+            break
     with contextlib.suppress(OSError):  # a full disk
         os.truncate(file.fileno(), 0)
         os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
