@@ -96,9 +96,14 @@ def _result(run: Run) -> TrainResult:
         best = max(scores, key=lambda entry: entry["AP"], default={})
         found = (out_dir / "best.pt").exists(), best
     has_best, best = process.from_main_process(found)
-    best = {name: best[name] for name in coco.metric_names(run.settings.max_detections) if name in best}
-    paths = out_dir, out_dir / "best.pt" if has_best else None, out_dir / "last.pt", out_dir / "log.jsonl"
-    return TrainResult(*paths, best, run.metrics)
+    return TrainResult(
+        out_dir,
+        best=out_dir / "best.pt" if has_best else None,
+        last=out_dir / "last.pt",
+        log=out_dir / "log.jsonl",
+        metrics={name: best[name] for name in coco.metric_names(run.settings.max_detections) if name in best},
+        last_metrics=run.metrics,
+    )
 
 
 def _check_dataset(name: str, dataset: DetectionDataset) -> None:

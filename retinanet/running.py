@@ -56,19 +56,18 @@ def run_training(
     if train_set.transform is not None:
         settings = replace(settings, jitter=None)  # it may come from the recipe
         log.info("%s: training uses its own transform, and only validation the sizes of the settings", train_set.source)
-    resizer, by_parts = Resizer(*settings.sides, enlarge=not settings.tile), bool(settings.tile)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # this enables gradients, too, if the caller disabled them
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        stack.enter_context(transformed(train_set, training_transform(settings), by_parts))
-        stack.enter_context(transformed(val_set, resizer))
+        stack.enter_context(transformed(train_set, training_transform(settings), by_parts=bool(settings.tile)))
+        stack.enter_context(transformed(val_set, Resizer(*settings.sides, enlarge=not settings.tile)))
         check_before_training(train_set, val_set, settings.strict)
-        ranks = process.get_rank(), process.get_world_size()
         batch, workers = settings.batch_size, settings.workers
         sampler = AspectRatioBasedSampler(
-            train_set, batch, False, settings.seed, *ranks, settings.accumulate, settings.balance, settings.tile
-        )
+            train_set, batch, False, settings.seed, process.get_rank(), process.get_world_size(), settings.accumulate,
+            settings.balance, settings.tile,
+        )  # fmt: skip
         train_loader, val_loader = make_loader(train_set, batch, workers, sampler, device=device), None
         if val_set is not None:
             val_loader = make_loader(val_set, batch, workers, device=device, tiling=settings.tiling)

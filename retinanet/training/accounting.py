@@ -40,8 +40,8 @@ class Meter:
         log_step: Callable[[dict[str, float]], None],
         outlook: Callable[[], str],
     ):
-        self.progress, self.num_steps, self.log_every, self.log_step = progress, num_steps, log_every, log_step
-        self.outlook = outlook  # text about the whole run
+        self.progress, self.num_steps, self.log_every = progress, num_steps, log_every
+        self.log_step, self.outlook = log_step, outlook  # see `train_one_epoch`
         steps = range(progress.step, num_steps)
         self.bar = process.progress(steps, f"epoch {progress.epoch}", num_steps, progress.step)
         self.num_images = self.recent_images = 0
@@ -61,12 +61,11 @@ class Meter:
             return
         class_loss, box_loss, steps = progress.recent
         progress.recent = [0.0, 0.0, 0]
-        class_loss, box_loss = class_loss / steps, box_loss / steps
-        entry = {"epoch": progress.epoch, "step": progress.step, "class_loss": class_loss, "box_loss": box_loss}
-        entry |= {"lr": lr, **norm()}
-        speed = entry["images_per_second"] = self.recent_images / (time.perf_counter() - self.recent_start)
-        text = f"class {class_loss:.3f}, box {box_loss:.3f}, lr {lr:.1e}, {speed:.1f} images/s"
-        self.bar.set_postfix_str(text + self.outlook())
+        entry = {"epoch": progress.epoch, "step": progress.step}
+        entry |= {"class_loss": class_loss / steps, "box_loss": box_loss / steps, "lr": lr, **norm()}
+        entry["images_per_second"] = self.recent_images / (time.perf_counter() - self.recent_start)
+        text = "class {class_loss:.3f}, box {box_loss:.3f}, lr {lr:.1e}, {images_per_second:.1f} images/s"
+        self.bar.set_postfix_str(text.format(**entry) + self.outlook())
         self.log_step(entry)
         self.recent_images, self.recent_start = 0, time.perf_counter()
 

@@ -202,10 +202,12 @@ class Run:
                 "learning rate (--lr), or clip the gradient (--clip_norm)"
             )
         settings, data = self.settings, self.train_set
-        found = settings.limits, self.score_thresholds, settings.tiling, data.pixel_range
-        entries = checkpoint.model_entries(self.detector, list(data.labels.values()), *settings.sides, *found)
-        entries |= {"epoch": self.progress.epoch, "metrics": self.metrics}
-        checkpoint.save(Path(settings.out_dir) / name, entries | extra)
+        entries = checkpoint.model_entries(
+            self.detector, list(data.labels.values()), *settings.sides, settings.limits, self.score_thresholds,
+            settings.tiling, data.pixel_range,
+        )  # fmt: skip
+        progress = {"epoch": self.progress.epoch, "metrics": self.metrics}
+        checkpoint.save(Path(settings.out_dir) / name, entries | progress | extra)
 
     def state(self) -> dict[str, Any]:
         """Everything, apart from the model, that `restore` needs to continue exactly from here."""
