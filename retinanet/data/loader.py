@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.sampler import AspectRatioBasedSampler
@@ -53,35 +53,35 @@ def read_sample(dataset: Dataset, seed: int, epoch: int, number: int) -> dict[st
 
 @dataclass
 class _KeySampler:
-    """The batches of an AspectRatioBasedSampler as keys (epoch, number) for `_Reader`."""
+    """The batches of an AspectRatioBasedSampler, as the arguments of `read_sample` for each sample."""
 
     sampler: AspectRatioBasedSampler
 
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.sampler.epoch
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        seed, epoch = self.sampler.seed, self.sampler.epoch
         for batch in self.sampler.numbered_batches():
-            yield [(epoch, number) for number in batch]
+            yield [(seed, epoch, number) for number in batch]
 
 
 class _Reader(Dataset):
-    """A data set as a loader reads it: by index, or augmented from `seed` by keys (epoch, number)."""
+    """A data set as a loader reads it: by index, or by the arguments (seed, epoch, number) of `read_sample`."""
 
-    def __init__(self, dataset: DetectionDataset, seed: int, workers: int):
+    def __init__(self, dataset: DetectionDataset, workers: int):
         self.dataset = dataset
-        self.seed = seed
         # What each worker reads: its process id, and an index or -1. Shared, so that it outlives a dead worker.
         self.reading = torch.full((max(1, workers), 2), -1).share_memory_()
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any] | UserError:
-        epoch, number = key if isinstance(key, tuple) else (None, key)
+    def __getitem__(self, key: int | tuple[int, int, int]) -> dict[str, Any] | UserError:
+        augmented = isinstance(key, tuple)
+        index = key[-1] % len(self.dataset) if augmented else key
         worker = get_worker_info()
         state = self.reading[worker.id if worker else 0]
-        state[:] = torch.tensor([os.getpid(), number % len(self.dataset)])
+        state[:] = torch.tensor([os.getpid(), index])
         try:
-            return self.dataset[number] if epoch is None else read_sample(self.dataset, self.seed, epoch, number)
+            return read_sample(self.dataset, *key) if augmented else self.dataset[index]
         except UserError as error:
             return error  # _Loader raises it, because DataLoader would keep only the text of a worker's traceback
         finally:
@@ -165,57 +165,57 @@ def make_loader(
     dataset: DetectionDataset,
     batch_size: int,
     workers: int = 0,
-    batch_sampler: Sampler[list[int]] | Sequence[Sequence[int]] | None = None,
+    batch_sampler: AspectRatioBasedSampler | None = None,
     indices: Sequence[int] | None = None,
     device: torch.device | None = None,
     tiling: Tiling | None = None,
 ) -> "_Loader | _TiledLoader":
     """A loader of batches: those of `batch_sampler` for training, otherwise all samples, or `indices` in order.
 
-    With an AspectRatioBasedSampler, augmentations depend on its seed, the epoch and the image alone. Without a
-    sampler, all samples are sorted by shape, so that the images of a batch need little padding, and each process of a
-    torchrun job gets its share of the batches; `detection.detect` gathers the detections.
+    With a sampler, augmentations depend on its seed, the epoch and the image alone. Without one, all samples are sorted
+    by shape, so that the images of a batch need little padding, and each process of a torchrun job gets its share of
+    the batches; `detection.detect` gathers the detections.
 
     Args:
         dataset: the samples.
         batch_size: images per batch; ignored, like `indices` and `tiling`, with a `batch_sampler`.
         workers: number of processes that read images; with 0, this process reads them.
-        batch_sampler: the indices of each batch.
+        batch_sampler: the samples of each batch.
         indices: which samples; default: all.
         device: where the batches will go; for CUDA they are put into pinned memory.
         tiling: images larger than its tiles come after all others, as batches of their tiles.
     """
-    seed, generator = 0, None
-    if isinstance(batch_sampler, AspectRatioBasedSampler):
-        seed = batch_sampler.seed
-        # Without it, the loader would draw its workers' seeds from the global generator, and resumed runs would differ.
-        generator = torch.Generator()
-        batch_sampler = _KeySampler(batch_sampler)
-    elif batch_sampler is None:
+    large = []
+    if batch_sampler is not None:
+        batches = _KeySampler(batch_sampler)
+    else:
         chosen = range(len(dataset)) if indices is None else indices
         if indices is None and batch_size > 1:
             chosen = sorted(chosen, key=dataset.image_aspect_ratio)
-        sizes = dataset.image_sizes if tiling else ()
-        if large := [index for index in chosen if tiling and not tiling.fits(*sizes[index])]:
-            if not isinstance(dataset.transform, Resizer | None):
-                name = transform_name(dataset.transform)
-                raise UserError(f"tiles are not passed through the data set's transform {name}: use only one of them")
-            small = [index for index in chosen if tiling.fits(*sizes[index])]
-            whole = make_loader(dataset, batch_size, workers if small else 0, indices=small, device=device)
-            return _TiledLoader(whole, dataset, large[get_rank() :: get_world_size()], tiling, batch_size)
-        batch_sampler = [list(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
-        batch_sampler = batch_sampler[get_rank() :: get_world_size()]
-    return _Loader(
-        _Reader(dataset, seed, workers),
-        batch_sampler=batch_sampler,
+        if tiling is not None:
+            sizes = dataset.image_sizes
+            large = [index for index in chosen if not tiling.fits(*sizes[index])]
+            chosen = [index for index in chosen if tiling.fits(*sizes[index])]
+        batches = [list(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
+        batches = batches[get_rank() :: get_world_size()]
+        workers = min(workers, len(batches))
+    loader = _Loader(
+        _Reader(dataset, workers),
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=device is not None and device.type == "cuda",
         persistent_workers=workers > 0,
         timeout=WAIT if workers else 0,
         worker_init_fn=guard_worker,
-        generator=generator,
+        generator=torch.Generator(),  # the default, the global one, would give resumed runs other random numbers
     )
+    if not large:
+        return loader
+    if not isinstance(dataset.transform, Resizer | None):
+        name = transform_name(dataset.transform)
+        raise UserError(f"tiles are not passed through the data set's transform {name}: use only one of them")
+    return _TiledLoader(loader, dataset, large[get_rank() :: get_world_size()], tiling, batch_size)
 
 
 class WorkerDiedError(UserError):
