@@ -9,6 +9,7 @@ import struct
 import unicodedata
 import zlib
 from collections.abc import Container, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -61,10 +62,8 @@ def _plain_names(folder: str) -> dict[str, str]:
 
 def missing_folder(path: str) -> str:
     """The topmost folder of a path that does not exist; empty if all exist."""
-    found = ""
-    while (path := os.path.dirname(path)) not in ("", found) and not os.path.isdir(path):  # noqa: PTH112, PTH120
-        found = path
-    return found
+    missing = [parent for parent in Path(path).parents if not os.path.isdir(parent)]  # noqa: PTH112
+    return str(missing[-1]) if missing else ""
 
 
 def explain_missing(name: str, folder: str = "") -> str:
@@ -78,8 +77,8 @@ def explain_missing(name: str, folder: str = "") -> str:
             lost = f", nor does its folder {shown(parent)}" if parent else ""
             return f"image {shown(name)} does not exist{lost}" + "; is it a Windows path?" * ("\\" in name)
         found = os.path.join(found, near)  # noqa: PTH118
-    same = found != path and len({unicodedata.normalize("NFC", name) for name in (found, path)}) == 1
-    form = ", in another Unicode form (NFC or NFD)" if same else ""
+    same_text = found != path and unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", path)
+    form = ", in another Unicode form (NFC or NFD)" if same_text else ""
     return f"image {shown(name)} does not exist, but {shown(found)} does{form}"
 
 
@@ -117,13 +116,12 @@ def list_images(folder: Path, wanted: Container[str] | None = None, preferred: C
     for path in walk(folder, IMAGE_SUFFIXES):
         name = path.relative_to(folder).with_suffix("").as_posix()
         other = found.setdefault(name, path)
-        if (path.name in preferred) > (other.name in preferred):
+        is_preferred, was_preferred = path.name in preferred, other.name in preferred
+        if is_preferred and not was_preferred:
             found[name] = path
-        elif path != other and (other.name in preferred) == (path.name in preferred):
-            if wanted is None or name in wanted:
-                raise UserError(f"{path}: differs from {other.name} only in its suffix; remove one of them")
-            found[name] = path
-    return {name: found[name] for name in sorted(found, key=found.__getitem__)}
+        elif path != other and is_preferred == was_preferred and (wanted is None or name in wanted):
+            raise UserError(f"{path}: differs from {other.name} only in its suffix; remove one of them")
+    return dict(sorted(found.items(), key=itemgetter(1)))
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:

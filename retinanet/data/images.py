@@ -20,6 +20,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, SAMPLESPERPIXEL
 from torch import Tensor
 
 from retinanet.data.deep import deep_pixels
@@ -65,7 +66,6 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-BITS, NUMBER_KIND, BANDS = 258, 339, 277  # tags of TIFF
 
 
 @contextlib.contextmanager
@@ -79,13 +79,13 @@ def _open(path: str | Path, pixel_limit: float | None) -> Iterator[Image.Image |
             raise OSError("it is not a file" if os.path.exists(path) else "the file does not exist")  # noqa: PTH110
         with open(path, "rb") as file:
             image = _identify(file, path)
-            image = _open_raw(image, file, path) or image
+            image = _open_raw(image, path) or image
             height, width = image.shape[:2] if isinstance(image, RawImage) else image.size[::-1]
             pixels = width * height
             if pixel_limit and pixels > pixel_limit * 1e6:
                 message = f"has {width} x {height} pixels, more than the limit of {pixel_limit:g} million"
                 raise FileError(str(path), f"{message}; --pixel_limit {-(-pixels // 10**6)} allows it")
-            with _allowed_by_pillow(pixels) if pixel_limit and pixels > PILLOW_LIMIT else contextlib.nullcontext():
+            with _allowed_by_pillow(pixels) if pixels > PILLOW_LIMIT else contextlib.nullcontext():
                 yield image
 
 
@@ -118,17 +118,20 @@ def _allowed_by_pillow(pixels: int) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _open_raw(image: Image.Image | None, file: BinaryIO, path: str | Path) -> RawImage | None:
+def _open_raw(image: Image.Image | None, path: str | Path) -> RawImage | None:
     """An image that Pillow cannot read, or only with fewer bits or bands, as a RawImage; None for all others."""
-    if image is not None and image.format != "TIFF":
-        return (found := deep_pixels(image, file)) and RawImage(*found, orientation=_orientation(image))
-    if image is not None and max(image.tag_v2.get(BITS, (1,))) <= 8 and max(image.tag_v2.get(NUMBER_KIND, (1,))) == 1:
-        raw = open_tiff(path, None) if image.width * image.height > LARGE else None
-        return raw if raw and raw.by_parts else None
-    raw = open_tiff(path, image and (deep_pixels(image, file) or (None,))[0])
-    if raw is None and image is None:
+    if image is None:
+        if raw := open_tiff(path):
+            return raw
         raise ValueError("its colours are neither RGB nor grey")
-    return raw
+    deep = deep_pixels(image)
+    if image.format != "TIFF":
+        return deep and RawImage(*deep, orientation=_orientation(image))
+    tags = image.tag_v2
+    if max(tags.get(BITSPERSAMPLE, (1,))) <= 8 and max(tags.get(SAMPLEFORMAT, (1,))) == 1:
+        raw = open_tiff(path) if image.width * image.height > LARGE else None
+        return raw if raw and raw.by_parts else None
+    return open_tiff(path, deep and deep[0])
 
 
 def _orientation(image: Image.Image) -> int:
@@ -280,4 +283,4 @@ def _may_be_deep(path: str) -> bool:
 def _bands(image: Image.Image) -> int:
     """The number of bands in an image's file; CMYK counts as three."""
     bands = 3 if image.mode == "CMYK" else len(image.getbands())
-    return image.tag_v2.get(BANDS, bands) if image.format == "TIFF" and image.mode != "CMYK" else bands
+    return image.tag_v2.get(SAMPLESPERPIXEL, bands) if image.format == "TIFF" and image.mode != "CMYK" else bands

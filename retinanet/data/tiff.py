@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 
 CACHE = 2**27  # bytes of decoded strips or tiles to keep; enough for a row of tiles of a wide image
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2  # photometric interpretations
-ASSOCIATED_ALPHA = 1  # colours are already multiplied by it
-ORIENTATION, GDAL_NODATA = 274, 42113  # tags
-DECLARED = (340, 341), (280, 281)  # SMinSampleValue and SMaxSampleValue, MinSampleValue and MaxSampleValue
-REDUCED, MASK = 1, 4  # kinds of pages
 
 
 class Segments:
@@ -100,22 +95,22 @@ def has_more_pages(path: str | Path) -> bool:
         if file.read(4) not in TIFF_STARTS:
             return False
     with _first_page(path) as page:
-        pages = page.parent.pages
-        return any(not pages[number].subfiletype & (REDUCED | MASK) for number in range(1, min(len(pages), 16)))
+        return any(not (other.is_reduced or other.is_mask) for other in page.parent.pages[1:16])
 
 
-def open_tiff(path: str | Path, by_pillow: Deferred | None) -> RawImage | None:
+def open_tiff(path: str | Path, by_pillow: Deferred | None = None) -> RawImage | None:
     """A TIFF file's first image; None for colours other than RGB and grey, which are left to Pillow.
 
     `by_pillow`, which is upright, is used if tifffile would need imagecodecs, but that is not installed.
     """
-    from tifffile import TIFF
+    from tifffile import EXTRASAMPLE, PHOTOMETRIC, TIFF
 
     with _first_page(path) as page:
-        if page.photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB):
+        if page.photometric not in (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB):
             return None
-        orientation, whole_bytes = page.tags.valueof(ORIENTATION, 1), page.bitspersample == 8 * page.dtype.itemsize
+        orientation = page.tags.valueof("Orientation")
         orientation = orientation if orientation in range(1, 9) else 1
+        whole_bytes = page.bitspersample == 8 * page.dtype.itemsize
         known = page.compression == 1 or page.compression in TIFF.DECOMPRESSORS
         known &= whole_bytes and (page.predictor == 1 or page.predictor in TIFF.UNPREDICTORS)
         if by_pillow is not None and not known:
@@ -129,8 +124,9 @@ def open_tiff(path: str | Path, by_pillow: Deferred | None) -> RawImage | None:
             values = np.moveaxis(values, 0, 2).reshape(height, width, -1)
         else:
             values = Segments(path, page)
-        by_parts = known and ASSOCIATED_ALPHA not in page.extrasamples and orientation == 1
-        return RawImage(values, *_declarations(page), page.photometric == WHITE_IS_ZERO, orientation, by_parts)
+        by_parts = known and EXTRASAMPLE.ASSOCALPHA not in page.extrasamples and orientation == 1
+        inverted = page.photometric == PHOTOMETRIC.MINISWHITE
+        return RawImage(values, *_declarations(page), inverted, orientation, by_parts)
 
 
 def _declarations(page: "TiffPage") -> tuple[PixelRange | None, float | None]:
@@ -138,14 +134,13 @@ def _declarations(page: "TiffPage") -> tuple[PixelRange | None, float | None]:
     bits, is_unsigned = page.bitspersample, page.dtype.kind == "u"
     full = 2.0**bits - 1
     low, high = (0.0, full) if is_unsigned else (-math.inf, math.inf)
-    for tags in DECLARED:
+    for tags in (("SMinSampleValue", "SMaxSampleValue"), ("MinSampleValue", "MaxSampleValue")):
         lows, highs = (np.ravel(page.tags.valueof(tag, ())) for tag in tags)
         if len(highs):
             low, high = float(min(lows, default=low)), float(max(highs))
             break
-    try:
-        nodata = float(page.tags.valueof(GDAL_NODATA, ""))
-    except ValueError:
-        nodata = None
+    nodata = None
+    with contextlib.suppress(ValueError):
+        nodata = float(page.tags.valueof("GDAL_NODATA", ""))
     says_more = bits < 8 * page.dtype.itemsize or (low, high) != (0, full)
     return (low, high) if -math.inf < low < high < math.inf and says_more else None, nodata

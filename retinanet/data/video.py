@@ -110,9 +110,7 @@ class Video:
                 return
             except self.av.FFmpegError as error:
                 damage.append(error.strerror)
-                if isinstance(error, self.av.error.InvalidDataError):  # the packet is broken; others may follow
-                    continue
-                return
+                continue  # other packets may follow
             yield from frames
 
 
