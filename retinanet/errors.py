@@ -4,7 +4,7 @@ import difflib
 import itertools
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 # Control characters, line breaks, halves of surrogate pairs, and characters that are invisible or change the direction
@@ -36,6 +36,12 @@ def shortened(name: str, length: int = 40) -> str:
     """A name for a column of a table: `escaped`, and cut to at most `length` characters."""
     text = escaped(name)
     return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def listed(items: Sequence[str], most: int) -> str:
+    """The first items of a list, at most so many, for a message: `a, b and 3 more`."""
+    more = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
 
 
 def printable(text: str) -> str:

@@ -1,6 +1,6 @@
 import pytest
 
-from retinanet.errors import escaped, printable, shortened, shown, suggestion
+from retinanet.errors import escaped, listed, printable, shortened, shown, suggestion
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,8 @@ def test_names_in_a_column_are_cut():
 def test_the_nearest_word_is_suggested():
     assert suggestion("Cra ", ["car", "bus"]) == "; did you mean 'car'?"
     assert suggestion("zebra", ["car", "bus"]) == ""
+
+
+def test_a_long_list_is_cut():
+    assert listed(["a", "b"], 2) == "a, b" and listed(["a", "b", "c"], 2) == "a, b and 1 more"
+    assert listed(["a"] * 2000, 1) == "a and 1,999 more"

@@ -29,7 +29,7 @@ from retinanet.data.files import IMAGE_SUFFIXES, list_images
 from retinanet.data.ground_truth import coco_content
 from retinanet.data.placing import place_boxes, read_headers
 from retinanet.data.report import Report, counted
-from retinanet.errors import UserError, output_file, shown
+from retinanet.errors import UserError, listed, output_file, shown
 from retinanet.process import log, progress, script, setup_logging
 
 # Characters that cannot be written to XML or UTF-8, or that readers take for the end of a line.
@@ -65,8 +65,8 @@ def plan_images(dataset: DetectionDataset, root: Path, folder: Path, to: str) ->
             if not (is_plain(name) and is_plain(Path(name).stem)) or name.startswith(hidden):
                 unfit.append(f"image {shown(name)}")
         if unfit:
-            listed = ", ".join(unfit[:10]) + (f", and {len(unfit) - 10} more" if len(unfit) > 10 else "")
-            raise UserError(f"{to} cannot hold these names: {listed}; rename them in the source, or use --to coco")
+            which = listed(unfit, 10)
+            raise UserError(f"{to} cannot hold these names: {which}; rename them in the source, or use --to coco")
     _make_folder(root, folder)
     images = dict(zip(names, paths, strict=True))
     existing = {path.stem: path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}

@@ -7,7 +7,7 @@ from retinanet.data.dataset import DetectionDataset
 from retinanet.data.reading import read_text
 from retinanet.data.report import Report
 from retinanet.data.tables import read_rows
-from retinanet.errors import UserError, shown, suggestion
+from retinanet.errors import UserError, listed, shown, suggestion
 
 
 def placeholder_names(num_classes: int) -> list[str]:
@@ -59,8 +59,7 @@ def read_class_ids(path: Path, report: Report) -> list[str]:
 
 def unknown_class(name: str, known: Sequence[str]) -> str:
     """The message about a class that is not in the list."""
-    listed = ", ".join(known[:20]) + (f", and {len(known) - 20} more" if len(known) > 20 else "")
-    return f"class {shown(name.strip())} is not in the class list ({listed}){suggestion(name, known)}"
+    return f"class {shown(name.strip())} is not in the class list ({listed(known, 20)}){suggestion(name, known)}"
 
 
 def class_difference(owner: str, names: Sequence[str], other: str, others: Sequence[str]) -> str:
@@ -68,8 +67,7 @@ def class_difference(owner: str, names: Sequence[str], other: str, others: Seque
     texts = []
     for who, own, wanted in ((owner, set(names), others), (other, set(others), names)):
         if missing := [shown(name) for name in wanted if name not in own]:
-            more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
-            texts.append(f"{who} lacks {', '.join(missing[:5])}{more}")
+            texts.append(f"{who} lacks {listed(missing, 5)}")
     if not texts:
         pairs = enumerate(zip(names, others, strict=True))
         texts = [f"label {n} is {shown(a)} and {shown(b)}: the order differs" for n, (a, b) in pairs if a != b][:1]

@@ -15,7 +15,7 @@ from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 from retinanet.anchors import Anchors
 from retinanet.data.classes import check_classes, placeholder_names
 from retinanet.data.dataset import DetectionDataset
-from retinanet.errors import UserError, shortened, suggestion
+from retinanet.errors import UserError, listed, shortened, suggestion
 from retinanet.model import RetinaNet, resnet
 from retinanet.process import log
 from retinanet.training.checkpoint import CLASS_OUTPUT, infer_depth, load_state, read_weights
@@ -158,14 +158,10 @@ def _said(theirs: Sequence[str], ours: Sequence[str], found: Mapping[int, int]) 
         return "; none of them is one of this model's, so the last layer of its class head keeps initial weights"
     pairs = [(ours[label], theirs[other]) for label, other in found.items()]
     names = [name if name == other else f"{name} ({other})" for name, other in pairs]
-    text = f"; class head by name: {len(found)} of {len(ours)} classes are taken over, {_listed(names)}"
-    new = [name for label, name in enumerate(ours) if label not in found]
-    return text + (f"; new: {_listed(new)}" if new else "")
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(map(shortened, names[:MOST_NAMES])) + more
+    taken = listed([shortened(name) for name in names], MOST_NAMES)
+    text = f"; class head by name: {len(found)} of {len(ours)} classes are taken over, {taken}"
+    new = [shortened(name) for label, name in enumerate(ours) if label not in found]
+    return text + (f"; new: {listed(new, MOST_NAMES)}" if new else "")
 
 
 def match_classes(
