@@ -149,7 +149,7 @@ def _look_at(dataset: DetectionDataset, index: int, header: bool, pixels: bool) 
 def _check_images(dataset: DetectionDataset, depth: str, workers: int, report: Report) -> np.ndarray:
     """Check the image files; returns [I] bool: which are bad."""
     number, pixels = len(dataset), depth == "decode"
-    wanted = np.full(number, depth != "none") & ~(dataset.headers_read & (not pixels))  # headers to read
+    wanted = ~dataset.headers_read & (depth != "none")  # headers to read
     if depth == "quick":
         wanted &= ~dataset.known_sizes.all(axis=1) | np.isin(np.arange(number), evenly(range(number), SOME_IMAGES))
     looks = []

@@ -40,9 +40,7 @@ class CocoDataset(DetectionDataset):
     Args:
         root_dir: holds the annotation file at one of FILES, and the images in one of IMAGE_FOLDERS.
         set_name: such as `train2017`; or the path of the annotation file, which ends with `.json`.
-        transform: sample -> sample.
         crowds_are_objects: treat crowd regions as objects.
-        report: collects the problems.
     """
 
     box_format = "xywh"
@@ -65,12 +63,11 @@ class CocoDataset(DetectionDataset):
         folders = [str(self.root_dir / place.format(name)) for place in IMAGE_FOLDERS]
         some = [image["file_name"] for image in images[:20]]
         places = [folder for folder in folders if any(os.path.isfile(f"{folder}/{file}") for file in some)]  # noqa: PTH113
-        self.image_folders = (places or [*filter(os.path.isdir, folders), folders[0]])[:1]
+        self.image_folders = [*places, *filter(os.path.isdir, folders), folders[0]][:1]
         if crowds_are_objects:
             truth.is_crowd[:] = False
         self._truth = truth
-        with np.errstate(all="ignore"):
-            corners = truth.corners()
+        corners = truth.corners()
         super().__init__(
             [image["file_name"] for image in images],
             np.column_stack([corners, truth.labels]),
@@ -149,10 +146,11 @@ def _find_file(root: Path, set_name: str, report: Report) -> tuple[Path, str]:
     names: dict[Path, str] = {}
     sets: dict[str, list[Path]] = {}
     for _, name, path in find_places(root, FILES):
-        if names.setdefault(path, name) == name:
+        if path not in names:
+            names[path] = name
             sets.setdefault(name, []).append(path)
     if not sets:
-        raise refused(root, " or ".join(FILES[::2]).format(*[set_name] * 2))
+        raise refused(root, f"annotations/instances_{set_name}.json or {set_name}/{ROBOFLOW}")
     path, *others = find_set(root, set_name, sets)
     report.add_rows("other source", others, str, f"is ignored: the set {shown(set_name)} is read from {path}")
     return path, names[path]
@@ -177,10 +175,10 @@ def read_coco(path: Path, report: Report) -> tuple[list[dict], list[dict], Groun
         ("class list", "category id", categories, "id"),
         ("class list", "category name", categories, "name"),
     ):
-        ids: dict[Any, list[int]] = {}
+        same_values: dict[Any, list[int]] = {}
         for entry in entries:
-            ids.setdefault(entry[key], []).append(entry["id"])
-        for value, same in ids.items():
+            same_values.setdefault(entry[key], []).append(entry["id"])
+        for value, same in same_values.items():
             if len(same) > 1:
                 report.add(kind, f"{path}: {what} {shown(value)}", f"is repeated: it has the ids {shown(same)}")
     if not (images and categories):
@@ -196,8 +194,8 @@ def read_coco(path: Path, report: Report) -> tuple[list[dict], list[dict], Groun
     def where(row: int) -> str:
         return f"{path}: annotation {truth.ids[row]}"
 
-    _, first, counts = np.unique(truth.ids, return_index=True, return_counts=True)
-    unusable = first[(counts > 1) | (truth.ids[first] == 0)]  # pycocotools mixes up repeats, and takes 0 for no match
+    ids, first, counts = np.unique(truth.ids, return_index=True, return_counts=True)
+    unusable = first[(counts > 1) | (ids == 0)]  # pycocotools mixes up repeats, and takes 0 for no match
     report.add_rows("annotation ids", unusable, where, "the id is 0 or repeated, so evaluation renumbers all")
     image_index = _find_ids("unknown image", "image", truth.image_index, images, where, report)
     labels = _find_ids("unknown class", "category", truth.labels, categories, where, report)

@@ -27,9 +27,7 @@ class CSVDataset(DetectionDataset):
     Args:
         train_file: the file. Relative paths in it start at its folder, or else at the working directory.
         class_list: a file of the classes with lines `class_name,id`, ids from 0.
-        transform: sample -> sample.
         class_names: used instead of `class_list`; default: the classes of `train_file`, sorted.
-        report: collects the problems.
     """
 
     per_image = (*DetectionDataset.per_image, "image_lines")

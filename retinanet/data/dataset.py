@@ -157,7 +157,7 @@ class DetectionDataset(Dataset):
     def _place(self, index: int, size: tuple[int, int]) -> None:
         """Move the boxes of an image of this height and width, if the annotations declare another size."""
         declared = self.declared_sizes[index]
-        if self.in_files and declared.all() > self.headers_read[index] and (declared != size).any():
+        if self.in_files and not self.headers_read[index] and declared.all() and (declared != size).any():
             place_boxes(self, *read_headers(self, [index]))
             if self.misfit[index]:
                 raise UserError(str(self.report.examples["boxes of another size"][-1]))

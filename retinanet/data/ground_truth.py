@@ -36,6 +36,7 @@ class GroundTruth(NamedTuple):
         """The annotations that an array of indices or a mask chooses."""
         return GroundTruth(*(column[chosen] for column in self))
 
+    @np.errstate(all="ignore")
     def corners(self) -> np.ndarray:
         """[N, 4] float64 (x1, y1, x2, y2)."""
         return np.hstack([self.boxes_xywh[:, :2], self.boxes_xywh[:, :2] + self.boxes_xywh[:, 2:]])
@@ -47,20 +48,24 @@ def coco_content(dataset: "DetectionDataset", file_names: Sequence[str] | None =
     With `file_names` of the images, the content is meant for a file: ids that do not come from COCO count from 1
     instead of 0, sizes are those of the image files, and boxes are rounded to thousandths of a pixel.
     """
-    for_file = file_names is not None
-    first_id = int(for_file and not dataset.has_coco_ids)
-    names = file_names if for_file else dataset.image_files.tolist()
-    images = [{"id": id_ + first_id, "file_name": name} for id_, name in zip(dataset.image_ids, names, strict=True)]
-    sizes = dataset.image_sizes if for_file else dataset.declared_sizes
+    if file_names is None:
+        first_id, names, sizes = 0, dataset.image_files.tolist(), dataset.declared_sizes
+        truth = dataset.ground_truth()
+    else:
+        first_id, names, sizes = 0 if dataset.has_coco_ids else 1, file_names, dataset.image_sizes
+        truth = from_arrays(dataset, rounded=True)
+    image_ids = [number + first_id for number in dataset.image_ids]
+    category_ids = [dataset.coco_labels[label] + first_id for label in dataset.labels]
+    images = [{"id": number, "file_name": name} for number, name in zip(image_ids, names, strict=True)]
     if sizes.any():
         for image, (height, width) in zip(images, sizes.tolist(), strict=True):
             image |= {"height": height, "width": width}
-    categories = [{"id": dataset.coco_labels[label] + first_id, "name": name} for label, name in dataset.labels.items()]
-    columns = from_arrays(dataset, rounded=True) if for_file else dataset.ground_truth()
-    ids, index, labels, *others, is_crowd = (column.tolist() for column in columns)
-    image_ids, category_ids = [images[i]["id"] for i in index], [categories[label]["id"] for label in labels]
-    keys, values = (*ID_KEYS, "bbox", "area", "iscrowd"), (ids, image_ids, category_ids, *others, map(int, is_crowd))
-    annotations = [dict(zip(keys, row, strict=True)) for row in zip(*values, strict=True)]
+    categories = [{"id": category_ids[label], "name": name} for label, name in dataset.labels.items()]
+    annotations = [
+        {"id": number, "image_id": image_ids[index], "category_id": category_ids[label], "bbox": box, "area": area}
+        | {"iscrowd": int(is_crowd)}
+        for number, index, label, box, area, is_crowd in zip(*(column.tolist() for column in truth), strict=True)
+    ]
     return {"images": images, "categories": categories, "annotations": annotations}
 
 
@@ -82,12 +87,11 @@ def from_coco(entries: list[Any]) -> GroundTruth | None:
         boxes_xywh = np.array(numbers, dtype=np.float64).reshape(-1, 4)
     except (LookupError, TypeError, OverflowError, AttributeError):
         return None
-    ids = [np.array(column) for column in columns]
-    for column in ids:
-        is_whole = column.dtype == np.float64 and ((column % 1 == 0) & (np.abs(column) < MAX_ID)).all()
-        if column.dtype != np.int64 and not is_whole:  # some tools write 1.0
-            return None
-    ids = (column.astype(np.int64) for column in ids)
+    ids = np.array(columns)  # [3, N]
+    if ids.dtype == np.float64 and ((ids % 1 == 0) & (np.abs(ids) < MAX_ID)).all():  # some tools write 1.0
+        ids = ids.astype(np.int64)
+    if ids.dtype != np.int64:
+        return None
     return GroundTruth(*ids, boxes_xywh, np.array(areas, dtype=np.float64), np.array(is_crowd, dtype=bool))
 
 
@@ -96,19 +100,18 @@ def _area(value: Any) -> float:
     return value if type(value) is float or (type(value) is int and abs(value) < MAX_ID) else math.nan
 
 
+@np.errstate(all="ignore")
 def check_areas(path: Path, truth: GroundTruth, report: Report) -> GroundTruth:
     """Replace declared areas that are not above 0, or are larger than the box, by the area of the box."""
     areas, (widths, heights) = truth.areas, truth.boxes_xywh[:, 2:].T
-    with np.errstate(all="ignore"):
-        good = (areas > 0) & (areas <= (widths + 1) * (heights + 1))  # + 1: some tools count pixels
-        own = widths * heights
+    good = (areas > 0) & (areas <= (widths + 1) * (heights + 1))  # + 1: some tools count pixels
     report.add_rows(
         "declared area",
         ~good & ~np.isnan(areas),
         lambda row: f"{path}: annotation {truth.ids[row]}",
         lambda row: f"area {areas[row]:g} does not fit a box of {widths[row]:g} x {heights[row]:g}, whose area is used",
     )
-    return truth._replace(areas=np.where(good, areas, own))
+    return truth._replace(areas=np.where(good, areas, widths * heights))
 
 
 def from_arrays(dataset: "DetectionDataset", rounded: bool = False) -> GroundTruth:

@@ -44,10 +44,12 @@ def find_set(root: Path, set_name: str, sets: Mapping[str, Source], val_share: f
     listed = ", ".join(map(shown, sorted(sets)[:20]))
     if val_share is not None:
         raise UserError(f"{root}: has the sets {listed}, but --val_share is for folders without sets")
+    if set_name in sets:
+        return sets[set_name]
     alike = [name for names in SAME_NAMES if set_name in names for name in names if name in sets]
-    if set_name not in sets and len(alike) != 1:
+    if len(alike) != 1:
         raise UserError(f"{root}: has no set named {shown(set_name)}; its sets are: {listed}")
-    return sets[set_name if set_name in sets else alike[0]]
+    return sets[alike[0]]
 
 
 def refused(root: Path, wanted: str) -> UserError:

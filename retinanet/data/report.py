@@ -1,5 +1,6 @@
 """What can be wrong with annotations and images, what is done about each problem, and reports of problems."""
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -70,7 +71,7 @@ class Report:
     def __init__(self, tolerant: bool = False, skip_bad: bool = False):
         self.tolerant = tolerant
         self.skip_bad = skip_bad
-        self.counts: dict[str, int] = {}
+        self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[Problem]] = {}
         self.skipped: list[tuple[str, str]] = []
 
@@ -83,7 +84,8 @@ class Report:
         """Add a problem; those of a kind with the same `cause` (a class name, a missing folder) are joined."""
         if self.policy(kind) == SKIPPED:
             self.skipped.append((where, message))
-        self._add(Problem(kind, where, message, count, cause))
+        self.counts[kind] += count
+        self._add_example(Problem(kind, where, message, count, cause))
 
     def add_rows(self, kind: str, rows: Rows, where: OfRow, message: str | OfRow, cause: Any = None) -> None:
         """Add a problem of many rows; `message` and `cause` are the same for all, or functions of a row.
@@ -94,22 +96,20 @@ class Report:
         if isinstance(rows, np.ndarray) and rows.dtype == bool:
             rows = np.flatnonzero(rows)
         skipping = self.policy(kind) == SKIPPED
-        groups: dict[tuple, list] = {}
+        if not len(rows):
+            return
+        groups: dict[tuple, list] = {}  # by cause; rows without a cause are groups of their own
         for row in rows if cause is not None or skipping else rows[:MAX_EXAMPLES]:
             name = cause(row) if callable(cause) else cause
             groups.setdefault((name, name is None and len(groups)), []).append(row)
-        rest = len(rows)
         for (name, _), group in islice(groups.items(), None if skipping else MAX_EXAMPLES):
             text = message(group[0]) if callable(message) else message
-            self._add(Problem(kind, where(group[0]), text, len(group), name))
-            rest -= len(group)
+            self._add_example(Problem(kind, where(group[0]), text, len(group), name))
             if skipping:
                 self.skipped += [(where(row), text) for row in group]
-        if rest:
-            self.counts[kind] += rest
+        self.counts[kind] += len(rows)
 
-    def _add(self, problem: Problem) -> None:
-        self.counts[problem.kind] = self.counts.get(problem.kind, 0) + problem.count
+    def _add_example(self, problem: Problem) -> None:
         examples = self.examples.setdefault(problem.kind, [])
         for place, other in enumerate(examples if problem.cause is not None else ()):
             if other.cause == problem.cause:
@@ -122,8 +122,8 @@ class Report:
         """Add the problems of another report."""
         for kind, examples in other.examples.items():
             for problem in examples:
-                self._add(problem)
-            self.counts[kind] += other.counts[kind] - sum(problem.count for problem in examples)
+                self._add_example(problem)
+            self.counts[kind] += other.counts[kind]
         self.skipped += other.skipped
 
     def kinds(self, *policies: str) -> list[str]:

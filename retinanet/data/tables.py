@@ -7,7 +7,7 @@ import csv
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,14 +85,13 @@ def read_table(path: Path, report: Report) -> Table:
     if not len(lines) and not report.errors():
         raise UserError(f"{path}: lists no images")
     has_box = ~(np.isnan(boxes).all(axis=1) | (boxes == 0).all(axis=1) | (boxes == -1).all(axis=1))
+    _check_texts(path, classes, class_codes[has_box], lines[has_box], report)
+    _check_texts(path, paths, path_codes, lines, report)
+    if not layout.header:
+        _check_corners(path, boxes[has_box], report)
     names, class_names = ([text.strip() for text in texts] for texts in (paths, classes))
     table = Table(path, lines, names, path_codes, boxes, has_box, class_names, class_codes, sizes)
-    rows = np.flatnonzero(has_box)
-    _check_texts(list(classes), class_codes[rows], lambda row: table.where(rows[row]), report)
-    _check_texts(list(paths), path_codes, table.where, report)
-    if not layout.header:
-        _check_corners(path, boxes[rows], report)
-    named = np.array([text != NO_CLASS for text in classes], dtype=bool)[class_codes]
+    named = class_codes != classes.get(NO_CLASS, -1)
     message = "is read as an image without objects; better write its line as `path,,,,,`"
     report.add_rows("no objects", ~has_box & named, table.where, message, "")
     message = "height or width is not a whole number of pixels, so those of the image file are used"
@@ -148,7 +147,7 @@ def _read_header(path: Path, numbers: Sequence[int], rows: Sequence[list[str]], 
         raise UserError(f"{where}: the header {found} has no column for {choices}")
     ignored = ", ".join(field for place, field in enumerate(row) if place not in places.values() and field)
     sizes = [places[side] for side in SIZES] if SIZES.keys() <= places.keys() else []
-    note = f"{found} are column names" + f"; not read: {shown(ignored)}" * bool(ignored)
+    note = f"{found} are column names" + (f"; not read: {shown(ignored)}" if ignored else "")
     return Layout([places[role] for role in COLUMNS], sizes, len(row), row, note)
 
 
@@ -211,15 +210,16 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _check_texts(texts: Sequence[str], codes: np.ndarray, where: Callable[[int], str], report: Report) -> None:
-    """Report texts that are too long or have spaces around them, each at its first row."""
+def _check_texts(path: Path, texts: Mapping[str, int], codes: np.ndarray, lines: np.ndarray, report: Report) -> None:
+    """Report texts that are too long or have spaces around them, each at the first line of its code."""
     for text, row in zip(texts, first_rows(codes, len(texts)), strict=True):
-        if row == len(codes):  # only images without objects have this class
+        if row == len(codes):  # a class of images without objects
             continue
+        where = f"{path}:{lines[row]}"
         if len(text) > MAX_NAME:
-            report.add("bad name", where(row), f"{shown(text)} has {len(text):,} characters, more than {MAX_NAME:,}")
+            report.add("bad name", where, f"{shown(text)} has {len(text):,} characters, more than {MAX_NAME:,}")
         elif text != text.strip():
-            report.add("spaces", where(row), f"the spaces around {shown(text)} are ignored")
+            report.add("spaces", where, f"the spaces around {shown(text)} are ignored")
 
 
 def first_rows(codes: np.ndarray, number: int) -> np.ndarray:

@@ -8,7 +8,7 @@ VOC counts pixels from 1 and includes the last one: this box goes from x = 10 to
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -40,11 +40,9 @@ class VOCDataset(DetectionDataset):
         root_dir: holds `Annotations`, `JPEGImages` and `ImageSets/Main/<set_name>.txt`, such as `VOCdevkit/VOC2012`;
             or, without lists, a folder `<set_name>` with images and XML files for each set; or all files, without sets.
         set_name: such as `train`.
-        transform: sample -> sample.
         class_names: the classes, in order; default: those in `classes.txt` in `root_dir`, or else VOC's twenty, or, if
             the XML files have others, all classes in the XML files, sorted.
         val_share: share of the images for validation, in a folder without sets.
-        report: collects the problems.
     """
 
     annotation_format = "{}: object {}"
@@ -58,8 +56,7 @@ class VOCDataset(DetectionDataset):
         val_share: float | None = None,
         report: Report | None = None,
     ):
-        self.root_dir = root = Path(root_dir)
-        self.set_name = set_name
+        root = Path(root_dir)
         report = report or Report()
         list_file, base = _find_set(root, set_name, val_share)
         folder = _subfolder(base, XML_FOLDERS)
@@ -103,7 +100,12 @@ def _find_set(root: Path, set_name: str, val_share: float | None) -> tuple[Path 
 def _subfolder(base: Path, names: Sequence[str]) -> Path:
     """The first of some folders that exists, in upper or lower case; or else the base."""
     folders = {path.name.lower(): path for path in base.iterdir() if path.is_dir()}
-    return next((folders[name] for name in names if name in folders), base)
+    return _first(folders, names) or base
+
+
+def _first(paths: Mapping[str, Path], names: Iterable[str]) -> Path | None:
+    """The path of the first of some names that has one."""
+    return next((paths[name] for name in names if name in paths), None)
 
 
 def _read_list(path: Path) -> list[tuple[str, list[str]]]:
@@ -130,11 +132,11 @@ def _pair_files(
     """
     xml_files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in walk(folder, XML)}
     lines = _read_list(list_file) if list_file else [(name, [name]) for name in xml_files]
-    files = [next((xml_files[name] for name in names if name in xml_files), None) for _, names in lines]
+    files = [_first(xml_files, names) for _, names in lines]
     own_names = [content_of(path).file_name if path else "" for path in files]
     images = list_images(image_folder, {name for _, names in lines for name in names}, set(own_names))
     choices = [[*names, Path(own_name).stem] for (_, names), own_name in zip(lines, own_names, strict=True)]
-    found = [next((images[name] for name in names if name in images), None) for names in choices]
+    found = [_first(images, names) for names in choices]
     report_list(list_file or folder, image_folder, [line for line, _ in lines], found, report)
     pairs = {image: path for image, path in zip(found, files, strict=True) if image}
     without = [image for image, path in pairs.items() if path is None]

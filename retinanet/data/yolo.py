@@ -38,9 +38,7 @@ class YoloDataset(DetectionDataset):
         root_dir: holds the class names; a set's images where `data.yaml` or `obj.data` say, or in one of PLACES, or
             else all images, without sets; and their text files beside them, or in `labels` in place of `images`.
         set_name: such as `train`.
-        transform: sample -> sample.
         val_share: share of the images for validation, in a folder without sets.
-        report: collects the problems.
     """
 
     annotation_format = "{}:{}"
@@ -53,10 +51,9 @@ class YoloDataset(DetectionDataset):
         val_share: float | None = None,
         report: Report | None = None,
     ):
-        self.root_dir = root = Path(root_dir)
-        self.set_name = set_name
+        root = Path(root_dir)
         report = report or Report()
-        settings = _read_settings(root)
+        settings = {root / name: _read_settings(root / name) for name in SETTINGS if (root / name).is_file()}
         files, source = _find_files(root, set_name, val_share, settings, report)
         class_names = _class_names(root, [root, source, *(file.parent for file in files.values())], settings)
         key_numbers = sum(_key_numbers(path, content) for path, content in settings.items())
@@ -73,12 +70,8 @@ class YoloDataset(DetectionDataset):
         super().__init__(class_names=class_names, transform=transform, source=source, **contents)
 
 
-def _read_settings(root: Path) -> dict[Path, dict[str, Any]]:
-    """The content of those of SETTINGS that exist."""
-    return {root / name: _read_file(root / name) for name in SETTINGS if (root / name).is_file()}
-
-
-def _read_file(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The entries of one of SETTINGS; all values of a YAML file stay text, so that `no` does not become False."""
     text = read_text(path)
     if path.suffix == ".data":
         pairs = (line.partition("=") for line in text.splitlines())
@@ -92,7 +85,7 @@ def _read_file(path: Path) -> dict[str, Any]:
             return {}
         raise UserError(f"{path}: {message}, and no {path.parent / 'classes.txt'} lists the class names") from error
     try:
-        content = yaml.load(text, yaml.BaseLoader)  # all values stay text: `no` does not become False
+        content = yaml.load(text, yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: is not valid YAML, or is nested too deeply ({error})") from error
     return content if isinstance(content, dict) else {"names": None}
