@@ -1,6 +1,7 @@
 """Draw data, anchors, assignment, features, losses and detections, as PNG files."""
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -217,8 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.images:
         detect_files(args, net, info, device)
         return
-    anchors = net.anchors.cpu() if net and args.show in ("anchors", "matches", "tiles", "anchor_fit") else None
-    anchors = anchors or anchors_from_settings(args)
+    anchors = copy.deepcopy(net.anchors).cpu() if net else anchors_from_settings(args)
     resizer = inference.make_resizer(info, args.min_side, args.max_side)
     transform = training_transform(args) if args.augment else resizer
     dataset = flags.make_dataset(args, args.split, transform, info.get("class_names"))

@@ -1,6 +1,5 @@
 """Run a detector over batches, data sets and streams of images, whole or in tiles; `inference.predict` is for users."""
 
-import contextlib
 import itertools
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,17 +19,6 @@ from retinanet.errors import UserError
 from retinanet.model import RetinaNet
 from retinanet.postprocess import MAX_DETECTIONS, NMS_THRESHOLD, Detections
 from retinanet.process import autocast, gather_objects, progress
-
-
-@contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within the context, the model is in evaluation mode; afterwards, its mode is restored."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def detect(
@@ -56,7 +44,7 @@ def detect(
         original image.
     """
     found, tiled = {}, {}
-    with _evaluation_mode(model), explained(loader, precision) as seen:
+    with explained(loader, precision) as seen:
         for batch in progress(loader, "detecting"):
             if stop is not None and stop():
                 break
@@ -84,15 +72,20 @@ def detect_batch(
     """Run a detector over one batch from `collater`; arguments and detections are those of `detect`."""
     weights = next((weight.dtype for weight in model.parameters()), torch.float32)
     images = normalize(batch["img"].to(device, non_blocking=device.type == "cuda")).to(weights)
-    with autocast(device, precision if weights == torch.float32 else torch.float32):  # float32 means no autocast
-        found = model.detect(images, image_sizes=batch["size"], **limits)
-    if class_thresholds is not None:
-        above = [one.scores > one.scores.new_tensor(class_thresholds)[one.labels] for one in found]
-        found = [Detections(*(values[kept] for values in one)) for one, kept in zip(found, above, strict=True)]
-    return [
-        Detections(scores.cpu(), labels.cpu(), boxes.cpu() / scale)
-        for (scores, labels, boxes), scale in zip(found, batch["scale"], strict=True)
-    ]
+    was_training = model.training
+    model.eval()
+    try:
+        with autocast(device, precision if weights == torch.float32 else torch.float32):  # float32 means no autocast
+            found = model.detect(images, image_sizes=batch["size"], **limits)
+    finally:
+        model.train(was_training)
+    results = []
+    for (scores, labels, boxes), scale in zip(found, batch["scale"], strict=True):
+        above = slice(None)
+        if class_thresholds is not None:
+            above = scores > scores.new_tensor(class_thresholds)[labels]
+        results.append(Detections(scores[above].cpu(), labels[above].cpu(), boxes[above].cpu() / scale))
+    return results
 
 
 class _TileDetections:
@@ -134,8 +127,7 @@ def _detect_tiles(
     found, device = _TileDetections(), next(net.parameters()).device
     total = -(-tiling.count(*image.shape[:2]) // batch_size)
     for batch in progress(tiling.batches(image, batch_size), "tiles", total):
-        with _evaluation_mode(net):
-            found.add(batch["tile"], detect_batch(net, batch, device, precision, **limits))
+        found.add(batch["tile"], detect_batch(net, batch, device, precision, **limits))
     return found.merge(**limits)
 
 
@@ -164,8 +156,7 @@ def detect_images(
         # Copied, because the caller may read the next image into the same memory.
         for group in _batches((np.array(image[:height, :width]) for image in same_size), batch_size):
             batch = collater([resizer({"img": image, "annot": np.zeros((0, 5))}) for image in group])
-            with _evaluation_mode(net):
-                found = detect_batch(net, batch, device, precision, **limits)
+            found = detect_batch(net, batch, device, precision, **limits)
             for image, (scores, labels, boxes) in zip(group, found, strict=True):
                 yield image, Detections(scores, labels, clip_boxes(boxes, height, width))
 

@@ -129,10 +129,9 @@ def predict(
         UserError: a file cannot be read, a number is out of range, or the checkpoint has no `best` scores.
         ValueError: an array or a tensor is not an image, or `class_names` does not have one name per class.
     """
-    device = device or ("auto" if isinstance(model, str | Path) else None)
     net, info = open_model(model)
-    if device is not None:
-        net.to(choose_device(device), memory_format=torch.channels_last)
+    if device or isinstance(model, str | Path):
+        net.to(choose_device(device or "auto"), memory_format=torch.channels_last)
     if isinstance(images, str | Path) and is_video(images):
         images = (frame.image for frame in Video(images))
     elif isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4):

@@ -179,10 +179,9 @@ def _draw_shapes(axes: Any, fit: AnchorFit, better: AnchorFit) -> None:
 def _draw_coverage(axes: Any, title: str, groups: dict[str, np.ndarray], fit: AnchorFit, better: AnchorFit) -> None:
     """Draw bars of the share of boxes with an anchor of IoU >= 0.5, for the groups with the most boxes."""
     names = dict(zip(groups, chart_names(groups), strict=True))
-    present = [name for name, chosen in groups.items() if chosen.any()]
-    if len(present) > BAR_LIMIT:
-        kept = set(sorted(present, key=lambda name: -groups[name].sum())[:BAR_LIMIT])
-        present = [name for name in present if name in kept]
+    counts = {name: int(chosen.sum()) for name, chosen in groups.items() if chosen.any()}
+    largest = set(sorted(counts, key=counts.get, reverse=True)[:BAR_LIMIT])
+    present = [name for name in counts if name in largest]
     rows = np.arange(len(present))
     key = "" if better is fit else "; blue: these anchors, grey: the advised ones"
     sources = [(fit, "tab:blue")] + [(better, "lightgrey")] * (better is not fit)
@@ -192,7 +191,7 @@ def _draw_coverage(axes: Any, title: str, groups: dict[str, np.ndarray], fit: An
         bars = axes.barh(rows + number * height, shares, height, color=colour)
         if few:
             axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=8)
-    captions = [f"{names[name]}: {groups[name].sum()}" for name in present]
+    captions = [f"{names[name]}: {counts[name]}" for name in present]
     axes.set_yticks(rows + 0.4 - height / 2, captions, fontsize=9 if few else 6)
     axes.set(xlim=(0, 112), xlabel="boxes with an anchor of IoU >= 0.5, %", title=f"by {title}{key}")
     axes.invert_yaxis()

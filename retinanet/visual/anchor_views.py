@@ -102,7 +102,7 @@ def draw_anchors(image: np.ndarray, annotations: np.ndarray, anchors: Anchors) -
         location = rows // 2 * columns + columns // 2
         if len(boxes):
             location = int(box_iou(boxes, of_level).amax(dim=0).argmax()) // anchors.num_anchors
-        cells = of_level[location * anchors.num_anchors :][: anchors.num_anchors]
+        cells = of_level.reshape(-1, anchors.num_anchors, 4)[location]
         sides = " ".join(f"{side:.0f}" for side in box_area(cells).sqrt().round().unique())
         title = f"P{level}: {rows} x {columns} locations, every {stride} px; sides {sides} px"
         ratios = [number // len(anchors.scales) % len(RATIO_COLOURS) for number in range(len(cells))]

@@ -47,9 +47,9 @@ def enlarge(image: np.ndarray, zoom: int) -> np.ndarray:
     return image.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
-def fit_to_cell(image: np.ndarray, side: int = CELL_SIDE) -> tuple[np.ndarray, float]:
+def fit_to_cell(image: np.ndarray) -> tuple[np.ndarray, float]:
     """Scale an image [H, W, 3] so that its long side fits a cell of a contact sheet; returns it and the scale."""
-    scale = side / max(image.shape[:2])
+    scale = CELL_SIDE / max(image.shape[:2])
     if scale >= 2:  # a whole factor keeps the pixels of small images sharp
         return enlarge(image, int(scale)), int(scale)
     height, width = (max(1, round(length * scale)) for length in image.shape[:2])

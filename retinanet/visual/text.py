@@ -45,11 +45,11 @@ def _to_ascii(text: str) -> str:
     return "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
 
 
-def readable_names(class_names: Iterable[str], limit: int = NAME_LIMIT) -> list[str]:
-    """Class names that can be drawn, cut to `limit` characters; if no font has the letters, ASCII or `class 3`."""
+def readable_names(class_names: Iterable[str]) -> list[str]:
+    """Class names that can be drawn, cut to NAME_LIMIT characters; if no font has the letters, ASCII or `class 3`."""
     names = []
     for label, name in enumerate(class_names):
-        line = one_line(name, limit)
+        line = one_line(name, NAME_LIMIT)
         if find_font(line) is None:
             line = _to_ascii(line)
         names.append(line if line and find_font(line) is not None else f"class {label}")

@@ -109,12 +109,12 @@ def draw_detections_sheet(
     """Draw the ground truth and the detections of several images, boxes in pixels of the originals, on one sheet."""
     names, pairs = list(dataset.labels.values()), []
     for index in indices:
-        (scores, labels, boxes), *verdicts = judged[index]
+        found, *verdicts = judged[index]
         image, scale = fit_to_cell(dataset.load_image(index))
         annotations = dataset.load_annotations(index)
         annotations[:, :4] *= scale
-        scaled = Detections(scores, labels, boxes * scale)
-        pairs.append(draw_detections(image, annotations, (scaled, *verdicts), names, zoom=1))
+        found = found._replace(boxes=found.boxes * scale)
+        pairs.append(draw_detections(image, annotations, (found, *verdicts), names, zoom=1))
     return contact_sheet(pairs, columns)
 
 
