@@ -75,9 +75,7 @@ class Detector(nn.Module):
         normal = images.float() * self.pixel_scale - self.pixel_shift  # `normalize`, not in place
         logits, deltas, anchors = self.net.heads(normal)
         boxes = clip_boxes(decode_boxes(anchors, deltas), *images.shape[-2:])
-        if self.with_nms:
-            return self.select(logits[0], boxes[0], images.shape[-2], images.shape[-1])
-        return logits, boxes
+        return self.select(logits[0], boxes[0], *images.shape[-2:]) if self.with_nms else (logits, boxes)
 
     def select(self, logits: Tensor, boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """`select_detections` on logits [A, K] and boxes [A, 4], without branches on data: a graph has none."""
@@ -256,13 +254,9 @@ def main(argv: list[str] | None = None) -> None:
     if not path.name.endswith(SUFFIXES[args.format]):
         raise UserError(f"--output {path}: must end in {SUFFIXES[args.format]}")
     photograph = read_image(args.image, info["pixel_range"]) if args.image else None
-    metadata = {
-        "class_names": json.dumps(info["class_names"]),
-        "outputs": json.dumps(OUTPUTS[args.with_nms]),
-        "input": "images: uint8 RGB, batch x 3 x height x width",
-    }
-    for name in ("min_side", "max_side", "tile", "tile_overlap", "pixel_range"):
-        metadata[name] = json.dumps(info[name])
+    kept = ("class_names", "min_side", "max_side", "tile", "tile_overlap", "pixel_range")
+    metadata = {name: json.dumps(info[name]) for name in kept} | {"outputs": json.dumps(OUTPUTS[args.with_nms])}
+    metadata["input"] = "images: uint8 RGB, batch x 3 x height x width"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*create_unbacked_symint", FutureWarning)  # of torchvision's NMS
         save(trace(detector, sizes[0], args.dynamic), path, args.format, metadata)
