@@ -26,9 +26,9 @@ def deep_pixels(image: Image.Image) -> tuple[Deferred, PixelRange | None] | None
     if image.mode == "F" or image.mode[:1] == "I":
         wide = {"F": np.dtype(np.float32), "I": np.dtype(np.int32)}
         kind = kind if mode == "I;16B" else wide.get(image.mode, kind)  # Pillow gives PGM's 16 bits the mode I
-        pixels = Deferred((*size, 1), kind, lambda: np.asarray(image).astype(kind)[:, :, None])
-    elif mode == "LA;16B":
-        pixels = Deferred((*size, 1), kind, lambda: _read_grey_and_alpha(image))
+        pixels = Deferred((*size, 1), kind, lambda: np.asarray(image)[:, :, None])
+    elif mode == "LA;16B":  # two bands of two bytes are read as the four bytes of an RGBA pixel
+        pixels = Deferred((*size, 1), kind, lambda: _read_as(image, "RGBA").copy().view(">u2")[:, :, :1])
     elif COLOURS.fullmatch(str(mode)):  # in GIF, `mode` is an integer
         pixels = Deferred((*size, 3), kind, lambda: _read_colours(image, mode))
     else:
@@ -37,13 +37,13 @@ def deep_pixels(image: Image.Image) -> tuple[Deferred, PixelRange | None] | None
 
 
 def _read_ppm(image: Image.Image, largest: int) -> np.ndarray:
-    """[H, W, C] uint16 up to `largest`; from plain text Pillow gives numbers up to 65535, which are scaled back."""
+    """[H, W, C] up to `largest`; from plain text Pillow gives numbers up to 65535, which are scaled back."""
     decoder, _, start, _ = image.tile[0]
     if decoder == "ppm_plain":
-        return np.rint(np.asarray(image) * (largest / 65535)).astype(np.uint16)[:, :, None]
+        return np.rint(np.asarray(image) * (largest / 65535))[:, :, None]
     shape = *image.size[::-1], len(image.getbands())
     image.fp.seek(start)
-    return np.frombuffer(image.fp.read(2 * math.prod(shape)), ">u2").reshape(shape).astype(np.uint16)
+    return np.frombuffer(image.fp.read(2 * math.prod(shape)), ">u2").reshape(shape)
 
 
 def _read_as(image: Image.Image, mode: str) -> np.ndarray:
@@ -54,11 +54,6 @@ def _read_as(image: Image.Image, mode: str) -> np.ndarray:
         tile._replace(args=(mode, *tile.args[1:]) if isinstance(tile.args, tuple) else mode) for tile in again.tile
     ]
     return np.asarray(again)
-
-
-def _read_grey_and_alpha(image: Image.Image) -> np.ndarray:
-    """[H, W, 1] uint16: the grey band. Two bands of two bytes are read as the four bytes of an RGBA pixel."""
-    return _read_as(image, "RGBA").copy().view(">u2")[:, :, :1].astype(np.uint16)
 
 
 def _read_colours(image: Image.Image, mode: str) -> np.ndarray:

@@ -256,14 +256,15 @@ def choose_pixel_range(
             log.info("some images have %s (%s%s)", text, shown(str(found[0])), ", ..." * (len(found) > 1))
     chosen = {}
     for name, paths in sorted(deep.items()):
-        samples = {}
+        samples, declared = {}, []
         for path in evenly(paths, SAMPLED):
             with contextlib.suppress(FileError), _open(path, pixel_limit) as image:
                 samples[path] = image.sample()
+                declared.append(image.declared)
         if not samples:
             continue
         known = range_of(given, np.dtype(name))
-        chosen[name] = low, high = known or pooled_range(samples.values())
+        chosen[name] = low, high = known or pooled_range([*samples.values()], declared)
         if known is None:
             log.info("pixels of %s: %g becomes black, %g white (--pixel_range)", name, low, high)
         if hidden := [path for path, sample in samples.items() if is_hidden(sample, (low, high))]:

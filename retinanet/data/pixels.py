@@ -7,9 +7,9 @@ values: from the 0.1th to the 99.9th percentile of a sample, so that defects of 
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -43,13 +43,6 @@ def range_of(ranges: PixelRanges, dtype: np.dtype) -> PixelRange | None:
     return ranges.get(dtype.name) if isinstance(ranges, dict) else ranges
 
 
-class Sample(NamedTuple):
-    """The values of an image that are used to choose a range."""
-
-    values: np.ndarray  # [N] float64, finite
-    declared: PixelRange | None  # by the file, unless it is the full range of the data type
-
-
 def percentile_range(values: np.ndarray) -> PixelRange:
     """The range of values [N] between PERCENTILES; never an empty one."""
     low, high = np.percentile(values, PERCENTILES) if len(values) else (0.0, 0.0)
@@ -60,12 +53,13 @@ def percentile_range(values: np.ndarray) -> PixelRange:
     return float(low), float(high)
 
 
-def pooled_range(samples: Iterable[Sample]) -> PixelRange:
-    """One range for several images: the union of what they all declare, if it fits, else that of their values."""
-    samples = list(samples)
-    low, high = percentile_range(np.concatenate([sample.values for sample in samples]))
-    declared = [sample.declared for sample in samples if sample.declared]
-    if len(declared) == len(samples):
+def pooled_range(samples: Sequence[np.ndarray], declared: Sequence[PixelRange | None]) -> PixelRange:
+    """One range for several images: the union of what they all declare, if it fits, else that of their values.
+
+    `samples` and `declared` are `RawImage.sample()` and `RawImage.declared` of each image.
+    """
+    low, high = percentile_range(np.concatenate(samples))
+    if all(declared):
         black, white = min(lows for lows, _ in declared), max(highs for _, highs in declared)
         seen = min(high, white) - max(low, black)
         if seen >= VISIBLE * (white - black) and seen >= (high - low) / 2:
@@ -73,11 +67,11 @@ def pooled_range(samples: Iterable[Sample]) -> PixelRange:
     return low, high
 
 
-def is_hidden(sample: Sample, pixel_range: PixelRange) -> bool:
+def is_hidden(sample: np.ndarray, pixel_range: PixelRange) -> bool:
     """Whether a range makes an image nearly black or nearly white; False for images of one colour."""
-    if not len(sample.values) or sample.values.min() == sample.values.max():
+    if not len(sample) or sample.min() == sample.max():
         return False
-    darkest, brightest = to_bytes(np.array(percentile_range(sample.values)), pixel_range)
+    darkest, brightest = to_bytes(np.array(percentile_range(sample)), pixel_range)
     return brightest < DARK or darkest > 255 - DARK
 
 
@@ -111,7 +105,7 @@ class Deferred:
 
     @functools.cached_property
     def _values(self) -> np.ndarray:
-        return self.decode()
+        return self.decode().astype(self.dtype, copy=False)
 
     def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
         return self._values[window]
@@ -122,7 +116,7 @@ class RawImage:
     """An image of more than 8 bits or of many bands, as its file stores it; slices are [h, w, 3] uint8 RGB."""
 
     values: Any  # [H, W] or [H, W, C] of any real type, or an object that gives such arrays when sliced
-    declared: PixelRange | None = None  # by the file
+    declared: PixelRange | None = None  # by the file, unless it is the full range of the data type
     nodata: float | None = None  # the value of missing pixels
     inverted: bool = False  # whether the largest value is black
     orientation: int = 1  # EXIF's; slices are not turned
@@ -143,7 +137,7 @@ class RawImage:
 
     @functools.cached_property
     def _range(self) -> PixelRange:
-        return range_of(self.ranges, self.values.dtype) or pooled_range([self.sample()])
+        return range_of(self.ranges, self.values.dtype) or pooled_range([self.sample()], [self.declared])
 
     def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
         grey = to_bytes(to_three_bands(self.values[window]), self._range if self.is_deep else (0, 255), self.nodata)
@@ -157,8 +151,8 @@ class RawImage:
             image[top : top + step] = self[top : top + step, :]
         return image
 
-    def sample(self) -> Sample:
-        """Some of its values: every n-th pixel, in large images only within a grid of windows."""
+    def sample(self) -> np.ndarray:
+        """Some of its values, [N] float64, finite: every n-th pixel, in large images only within a grid of windows."""
         height, width = self.shape[:2]
         if height * width <= STRIP:
             step, parts = -(-min(height, width) // SAMPLE_SIDE), [self.values[:, :]]
@@ -170,4 +164,4 @@ class RawImage:
         with np.errstate(over="ignore"):
             missing = NODATA if self.nodata is None else (self.nodata, np.float32(self.nodata))  # files may round it
         values = values[~np.isin(values, missing)]
-        return Sample(values[np.abs(values) < HUGE], self.declared)
+        return values[np.abs(values) < HUGE]
