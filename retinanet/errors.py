@@ -32,10 +32,10 @@ def escaped(text: str) -> str:
     return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def shortened(name: str, length: int = 40) -> str:
-    """A name for a column of a table: `escaped`, and cut to at most `length` characters."""
+def shortened(name: str) -> str:
+    """A name for a column of a table: `escaped`, and cut to at most 40 characters."""
     text = escaped(name)
-    return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return text if len(text) <= 40 else text[:39] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def listed(items: Sequence[str], most: int) -> str:

@@ -28,12 +28,12 @@ class StopSignals:
         self.signum, self.since = 0, 0.0
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is not threading.main_thread():  # Python allows handlers only in the main thread
-            self.before = {}
-            return self
-        # An ignored SIGHUP, as under nohup, stays ignored.
-        ignored = {signum for signum in self.HANDLED[3:] if signal.getsignal(signum) == signal.SIG_IGN}
-        self.before = {signum: signal.signal(signum, self._handle) for signum in self.HANDLED if signum not in ignored}
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
+            for signum in self.HANDLED:
+                if signum.name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN:
+                    continue  # as under nohup
+                self.before[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -46,13 +46,12 @@ def train_one_epoch(
         precision: of the network's arithmetic: torch.float32, torch.bfloat16 or torch.float16.
         progress: where to start; kept up to date.
         clip_norm: limit of the gradient's norm.
-        stop_signal: called before every step; returns the number of the signal that has arrived, or 0. All ranks
-            receive the largest number.
-        after_step: called after every optimizer step, to update an EMA, save a checkpoint or stop, with that number
-            and a function to call before anything is saved: it checks that the step's gradient was finite.
+        stop_signal: called before every step; returns the number of the signal that has arrived, or 0.
+        after_step: called after every optimizer step, to update an EMA, save a checkpoint or stop, with the largest
+            such number of all ranks, and a function that checks that the step's gradient was finite, to be called
+            before anything is saved.
         log_step: called every `log_every` steps with their mean losses, the learning rate, the gradient's norm and
-            images/s.
-        outlook: returns text about the whole run for the progress bar, which shows it behind these numbers.
+            images/s; the progress bar shows these and the text about the whole run that `outlook` returns.
 
     Returns:
         The epoch's mean `class_loss`, `box_loss` and `loss`, over all ranks, and `images_per_second`.

@@ -58,8 +58,8 @@ def check_losses(losses: Tensor, where: str, group: list[dict[str, Any]]) -> Non
     if finite.all():
         return
     bad = [batch for batch, fine in zip(group, finite[get_rank()], strict=True) if not fine]
-    rank = int((~finite.all(dim=1)).nonzero()[0])
-    class_loss, box_loss = losses[rank, int((~finite[rank]).nonzero()[0])].tolist()
+    rank, index = (~finite).nonzero()[0].tolist()
+    class_loss, box_loss = losses[rank, index].tolist()
     whose = _names(bad) if bad else f"images of rank {rank}"
     raise NotFiniteError(
         f"the loss is not finite (class {class_loss}, box {box_loss}) {where}, {whose}: "

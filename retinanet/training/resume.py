@@ -26,7 +26,6 @@ LATER = ("balance", "flip", "rotate90", "scale_jitter", "tile", "tile_overlap", 
 EVERY_RUN = {"recipe", "lr", "epochs", "seed", "global_batch"}  # settings that every saved run has
 # What a scheduler changes while it runs; the rest of its state follows from the settings.
 CHANGING = ("last_epoch", "_step_count", "_last_lr", "best", "num_bad_epochs", "cooldown_counter")
-POSITION = ("epoch", "step")  # both are 0 before the first step, when the optimizer has no state yet
 NOT_CONTINUED = "its training cannot be continued; start from its weights with --weights"
 
 
@@ -74,8 +73,9 @@ def check_state(found: Any, own: dict, weights: list[Tensor], settings: Settings
     The optimizer's state is compared with the `weights` that it belongs to. A difference raises ValueError,
     LookupError, TypeError or AttributeError.
     """
-    moments = found["optimizer"]["state"]
-    if moments.keys() != {*range(len(weights))} and (moments or any(found["progress"][key] for key in POSITION)):
+    moments, progress = found["optimizer"]["state"], found["progress"]
+    is_start = progress["epoch"] == progress["step"] == 0  # the optimizer has no state yet
+    if moments.keys() != {*range(len(weights))} and (moments or not is_start):
         raise ValueError("its optimizer has other weights")
     recipe = RECIPES[settings.recipe]
     count = {} if recipe.optimizer == "sgd" else {"step": torch.zeros(())}
@@ -87,8 +87,7 @@ def check_state(found: Any, own: dict, weights: list[Tensor], settings: Settings
     same = {key: own[key] for key in own.keys() - {"args", "num_images", "random"}}
     _check_like(found, same | {"optimizer": optimizer, "schedule": schedule}, "training")
     check_weights(found.get("weights", {}))
-    progress, scheduler = found["progress"], found["schedule"]
-    epoch, step = progress["epoch"], progress["step"]
+    epoch, step, scheduler = progress["epoch"], progress["step"], found["schedule"]
     steps = epoch * steps_per_epoch + step
     rates = [group["lr"] for group in found["optimizer"]["param_groups"]] + scheduler["_last_lr"]
     tensors = [moment[name] for moment in moments.values() for name in MOMENTS[recipe.optimizer]]

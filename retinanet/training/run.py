@@ -10,21 +10,13 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from retinanet import __version__
+from retinanet import __version__, process
 from retinanet.data.dataset import DetectionDataset
 from retinanet.data.report import counted
 from retinanet.data.sampler import epoch_size, repeat_factors
 from retinanet.errors import UserError
 from retinanet.model import RetinaNet
-from retinanet.process import (
-    from_main_process,
-    get_world_size,
-    is_main_process,
-    log,
-    random_states,
-    set_random_states,
-    shows_progress,
-)
+from retinanet.process import log, shows_progress
 from retinanet.signals import undisturbed
 from retinanet.training import checkpoint
 from retinanet.training.accounting import Progress
@@ -98,7 +90,7 @@ class Run:
         if settings.scale_jitter:
             sizes += " x {:g} to {:g}".format(*settings.scale_jitter)
         batches = "1 batch" if settings.accumulate == 1 else f"{settings.accumulate} batches"
-        batch = [counted(settings.batch_size, "image"), batches, counted(get_world_size(), "process")]
+        batch = [counted(settings.batch_size, "image"), batches, counted(process.get_world_size(), "process")]
         balanced = settings.balance is not None and not settings.tile
         steps = [
             f"recipe {settings.recipe}",
@@ -193,7 +185,7 @@ class Run:
             UserError: it cannot be written, or a weight is not finite; an earlier file is intact.
         """
         self.saved_at = time.monotonic()
-        if not is_main_process():
+        if not process.is_main_process():
             return
         if not torch.stack([weight.detach().isfinite().all() for weight in self.net.parameters()]).all():
             epoch, step = self.position
@@ -219,7 +211,7 @@ class Run:
             "stale": self.stale,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.scheduler.state_dict(),
-            "random": random_states(),
+            "random": process.random_states(),
             "log_size": self.log.flush() if self.log else 0,
         }
         if self.scaler.is_enabled():
@@ -259,11 +251,11 @@ class Run:
             if self.ema:
                 self.net.load_state_dict(state["weights"])
                 self.ema.steps = state["ema_steps"]
-            set_random_states(state["random"])
+            process.set_random_states(state["random"])
 
     def stop(self, signum: int) -> NoReturn:
         """Save the run, and exit on all ranks together with the signal's exit status."""
         self.save_last()
-        from_main_process(None)  # wait until the file is written: torchrun ends all ranks when one has exited
+        process.from_main_process(None)  # wait until the file is written: torchrun ends all ranks when one has exited
         log.info("stopped and saved in epoch %d, after step %d; --resume auto continues", *self.position)
         raise SystemExit(128 + signum)
