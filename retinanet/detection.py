@@ -101,8 +101,8 @@ class _TileDetections:
     def add(self, tiles: np.ndarray, found: Sequence[Detections]) -> None:
         """Add the detections in `tiles`, [B, 4] xyxy, pixels of the image."""
         for tile, (scores, labels, boxes) in zip(tiles.tolist(), found, strict=True):
-            first = torch.stack([torch.full_like(scores, len(self.tiles)), scores, labels.float()], dim=1)
-            self.rows.frombytes(torch.cat([first, boxes], dim=1).numpy().tobytes())
+            rows = torch.column_stack([torch.full_like(scores, len(self.tiles)), scores, labels, boxes])
+            self.rows.frombytes(rows.numpy().tobytes())
             self.tiles.append(tile)
 
     def merge(

@@ -36,10 +36,11 @@ def check_csv(path: str | Path) -> None:
             tempfile.TemporaryFile(dir=file.parent).close()
         except OSError as error:
             raise UserError(f"--save_csv {file}: nothing can be written there ({error.strerror})") from error
-        with open(file, "rb") if file.exists() else io.BytesIO() as content:
-            start = content.read(5)
-        if start not in (b"", b"file,"):
-            raise UserError(f"--save_csv {file}: exists and holds something else; choose another name")
+        if file.exists():
+            with open(file, "rb") as content:
+                start = content.read(5)
+            if start not in (b"", b"file,"):
+                raise UserError(f"--save_csv {file}: exists and holds something else; choose another name")
 
 
 def write_csv(path: str | Path, found: Iterable[tuple[str, Detections]], class_names: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """Boxes with captions on images, and contact sheets of many images. Needs no display."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -119,14 +119,16 @@ def _draw_lines(canvas: Tensor, boxes: np.ndarray, styles: Sequence[str], colour
     # Widths of 1, 4, 16, ... pixels: all lines of one width are drawn together.
     steps = np.log(np.maximum(sides / 12, 1)) // np.log(4)
     widths = np.minimum(4**steps, line_width(canvas.shape[1:])).astype(int).tolist()
-    lines = list(zip(widths, styles, boxes, colours, strict=True))
-    for width, style in sorted({line[:2] for line in lines}, reverse=True):
-        chosen = [(box, colour) for *kind, box, colour in lines if kind == [width, style]]
-        corners = torch.from_numpy(np.array([box for box, _ in chosen]))
+    groups = defaultdict(list)
+    for width, style, box, colour in zip(widths, styles, boxes, colours, strict=True):
+        groups[width, style].append((box, colour))
+    for width, style in sorted(groups, reverse=True):
+        group_boxes, group_colours = zip(*groups[width, style], strict=True)
+        corners = torch.from_numpy(np.array(group_boxes))
         # A thin line has its edge outside the box, so that the edge does not hide a small object.
         edge = corners + torch.tensor([-1, -1, 1, 1]) * (width == 1)
         black = draw_bounding_boxes(canvas, edge, colors="black", width=width + max(1, width // 3))
-        coloured = draw_bounding_boxes(black, corners, colors=[colour for _, colour in chosen], width=width)
+        coloured = draw_bounding_boxes(black, corners, colors=list(group_colours), width=width)
         dash, gap = (part * width for part in LINE_STYLES[style])
         # torchvision draws only solid lines; stripes across the image turn them into dashes.
         canvas = torch.where((rows[:, None] + columns) % (dash + gap) < dash, coloured, black) if gap else coloured

@@ -55,10 +55,10 @@ def draw_pyramid(net: RetinaNet, images: Tensor, picture: np.ndarray, path: str 
     figure, axes = _grid(title, size)
     maps = pyramid_maps(net, images)
     scale = {"cmap": "inferno", "vmin": 0, "vmax": max(float(best.max()) for _, best in maps)}
-    for column, (activations, best) in enumerate(maps, start=1):
-        name, (rows, columns) = f"P{net.anchors.pyramid_levels[column - 1]}", best.shape
-        _draw_map(axes[0, column], activations, size, f"{name}: {rows} x {columns} locations", cmap="magma", vmin=0)
-        heat = _draw_map(axes[1, column], best, size, f"{name}: at most {best.max():.2f}", **scale)
+    for above, below, level, (activations, best) in zip(*axes[:, 1:], net.anchors.pyramid_levels, maps, strict=True):
+        rows, columns = best.shape
+        _draw_map(above, activations, size, f"P{level}: {rows} x {columns} locations", cmap="magma", vmin=0)
+        heat = _draw_map(below, best, size, f"P{level}: at most {best.max():.2f}", **scale)
     figure.colorbar(heat, ax=axes[1, :], label="probability", shrink=0.8)
     _draw_map(axes[0, 0], picture, size, "the network's input")
     # The highest probability of all levels at each pixel, [H, W].
