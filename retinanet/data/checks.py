@@ -113,8 +113,8 @@ def leave_out_bad_images(dataset: DetectionDataset, workers: int) -> None:
         UserError: none would be left.
     """
     if dataset.in_files:
-        bad = _check_images(dataset, "decode", workers, dataset.report)
-        if (bad := bad | dataset.misfit).all():
+        bad = _check_images(dataset, "decode", workers, dataset.report) | dataset.misfit
+        if bad.all():
             raise UserError(f"{dataset.source}: none of its {counted(len(dataset), 'image')} can be read")
         dataset.select_images(~bad)
 
@@ -201,10 +201,9 @@ def _check_borders(dataset: DetectionDataset, report: Report) -> None:
         message = "if bbox is read as x1, y1, x2, y2; it must be x, y, width, height"
         readings.append(("looks like x1, y1, x2, y2", corners, message))
     count = f"{far.sum():,} of {len(boxes):,} boxes exceed the borders of their images, but none does"
-    is_guess = bool(lost.sum() <= few)
     for kind, reading, message in readings:
         if (overhang(reading, limits) <= MARGIN).all() and (reading[:, 2:] > reading[:, :2]).all():
-            report.add("guess" if is_guess else kind, dataset.source, f"{'a guess: ' * is_guess}{count} {message}")
+            report.add("guess" if lost.sum() <= few else kind, dataset.source, f"{count} {message}")
 
 
 def summary(dataset: DetectionDataset) -> str:

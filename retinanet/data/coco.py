@@ -259,8 +259,7 @@ def _find_ids(
     known = np.array([entry["id"] for entry in entries])
     found = np.searchsorted(known, ids).clip(max=len(known) - 1)
     found[known[found] != ids] = -1
-    message = f"{what} {{}} does not exist"
-    report.add_rows(kind, found < 0, where, lambda row: message.format(ids[row]), lambda row: int(ids[row]))
+    report.add_rows(kind, found < 0, where, lambda row: f"{what} {ids[row]} does not exist", lambda row: int(ids[row]))
     return found
 
 

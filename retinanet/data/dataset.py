@@ -246,7 +246,8 @@ class DetectionDataset(Dataset):
         """Keep only some images, with their annotations; `keep` is [I] bool."""
         for name in self.per_image:
             value = getattr(self, name)
-            setattr(self, name, value[keep] if isinstance(value, np.ndarray) else value and [*compress(value, keep)])
+            if value is not None:
+                setattr(self, name, value[keep] if isinstance(value, np.ndarray) else [*compress(value, keep)])
         new_index = np.cumsum(keep) - 1
         good, hard = keep[self.image_index], keep[self.difficult_image_index]
         self.annotations, self.annotation_ids = self.annotations[good], self.annotation_ids[good]

@@ -83,7 +83,7 @@ def read_annotations(
         try:
             size, boxes = read(image, file)
         except FileError as error:
-            kind = "bad entry" if error.where.startswith(str(file)) else "unreadable image"
+            kind = "unreadable image" if error.where == str(image) else "bad entry"
             report.add(kind, error.where, error.message)
             continue
         rows += [(len(images), *box) for box in boxes]
@@ -170,8 +170,8 @@ def check_boxes(
     if all_tiny or (tiny.sum() > valid.sum() / 2 and (boxes[tiny] % 1).any()):
         first = int(tiny.argmax())
         message = (
-            f"{'' if all_tiny else 'a guess: '}{tiny.sum():,} of {len(boxes):,} boxes, such as {show(first)}, lie "
-            "between 0 and 1, but must be in pixels: multiply them by the image's width and height"
+            f"{tiny.sum():,} of {len(boxes):,} boxes, such as {show(first)}, lie between 0 and 1, but must be in "
+            "pixels: multiply them by the image's width and height"
         )
         report.add("looks normalised" if all_tiny else "guess", where(first), message)
     for kind, rows, message in (

@@ -56,8 +56,9 @@ class Problem(NamedTuple):
     cause: Hashable = None
 
     def __str__(self) -> str:
+        start = "a guess: " if self.kind == "guess" else ""
         times = f" ({self.count:,} times; this is the first)" if self.count > 1 else ""
-        return f"{escaped(self.where)}: {self.message}{times}"
+        return f"{escaped(self.where)}: {start}{self.message}{times}"
 
 
 class Report:
