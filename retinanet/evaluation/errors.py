@@ -145,7 +145,7 @@ def _fixed_ap(judged: _Judged, kind: str, box_labels: np.ndarray) -> float:
     right, wrong = judged.kinds == "right", judged.kinds == kind
     num_boxes, labels, kept = np.bincount(box_labels), judged.labels.copy(), ~wrong
     if kind == "missed":
-        num_boxes = np.bincount(box_labels[~_missed(judged, len(box_labels))], minlength=len(num_boxes))
+        num_boxes = np.bincount(box_labels[np.setdiff1d(judged.boxes, -1)])
     elif kind in ("class", "location"):
         candidates = np.flatnonzero(~right & (judged.boxes >= 0))
         candidates = candidates[~np.isin(judged.boxes[candidates], judged.boxes[right])]
@@ -157,11 +157,6 @@ def _fixed_ap(judged: _Judged, kind: str, box_labels: np.ndarray) -> float:
     return _mean_ap(judged.scores[kept], labels[kept], right[kept], num_boxes)
 
 
-def _missed(judged: _Judged, num_boxes: int) -> np.ndarray:
-    """[G] whether a box was neither found nor nearly found: it is no detection's target."""
-    return ~np.isin(np.arange(num_boxes), judged.boxes)
-
-
 def analyse(
     dataset: DetectionDataset, detections: Mapping[int, Detections], limit: int = MAX_DETECTIONS
 ) -> ErrorAnalysis:
@@ -170,8 +165,8 @@ def analyse(
     Detections are best first, boxes in pixels of the original image; wrong ones in a crowd or on a difficult box do not
     count. As in COCO, the first `limit` detections of each class in an image count.
     """
-    num_classes = dataset.num_classes()
-    confusion = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
+    background = dataset.num_classes()
+    confusion = np.zeros((background + 1, background + 1), dtype=np.int64)
     parts, box_labels, num_boxes, images = [], [], 0, {}
     for index in sorted(detections):
         annotations = dataset.load_annotations(index)
@@ -191,16 +186,16 @@ def analyse(
         num_boxes += len(annotations)
         sure = scores > CONFUSION_SCORE
         taken = greedy_match(iou[sure], RIGHT_IOU)
-        padded = np.append(image_labels, num_classes)  # so that index -1 is the background
+        padded = np.append(image_labels, background)  # so that index -1 is the background
         np.add.at(confusion, (padded[taken], labels[sure]), 1)
-        np.add.at(confusion, (np.delete(image_labels, taken[taken >= 0]), num_classes), 1)
+        np.add.at(confusion, (np.delete(image_labels, taken[taken >= 0]), background), 1)
         images[index] = ImageErrors(found, kinds, targets, taken, iou.max(axis=0, initial=0))
 
     judged = _Judged(*map(np.concatenate, zip(*parts, strict=True)))
     labels = np.concatenate(box_labels)
     ap50 = _mean_ap(judged.scores, judged.labels, judged.kinds == "right", np.bincount(labels))
     counts = {kind: int((judged.kinds == kind).sum()) for kind in KINDS}
-    counts["missed"] = int(_missed(judged, num_boxes).sum())
+    counts["missed"] = num_boxes - len(np.setdiff1d(judged.boxes, -1))  # boxes that are no detection's target
     lost = {kind: max(0.0, _fixed_ap(judged, kind, labels) - ap50) for kind in KINDS}
     return ErrorAnalysis(ap50, counts, lost, confusion, images)
 

@@ -101,9 +101,9 @@ class Evaluation:
         rankings = voc.all_rankings(self.voc)
         scores = rankings[-1].scores[np.isfinite(rankings[-1].scores)]
         grid = np.linspace(scores.min(initial=0), scores.max(initial=1), 501)
-        names, best = [*self.dataset.labels.values(), "all"], list(map(thresholds.best_f1, rankings))
-        marks = [point and (point.score, point.precision, point.recall, point.f1) for point in best]
-        charts.draw_thresholds(names, grid, [thresholds.rates_above(one, grid) for one in rankings], marks, path)
+        names, rates = [*self.dataset.labels.values(), "all"], [thresholds.rates_above(one, grid) for one in rankings]
+        marks = [point and point[:4] for point in map(thresholds.best_f1, rankings)]
+        charts.draw_thresholds(names, grid, rates, marks, path)
 
     def write(self, folder: Path) -> None:
         """Write `detections.json`, in COCO's results format, and `metrics.json`."""

@@ -19,9 +19,9 @@ class Point(NamedTuple):
     """A score threshold, and the quality of the detections above it."""
 
     score: float  # the threshold
-    f1: float  # harmonic mean of precision and recall
     precision: float  # share of the detections that are right
     recall: float  # share of the boxes that were found
+    f1: float  # harmonic mean of precision and recall
     right: int
     false: int
     missed: int
@@ -78,11 +78,10 @@ def threshold(ranking: Ranking, count: int) -> float:
 def _point(ranking: Ranking, count: int) -> Point:
     """The Point whose threshold keeps the best `count` detections."""
     right, boxes = int(ranking.right[:count].sum()), int(ranking.boxes.sum())
-    errors = np.bincount(ranking.images[:count], minlength=len(ranking.boxes)) - ranking.boxes
-    precision, recall, f1 = _rates(ranking, np.array([count]))[:, 0].tolist()
     counts = right, count - right, boxes - right
-    mean_errors = float(errors.mean()), float(np.abs(errors).mean())
-    return Point(threshold(ranking, count), f1, precision, recall, *counts, *mean_errors)
+    rates = _rates(ranking, np.array([count]))[:, 0].tolist()
+    errors = np.bincount(ranking.images[:count], minlength=len(ranking.boxes)) - ranking.boxes
+    return Point(threshold(ranking, count), *rates, *counts, float(errors.mean()), float(np.abs(errors).mean()))
 
 
 def best_f1(ranking: Ranking) -> Point | None:
