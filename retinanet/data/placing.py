@@ -29,7 +29,6 @@ UPRIGHT = np.array([
     [[0, -1, 1], [1, 0, 0]], [[0, -1, 1], [-1, 0, 1]], [[0, 1, 0], [-1, 0, 1]],
 ])  # fmt: skip
 
-
 # What may be wrong with an image, and what that means for its boxes.
 KINDS = {
     "turned boxes": "its boxes are turned by EXIF as the image is",
@@ -79,31 +78,32 @@ def find_placement(
     def fits(limits: np.ndarray) -> np.ndarray:
         return np.bincount(image_index, exceeds(boxes, limits[image_index]), minlength=len(limits)) == 0
 
-    def alike(others: np.ndarray) -> np.ndarray:  # one size is a multiple of the other, give or take a pixel
+    def like_declared(others: np.ndarray) -> np.ndarray:  # a multiple of the declared size, give or take a pixel
         with np.errstate(all="ignore"):
             return ((others - 1) / declared).max(axis=1) <= ((others + 1) / declared).min(axis=1)
 
-    sideways = orientations >= 5
-    stored = np.where(sideways[:, None], sizes[:, ::-1], sizes)
+    def moved_among(images: np.ndarray) -> np.ndarray:  # if its boxes fit both sizes or none, the majority decides
+        as_declared, as_file = images & only_declared, images & only_file
+        return images & ~as_file & (as_declared | (as_declared.sum() >= as_file.sum()))
+
+    fits_declared, fits_file = fits(declared), fits(sizes)
+    only_declared, only_file = fits_declared & ~fits_file, fits_file & ~fits_declared
     known = declared.all(axis=1) & sizes.all(axis=1)
     differs = known & (np.abs(declared - sizes) > 1).any(axis=1)
-    fits_declared, fits_file = fits(declared), fits(sizes)
-    found = []
-    for kind in (differs & sideways & alike(stored) & ~alike(sizes), differs & alike(sizes)):
-        as_declared, as_file = kind & fits_declared & ~fits_file, kind & fits_file & ~fits_declared
-        found.append(kind & ~as_file & (as_declared | (as_declared.sum() >= as_file.sum())))
-    turned, scaled = found
+    sideways = orientations >= 5
+    as_read, as_stored = like_declared(sizes), like_declared(np.where(sideways[:, None], sizes[:, ::-1], sizes))
+    turned, scaled = moved_among(differs & sideways & as_stored & ~as_read), moved_among(differs & as_read)
     # The size does not show that a square was turned, or any image by 180 degrees, or mirrored; the other images do.
-    if turned.any() and not (known & sideways & ~alike(stored)).any():
-        turned = turned | (known & (orientations > 1) & alike(stored))
-    misfit = differs & ~turned & ~alike(sizes) & fits_declared & ~fits_file
+    if turned.any() and not (known & sideways & ~as_stored).any():
+        turned = turned | (known & (orientations > 1) & as_stored)
+    misfit = differs & ~turned & ~as_read & only_declared
 
     moved = turned | scaled
     before, after = (np.where(moved[:, None], size[:, ::-1], 1.0) for size in (declared, sizes))  # width and height
     affine = UPRIGHT[np.where(turned, orientations, 1)] * after[:, :, None]
     affine[:, :, :2] /= before[:, None]
     other = known & (declared != sizes).any(axis=1) & ~moved & ~misfit
-    unsure = sizes.all(axis=1) & (orientations > 1) & ~turned & ~(known & sideways & ~alike(stored))
+    unsure = sizes.all(axis=1) & (orientations > 1) & ~turned & ~(known & sideways & ~as_stored)
     return affine, dict(zip(KINDS, (turned, scaled & ~turned, misfit, other, unsure), strict=True))
 
 

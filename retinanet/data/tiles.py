@@ -155,7 +155,7 @@ def merge_cut_boxes(
     cut = (near & (of_box != bounds)).any(dim=1)  # [N]
     pairs = _agreeing_pairs(labels, boxes, tile_index, tiles, cut)
 
-    keep, boxes, scores = torch.ones(len(boxes), dtype=torch.bool), boxes.clone(), scores.clone()
+    keep, boxes = torch.ones(len(boxes), dtype=torch.bool), boxes.clone()
     for members in _joined(pairs, tile_index):
         keep[members] = ~cut[members]
         if cut[members].all():
