@@ -55,8 +55,8 @@ class Scores(NamedTuple):
         recalls = np.linspace(0, 1, self.precision.shape[1])
         curves = {}
         for column, row in enumerate(self.classes):
-            shown = slice(None) if row.boxes else slice(0)
-            curves[row.name] = np.stack([recalls, self.precision[iou_row, :, column]])[:, shown]
+            curve = np.stack([recalls, self.precision[iou_row, :, column]])
+            curves[row.name] = curve if row.boxes else curve[:, :0]
         return curves
 
 
