@@ -76,10 +76,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     errors = flags.check_data_arguments(args, ["csv_train"])
+    has_val_set = getattr(args, f"{args.dataset}_val_set", None) != "none"
     if args.dataset == "csv":
         has_val_set = bool(args.csv_val)
-    else:
-        has_val_set = getattr(args, f"{args.dataset}_val_set", None) != "none"
     errors += contradictions(vars(args), has_val_set)
     if errors:
         parser.error("; ".join(errors))

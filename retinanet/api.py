@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,7 +15,7 @@ from retinanet.data.loader import make_loader, transformed
 from retinanet.errors import UserError, shown
 from retinanet.evaluation import coco, report
 from retinanet.model import RetinaNet
-from retinanet.process import log
+from retinanet.process import log, optional
 from retinanet.results import check_csv, write_csv, write_page
 from retinanet.running import run_training
 from retinanet.training import checkpoint
@@ -215,12 +215,11 @@ def report_scores(
     if folder:
         evaluation.write(folder)
         curves = {f"IoU {iou}": evaluation.coco.curves(row) for iou, row in (("0.50", 0), ("0.75", 5))}
-        images = {"pr_curves.png": partial(charts.draw_curves, curves), "thresholds.png": evaluation.draw_thresholds}
-        images["report.html"] = partial(write_page, evaluation=evaluation, source=source, model=model)
-        for name, draw in images.items():
-            try:
-                draw(folder / name)
-            except (OSError, ValueError) as error:
-                log.warning("warning: no %s: %s", name, error)
+        with optional("pr_curves.png"):
+            charts.draw_curves(curves, folder / "pr_curves.png")
+        with optional("thresholds.png"):
+            evaluation.draw_thresholds(folder / "thresholds.png")
+        with optional("report.html"):
+            write_page(folder / "report.html", evaluation, source, model)
         log.info("\nwritten to %s: %s", folder, ", ".join(sorted(path.name for path in folder.iterdir())))
     return evaluation.metrics()

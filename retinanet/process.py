@@ -120,6 +120,21 @@ def progress(items: Iterable, description: str, total: int | None = None, initia
     return auto.tqdm(items, description, total, initial=initial, disable=hidden, leave=False, dynamic_ncols=True)
 
 
+@contextlib.contextmanager
+def optional(what: str, warned: set[str] | None = None) -> Iterator[None]:
+    """Within the context, the file `what` is written. An error must not end the program, so it becomes a warning.
+
+    `warned` collects the names of such files, so that each is warned of only once.
+    """
+    warned = set() if warned is None else warned
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if what not in warned:
+            log.warning("warning: no %s: %s", what, error)
+        warned.add(what)
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch on all devices."""
     random.seed(seed)

@@ -24,7 +24,7 @@ from retinanet.evaluation import report, voc
 from retinanet.evaluation.errors import judge
 from retinanet.model import RetinaNet
 from retinanet.postprocess import Detections
-from retinanet.process import log
+from retinanet.process import log, optional
 from retinanet.results import write_page
 from retinanet.signals import StopSignals
 from retinanet.training import checkpoint
@@ -120,7 +120,7 @@ class _Training:
     val_set: DetectionDataset | None
     stop: StopSignals
     of_best: dict[int, Detections] | None = None  # in the validation set, by best.pt; None if it is from before
-    not_drawn: set[str] = field(default_factory=set)  # images that could not be written
+    warned: set[str] = field(default_factory=set)  # of files that cannot be written
 
     def begin(self) -> None:
         """Log and write, on rank 0, what is known before the first step."""
@@ -137,8 +137,7 @@ class _Training:
         best_match_iou = RECIPES[settings.recipe].best_match_iou
         sides = (None, None) if settings.tile else settings.sides
         anchor_report.log_summary(train_set, run.net.anchors, *sides, best_match_iou)
-        with self.drawing("labels.png and batch.png"):
-            views.save_data_images(train_set, self.sampler, out_dir)
+        views.save_data_images(train_set, self.sampler, out_dir)
         limit = settings.limits["max_detections"]
         if val_set and (note := report.limits_note(val_set, range(len(val_set)), limit)):
             log.warning("%s", note)
@@ -168,7 +167,7 @@ class _Training:
                 self.of_best = found
             if run.log and (run.metrics or is_last):
                 curves = run.log.folder / "curves.png"
-                with self.drawing("curves.png"):
+                with optional("curves.png", self.warned):
                     charts.draw_training_curves(read_log(run.log.path), run.steps_per_epoch, curves)
         best = f", best AP {run.best:.3f}" if run.best >= 0 else ""
         log.info("done after %s%s", counted(run.progress.epoch, "epoch"), best)
@@ -187,7 +186,7 @@ class _Training:
             results = voc.evaluate_detections(dataset, found)
             run.score_thresholds = voc.best_scores(results, dataset)
             log.info("%s", coco_eval.metrics_table(metrics))
-            with self.drawing("detections.png"):
+            with optional("detections.png", self.warned):
                 sheet = run.log.folder / "detections.png"
                 views.save_detections(dataset, judge(dataset, found, 0.5), sheet)
                 run.log.add_pictures(run.progress.epoch, sheet, voc.board_curves(results, dataset))
@@ -217,16 +216,6 @@ class _Training:
                 log.info("report of the detector's errors: %s", page)
         except (OSError, ValueError, RuntimeError) as error:  # the run itself is complete
             log.warning("warning: no report.html: %s", error)
-
-    @contextlib.contextmanager
-    def drawing(self, what: str) -> Iterator[None]:
-        """Within the context, `what` is drawn. An error must not end the run, so it becomes a warning, once."""
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            if what not in self.not_drawn:
-                log.warning("warning: no %s: %s", what, error)
-            self.not_drawn.add(what)
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:

@@ -107,8 +107,9 @@ def guard_worker(_: int = 0) -> None:
 
 def resume_workers() -> None:
     """Let data-loading workers that are suspended continue, so that they can end."""
-    for worker in multiprocessing.active_children() if hasattr(signal, "SIGCONT") else ():
-        os.kill(worker.pid, signal.SIGCONT)
+    if hasattr(signal, "SIGCONT"):
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager

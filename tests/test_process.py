@@ -284,3 +284,16 @@ def test_a_single_process_is_rank_0_of_1_and_exchange_changes_nothing():
     assert process.get_rank() == 0 and process.get_world_size() == 1 and process.is_main_process()
     assert process.gather_objects("a") == ["a"] and process.from_main_process("a") == "a"
     assert process.gather_tensors(torch.tensor([1.0, 2.0])).tolist() == [[1, 2]]
+
+
+# Files
+
+
+def test_a_file_that_cannot_be_written_is_one_warning(caplog):
+    warned = set()
+    for _ in range(2):
+        with process.optional("a.png", warned):
+            raise UserError("the disk is full")
+    assert caplog.messages == ["warning: no a.png: the disk is full"]
+    with pytest.raises(RuntimeError), process.optional("a.png"):
+        raise RuntimeError("bug")

@@ -13,9 +13,8 @@ from retinanet.data.dataset import DetectionDataset
 from retinanet.data.loader import collater, read_sample
 from retinanet.data.sampler import AspectRatioBasedSampler
 from retinanet.data.transforms import UnNormalizer
-from retinanet.errors import UserError
 from retinanet.postprocess import Detections
-from retinanet.process import log
+from retinanet.process import optional
 from retinanet.visual.charts import draw_label_chart
 from retinanet.visual.drawing import contact_sheet, draw_boxes, fit_to_cell, legible_zoom, save_image, side_by_side
 from retinanet.visual.text import readable_names
@@ -59,17 +58,17 @@ def draw_batch(batch: Mapping[str, Any], class_names: Sequence[str]) -> np.ndarr
 def save_data_images(dataset: DetectionDataset, sampler: AspectRatioBasedSampler, folder: Path) -> None:
     """Write what a training run is about to see: `labels.png`, and the first batch as `batch.png`.
 
-    Without matplotlib, there is a warning instead of `labels.png`. The sampler's position does not change.
+    An image that cannot be drawn or written, as without matplotlib, is a warning. The sampler's position does not
+    change.
     """
     epoch, first_step = sampler.epoch, sampler.first_step
     numbers = next(sampler.numbered_batches())[:BATCH_LIMIT]
     sampler.set_epoch(epoch, first_step)
-    batch = collater([read_sample(dataset, sampler.seed, epoch, number) for number in numbers])
-    save_image(draw_batch(batch, list(dataset.labels.values())), folder / "batch.png")
-    try:
+    with optional("batch.png"):
+        batch = collater([read_sample(dataset, sampler.seed, epoch, number) for number in numbers])
+        save_image(draw_batch(batch, list(dataset.labels.values())), folder / "batch.png")
+    with optional("labels.png"):
         draw_label_chart(dataset, folder / "labels.png")
-    except UserError as error:
-        log.warning("warning: no labels.png: %s", error)
 
 
 def draw_detections(
