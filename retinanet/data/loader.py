@@ -67,33 +67,31 @@ class _KeySampler:
 
 
 class _Reader(Dataset):
-    """A data set as a loader reads it: by index, or by the arguments (seed, epoch, number) of `read_sample`."""
+    """The batches of a data set; a key is a sample's index, or the arguments (seed, epoch, number) of `read_sample`."""
 
     def __init__(self, dataset: DetectionDataset, workers: int):
         self.dataset = dataset
         # What each worker reads: its process id, and an index or -1. Shared, so that it outlives a dead worker.
         self.reading = torch.full((max(1, workers), 2), -1).share_memory_()
 
-    def __getitem__(self, key: int | tuple[int, int, int]) -> dict[str, Any] | UserError:
-        augmented = isinstance(key, tuple)
-        index = key[-1] % len(self.dataset) if augmented else key
+    def __getitem__(self, keys: Sequence[int] | Sequence[tuple[int, int, int]]) -> dict[str, Any] | UserError:
         worker = get_worker_info()
-        state = self.reading[worker.id if worker else 0]
-        state[:] = torch.tensor([os.getpid(), index])
+        state, samples = self.reading[worker.id if worker else 0], []
         try:
-            return read_sample(self.dataset, *key) if augmented else self.dataset[index]
+            for key in keys:
+                augmented = isinstance(key, tuple)
+                index = key[-1] % len(self.dataset) if augmented else key
+                state[:] = torch.tensor([os.getpid(), index])
+                samples.append(read_sample(self.dataset, *key) if augmented else self.dataset[index])
+            return collater(samples)
         except UserError as error:
             return error  # _Loader raises it, because DataLoader would keep only the text of a worker's traceback
         finally:
             state[1] = -1
 
 
-def _collate(samples: Sequence[dict[str, Any] | UserError]) -> dict[str, Any] | UserError:
-    """A batch, or the first error among its samples."""
-    try:
-        return next((sample for sample in samples if isinstance(sample, UserError)), None) or collater(samples)
-    except UserError as error:
-        return error
+def _unchanged(batch: dict[str, Any] | UserError) -> dict[str, Any] | UserError:  # `_Reader` has collated it
+    return batch
 
 
 class _Loader(DataLoader):
@@ -201,9 +199,10 @@ def make_loader(
         workers = min(workers, len(batches))
     loader = _Loader(
         _Reader(dataset, workers),
-        batch_sampler=batches,
+        sampler=batches,
+        batch_size=None,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=_unchanged,
         pin_memory=device is not None and device.type == "cuda",
         persistent_workers=workers > 0,
         timeout=WAIT if workers else 0,
