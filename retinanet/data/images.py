@@ -59,10 +59,7 @@ LARGE = 2**24  # pixels above which `open_image` decodes parts if it can
 
 @contextlib.contextmanager
 def _open(path: str | Path, pixel_limit: float | None) -> Iterator[Image.Image | RawImage]:
-    """Open an image of at most `pixel_limit` million pixels, by Pillow unless that would lose bits or bands.
-
-    Any exception that a broken image raises within the context becomes a FileError that names it.
-    """
+    """Open an image of at most `pixel_limit` million pixels, by Pillow unless that would lose bits or bands."""
     with reading(path):
         if not os.path.isfile(path):  # noqa: PTH113, pathlib raises errors of its own for impossible names
             raise OSError("it is not a file" if os.path.exists(path) else "the file does not exist")  # noqa: PTH110
@@ -168,10 +165,7 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _decode_jpeg(image: Image.Image) -> np.ndarray | None:
-    """[H, W, 3] by the best of JPEG_DECODERS; None if there is none, or if the file is truncated.
-
-    The decoders do not notice truncated files.
-    """
+    """[H, W, 3] by the best of JPEG_DECODERS; None without one, or for truncated files, which they do not notice."""
     image.fp.seek(0)
     data = bytearray(image.fp.read())
     if not JPEG_DECODERS or not data.endswith(b"\xff\xd9"):

@@ -127,10 +127,7 @@ def place_by_some_headers(dataset: "DetectionDataset") -> None:
 
 
 def place_boxes(dataset: "DetectionDataset", sizes: np.ndarray, orientations: np.ndarray) -> None:
-    """Move the boxes of images that were turned or resized after annotation, and report them.
-
-    `sizes` and `orientations` are those of `read_headers`.
-    """
+    """Move and report the boxes of images that were turned or resized after annotation, as `read_headers` shows."""
     new = sizes.all(axis=1) & ~dataset.headers_read  # the others are done
     sizes, declared = np.where(new[:, None], sizes, 0), dataset.declared_sizes
     boxes = np.concatenate([dataset.annotations, dataset.difficult_annotations])[:, :4].astype(np.float64)
