@@ -134,12 +134,10 @@ class _Training:
         write_skipped(out_dir, [train_set, val_set])
         with replaced(out_dir / "args.json") as file:
             file.write(json.dumps(settings.as_dict(), indent=2).encode())
-        best_match_iou = RECIPES[settings.recipe].best_match_iou
         sides = (None, None) if settings.tile else settings.sides
-        anchor_report.log_summary(train_set, run.net.anchors, *sides, best_match_iou)
+        anchor_report.log_summary(train_set, run.net.anchors, *sides, RECIPES[settings.recipe].best_match_iou)
         views.save_data_images(train_set, self.sampler, out_dir)
-        limit = settings.limits["max_detections"]
-        if val_set and (note := report.limits_note(val_set, range(len(val_set)), limit)):
+        if val_set and (note := report.limits_note(val_set, range(len(val_set)), settings.max_detections)):
             log.warning("%s", note)
 
     def train(self) -> None:

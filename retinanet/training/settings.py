@@ -116,14 +116,12 @@ class Settings:
         for name, value in flags.items():
             (own if name in own else other)[name] = value
         settings = cls(**follow_recipe(own), other=other)
-        recipe, stages = RECIPES[settings.recipe], settings.freeze_stages
-        dtype = choose_precision(settings.precision, device)
+        recipe, dtype = RECIPES[settings.recipe], choose_precision(settings.precision, device)
         global_batch = settings.batch_size * settings.accumulate * get_world_size()
         return replace(
             settings,
             global_batch=global_batch,
             lr=settings.lr or recipe.lr * global_batch / recipe.reference_batch,
-            freeze_stages=recipe.freeze_stages if stages is None else stages,
             clip_norm=settings.clip_norm or recipe.clip_norm,
             precision=next(name for name, value in PRECISIONS.items() if value == dtype),
         )
@@ -155,11 +153,11 @@ class Settings:
 
 
 def follow_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, with the recipe's weights, epochs, sizes, jitter and average where they are None."""
+    """The settings, with the recipe's weights, epochs, sizes, frozen stages, jitter and average where they are None."""
     filled, recipe = dict(settings), RECIPES[settings["recipe"]]
     if filled["weights"] is None and recipe.weights == "imagenet_v2" and filled["depth"] not in V2_DEPTHS:
         filled["weights"] = "imagenet"
-    for name in ("weights", "epochs", "min_side", "max_side", "ema"):
+    for name in ("weights", "epochs", "min_side", "max_side", "freeze_stages", "ema"):
         if filled[name] is None:
             filled[name] = getattr(recipe, name)
     if recipe.jitter and not (filled["jitter"] or filled["scale_jitter"] or filled["tile"]):
