@@ -59,7 +59,7 @@ def read_class_ids(path: Path, report: Report) -> list[str]:
 
 def unknown_class(name: str, known: Sequence[str]) -> str:
     """The message about a class that is not in the list."""
-    return f"class {shown(name.strip())} is not in the class list ({listed(known, 20)}){suggestion(name, known)}"
+    return f"class {shown(name)} is not in the class list ({listed(known, 20)}){suggestion(name, known)}"
 
 
 def class_difference(owner: str, names: Sequence[str], other: str, others: Sequence[str]) -> str:

@@ -56,13 +56,12 @@ class YoloDataset(DetectionDataset):
         settings = {root / name: _read_settings(root / name) for name in SETTINGS if (root / name).is_file()}
         files, source = _find_files(root, set_name, val_share, settings, report)
         class_names = _class_names(root, [root, source, *(file.parent for file in files.values())], settings)
-        key_numbers = sum(_key_numbers(path, content) for path, content in settings.items())
+        key_numbers = max((_key_numbers(path, content) for path, content in settings.items()), default=0)
 
         def read(image: Path, file: Path) -> tuple[tuple[int, int], list]:
             lines = read_text(file).splitlines() if file.is_file() else []
             boxes = list(_read_boxes(file, lines, len(class_names), key_numbers, report))
-            height, width, _ = read_header(image)
-            return (height, width), boxes
+            return read_header(image)[:2], boxes
 
         contents = read_annotations(files, read, report)
         sides = contents["declared_sizes"][contents["image_index"], ::-1]  # width and height of each box's image

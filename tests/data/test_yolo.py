@@ -170,6 +170,14 @@ def test_the_box_of_a_pose_is_read(tmp_path):
         YoloDataset(root)
 
 
+def test_the_key_points_of_a_pose_may_be_declared_in_two_files(tmp_path):
+    pytest.importorskip("yaml")
+    root = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.2 0.2 0.1 0.1 0.9 0.9\n"})
+    for name in ("data.yaml", "dataset.yaml"):
+        (root / name).write_text("names: [cat, dog]\nkpt_shape: [2, 2]\n")
+    assert YoloDataset(root).load_annotations(0) == pytest.approx(np.array([[32, 16, 48, 24, 0]]))
+
+
 def test_images_may_lie_in_folders(tmp_path):
     root = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.5 0.5\n"})
     for kind, ending in (("images", "png"), ("labels", "txt")):
