@@ -75,7 +75,8 @@ def explain_missing(name: str, folder: str = "") -> str:
         if near is None:
             parent = missing_folder(path)
             lost = f", nor does its folder {shown(parent)}" if parent else ""
-            return f"image {shown(name)} does not exist{lost}" + "; is it a Windows path?" * ("\\" in name)
+            windows = "; is it a Windows path?" if "\\" in name else ""
+            return f"image {shown(name)} does not exist{lost}{windows}"
         found = os.path.join(found, near)  # noqa: PTH118
     same_text = found != path and unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", path)
     form = ", in another Unicode form (NFC or NFD)" if same_text else ""

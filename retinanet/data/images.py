@@ -252,12 +252,8 @@ def choose_pixel_range(
 
 def _find_deep(files: Sequence[str]) -> dict[str, list[str]]:
     """The images of more than 8 bits by the type of their pixels; logs which bands and pages are not read."""
-    deep, looks = defaultdict(list), {*evenly(files, LOOKS)}
-    unread = {
-        "bands beyond RGB or grey, such as alpha or near infrared, which are not read": [],
-        "several pages, of which only the first is read": [],
-    }
-    extra_bands, more_pages = unread.values()
+    deep, extra_bands, more_pages = defaultdict(list), [], []
+    looks = {*evenly(files, LOOKS)}
     for path in progress(files, "looking for deep images"):
         with contextlib.suppress(FileError), reading(path):
             if path not in looks and not _may_be_deep(path):
@@ -269,7 +265,10 @@ def _find_deep(files: Sequence[str]) -> dict[str, list[str]]:
                     extra_bands.append(path)
             if has_more_pages(path):
                 more_pages.append(path)
-    for what, paths in unread.items():
+    for paths, what in (
+        (extra_bands, "bands beyond RGB or grey, such as alpha or near infrared, which are not read"),
+        (more_pages, "several pages, of which only the first is read"),
+    ):
         if paths:
             log.info("some images have %s (%s%s)", what, shown(str(paths[0])), ", ..." if len(paths) > 1 else "")
     return deep

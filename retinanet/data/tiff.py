@@ -111,9 +111,8 @@ def open_tiff(path: str | Path, by_pillow: Deferred | None = None) -> RawImage |
         orientation = page.tags.valueof("Orientation")
         orientation = orientation if orientation in range(1, 9) else 1
         whole_bytes = page.bitspersample == 8 * page.dtype.itemsize
-        known = page.compression == 1 or page.compression in TIFF.DECOMPRESSORS
-        known &= whole_bytes and (page.predictor == 1 or page.predictor in TIFF.UNPREDICTORS)
-        if by_pillow is not None and not known:
+        decodable = whole_bytes and page.compression in TIFF.DECOMPRESSORS and page.predictor in TIFF.UNPREDICTORS
+        if by_pillow is not None and not decodable:
             values, orientation = by_pillow, 1
         elif page.is_final and whole_bytes:
             planes, _, height, width, samples = page.shaped  # planes or samples: 1
@@ -124,7 +123,7 @@ def open_tiff(path: str | Path, by_pillow: Deferred | None = None) -> RawImage |
             values = np.moveaxis(values, 0, 2).reshape(height, width, -1)
         else:
             values = Segments(path, page)
-        by_parts = known and EXTRASAMPLE.ASSOCALPHA not in page.extrasamples and orientation == 1
+        by_parts = decodable and EXTRASAMPLE.ASSOCALPHA not in page.extrasamples and orientation == 1
         inverted = page.photometric == PHOTOMETRIC.MINISWHITE
         return RawImage(values, *_declarations(page), inverted, orientation, by_parts)
 

@@ -105,13 +105,11 @@ class Video:
         packets = container.demux(stream)
         while True:
             try:
-                frames = next(packets).decode()
+                yield from next(packets).decode()
             except StopIteration:
                 return
             except self.av.FFmpegError as error:
-                damage.append(error.strerror)
-                continue  # other packets may follow
-            yield from frames
+                damage.append(error.strerror)  # other packets may follow
 
 
 @contextlib.contextmanager
