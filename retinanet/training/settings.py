@@ -54,9 +54,8 @@ CHOICES = {
 class Settings:
     """How a run trains: a field for each flag of train.py, with its default; the flag's help says what it means.
 
-    All are plain types. `resolve` fills in the values that the recipe or the machine decides. `global_batch` is the
-    number of images of an optimizer step, over all processes; `other` holds flags that are not about training, such as
-    those that name the data.
+    All are plain types. `resolve` fills in the values that the recipe or the machine decides. `other` holds flags that
+    are not about training, such as those that name the data.
     """
 
     depth: int = 50
@@ -101,13 +100,12 @@ class Settings:
     val_every: int = 1
     log_every: int = 20
     tensorboard: bool = False
-    global_batch: int = 0
     other: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """The default of each setting; None for those that `resolve` fills."""
-        return {one.name: one.default for one in fields(cls) if one.name not in ("global_batch", "other")}
+        return {one.name: one.default for one in fields(cls) if one.name != "other"}
 
     @classmethod
     def resolve(cls, flags: Mapping[str, Any], device: torch.device) -> "Settings":
@@ -117,14 +115,17 @@ class Settings:
             (own if name in own else other)[name] = value
         settings = cls(**follow_recipe(own), other=other)
         recipe, dtype = RECIPES[settings.recipe], choose_precision(settings.precision, device)
-        global_batch = settings.batch_size * settings.accumulate * get_world_size()
         return replace(
             settings,
-            global_batch=global_batch,
-            lr=settings.lr or recipe.lr * global_batch / recipe.reference_batch,
+            lr=settings.lr or recipe.lr * settings.global_batch / recipe.reference_batch,
             clip_norm=settings.clip_norm or recipe.clip_norm,
             precision=next(name for name, value in PRECISIONS.items() if value == dtype),
         )
+
+    @property
+    def global_batch(self) -> int:
+        """Number of images of an optimizer step, over all processes."""
+        return self.batch_size * self.accumulate * get_world_size()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,9 +148,9 @@ class Settings:
         return {name: getattr(self, name) for name in LIMITS}
 
     def as_dict(self) -> dict[str, Any]:
-        """Every flag's name -> its value."""
+        """Every flag's name -> its value, and `global_batch`."""
         own = asdict(self)
-        return own.pop("other") | own
+        return own.pop("other") | own | {"global_batch": self.global_batch}
 
 
 def follow_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
