@@ -196,7 +196,7 @@ def _check_borders(dataset: DetectionDataset, report: Report) -> None:
     # Annotators may draw a box beyond the border, but hardly one of which more than half of the area is outside.
     lost = sides.prod(axis=1) < (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) / 2
     readings = [("looks swapped", boxes[:, [1, 0, 3, 2]], "with x and y swapped: is y written first?")]
-    if dataset.box_format == "xywh" and dataset.affine is None:
+    if dataset.is_coco and dataset.affine is None:
         corners = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
         message = "if bbox is read as x1, y1, x2, y2; it must be x, y, width, height"
         readings.append(("looks like x1, y1, x2, y2", corners, message))

@@ -43,9 +43,8 @@ class CocoDataset(DetectionDataset):
         crowds_are_objects: treat crowd regions as objects.
     """
 
-    box_format = "xywh"
     annotation_format = "{}: annotation {}"
-    has_coco_ids = True
+    is_coco = True
 
     def __init__(
         self,
@@ -69,17 +68,17 @@ class CocoDataset(DetectionDataset):
         self._truth = truth
         corners = truth.corners()
         super().__init__(
-            [image["file_name"] for image in images],
-            np.column_stack([corners, truth.labels]),
-            truth.image_index,
-            [category["name"] for category in categories],
-            transform,
-            truth.is_crowd,
-            truth.ids,
-            report,
-            self.annotation_file,
-            _declared_sizes(self.annotation_file, images, report),
-            [image["id"] for image in images],
+            image_files=[image["file_name"] for image in images],
+            annotations=np.column_stack([corners, truth.labels]),
+            image_index=truth.image_index,
+            class_names=[category["name"] for category in categories],
+            transform=transform,
+            difficult=truth.is_crowd,
+            annotation_ids=truth.ids,
+            report=report,
+            source=self.annotation_file,
+            declared_sizes=_declared_sizes(self.annotation_file, images, report),
+            image_ids=[image["id"] for image in images],
         )
         self._report_crowds()
         # Boxes that are inverted or not finite, if they are not fatal, are left out of evaluation, too.

@@ -74,10 +74,9 @@ class DetectionDataset(Dataset):
     image_folders: Sequence[str] = ("",)  # relative paths start at the first of these folders that has the image
     in_files = True  # False if images are drawn or kept in memory
     by_parts = False  # whether the transform takes images from `open_image`
-    box_format = "xyxy"  # of the annotation files
     pixel_range: PixelRanges = None
     pixel_limit: float = PIXEL_LIMIT
-    has_coco_ids = False  # whether image_ids and coco_labels come from a COCO file, instead of counting from 0
+    is_coco = False  # whether the ids, and the boxes as x, y, width, height, come from a COCO file
 
     def __init__(
         self,

@@ -52,7 +52,7 @@ def coco_content(dataset: "DetectionDataset", file_names: Sequence[str] | None =
         first_id, names, sizes = 0, dataset.image_files.tolist(), dataset.declared_sizes
         truth = dataset.ground_truth()
     else:
-        first_id, names, sizes = 0 if dataset.has_coco_ids else 1, file_names, dataset.image_sizes
+        first_id, names, sizes = 0 if dataset.is_coco else 1, file_names, dataset.image_sizes
         truth = from_arrays(dataset, rounded=True)
     image_ids = [number + first_id for number in dataset.image_ids]
     category_ids = [dataset.coco_labels[label] + first_id for label in dataset.labels]
