@@ -167,10 +167,11 @@ def add_tile_arguments(parser: argparse.ArgumentParser, training: bool, of_model
     """Add the flags of tiles; with `of_model`, their default is None, which stands for the model's values."""
     group, source = parser.add_argument_group("tiles of large images"), "the model's, or " if of_model else ""
     text = "process images larger than this, pixels, in tiles of this side at full resolution"
-    text = f"train on random tiles of this side, and {text}" if training and not of_model else text
-    none = "; 0: none" if of_model else ""
-    kind = non_negative_int if of_model else positive_int
-    group.add_argument("--tile", type=kind, help=f"{text} (default: {source}none{none})")
+    if of_model:
+        group.add_argument("--tile", type=non_negative_int, help=f"{text} (default: {source}none; 0: none)")
+    else:
+        text = f"train on random tiles of this side, and {text} (default: none)"
+        group.add_argument("--tile", type=positive_int, help=text)
     text = "share of the side by which tiles overlap; it should be larger than the objects "
     text += f"(default: {source}{OVERLAP:g})"
     group.add_argument("--tile_overlap", type=fraction, default=None if of_model else OVERLAP, help=text)

@@ -133,9 +133,9 @@ def score_steps(rankings: Sequence[Ranking], points: Sequence[Point | None]) -> 
     margin = 0 if (low, high) == (0, 1) else (high - low) / STEPS  # results files may hold any numbers
     grid = [float(f"{score:.4g}") for score in np.linspace(low - margin, high, STEPS + 1)]
     curves = np.argsort(-np.array(boxes[:-1]), kind="stable")[:CURVE_LIMIT].tolist()
-    for ranking in (*(rankings[label] for label in curves), rankings[-1]):
-        counts = np.linspace(0, len(ranking.scores), RANKS, dtype=int)[1:]
-        grid += [threshold(ranking, count) for count in counts[counts > 0].tolist()]
+    for label in [*curves, -1]:  # -1: all classes
+        counts = np.linspace(0, len(rankings[label].scores), RANKS, dtype=int)
+        grid += [threshold(rankings[label], count) for count in counts.tolist() if count]
     grid += [point.score for point in [*points[:-1][:BEST_LIMIT], points[-1]] if point]
     steps = np.unique([score for score in grid if abs(score) < 2e9])
     places = {score: place for place, score in enumerate(steps.tolist())}
