@@ -42,7 +42,7 @@ def reading(path: str | Path) -> Iterator[None]:
         raise FileError(str(path), f"cannot be read as an image ({reason})") from error
 
 
-def evenly(items: Sequence[str], number: int) -> list[str]:
+def evenly(items: Sequence, number: int) -> list:
     """At most `number` of the items, evenly spaced from the first to the last."""
     places = np.unique(np.linspace(0, len(items) - 1, min(number, len(items))).astype(int))
     return [items[place] for place in places]

@@ -133,7 +133,6 @@ def read_image(path: str | Path, pixel_range: PixelRanges = None, pixel_limit: f
     Grey, palette and CMYK images are converted; of images with alpha or more bands, the first three bands are used.
 
     Args:
-        path: the file.
         pixel_range: the values that become black and white in images of more than 8 bits, for all types or a dict by
             type; default: this image's own range, see `pixels`.
         pixel_limit: millions of pixels that the image may have.

@@ -175,7 +175,6 @@ def make_loader(
     the batches; `detection.detect` gathers the detections.
 
     Args:
-        dataset: the samples.
         batch_size: images per batch; ignored, like `indices` and `tiling`, with a `batch_sampler`.
         workers: number of processes that read images; with 0, this process reads them.
         batch_sampler: the samples of each batch.

@@ -209,8 +209,7 @@ def _joined(pairs: list[tuple[float, int, int]], tile_index: Tensor) -> list[lis
 def overview(image: np.ndarray, limit: int) -> tuple[np.ndarray, float]:
     """Reduce an image, as `Tiling.batches` takes it, by a whole factor to sides of at most `limit` pixels.
 
-    Returns:
-        [h, w, 3] uint8, and the scale (its size / the image's size).
+    Returns it, [h, w, 3] uint8, and the scale (its size / the image's size).
     """
     height, width = image.shape[:2]
     factor = -(-max(height, width) // limit)

@@ -44,7 +44,6 @@ class Video:
     A damaged file is read as far as possible, with one warning.
 
     Args:
-        path: the file.
         every: give only frames 0, `every`, 2 * `every`, ...
 
     Raises:

@@ -98,6 +98,11 @@ def test_a_loader_can_be_limited_to_some_images(data):
     assert [batch["index"] for batch in make_loader(data, 2, indices=range(0))] == []
 
 
+def test_there_are_no_more_workers_than_batches(data):
+    assert [make_loader(data, size, workers=4).num_workers for size in (1, 2)] == [2, 1]
+    assert make_loader(data, 1, workers=4, indices=range(0)).num_workers == 0
+
+
 def test_a_loader_draws_from_the_sampler(data):
     loader = make_loader(data, 1, batch_sampler=AspectRatioBasedSampler(data, 1))
     drawn = [tuple(batch["index"][0] for batch in loader) for _ in range(12)]
