@@ -146,8 +146,6 @@ def detect_images(
     could change its detections. Yields each image, [H, W, 3] uint8, and its Detections, on the CPU, boxes in pixels of
     the image. The model's mode is restored; the limits are those of `detect`.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     device = next(net.parameters()).device
     for (height, width, _), same_size in itertools.groupby(images, key=lambda image: image.shape):
         if tiling and not tiling.fits(height, width):

@@ -103,7 +103,8 @@ def draw_training_curves(entries: Sequence[Mapping[str, float]], steps_per_epoch
     times = [entry["epoch"] + entry["step"] / steps_per_epoch for entry in steps]
     ends = [entry["epoch"] + 1 for entry in epochs]
     figure = new_figure(15 if scored else 10, 4.5)
-    losses, rate, *scores = figure.subplots(1, 3 if scored else 2)
+    panels = figure.subplots(1, 3 if scored else 2)
+    losses, rate = panels[:2]
     for name, colour in (("class_loss", "tab:blue"), ("box_loss", "tab:orange")):
         losses.plot(times, [entry[name] for entry in steps], color=colour, alpha=0.35, linewidth=1)
         label = name.replace("_", " ")
@@ -114,13 +115,13 @@ def draw_training_curves(entries: Sequence[Mapping[str, float]], steps_per_epoch
     for axes in (losses, rate):
         axes.margins(y=0.1)
         axes.set(ylim=(0, None))
-    for axes in scores:
+    if scored:
         for name in ("AP", "AP50", "AP75"):
             values = [entry[name] for entry in scored]
-            axes.plot([entry["epoch"] + 1 for entry in scored], values, marker=".", label=name)
-        axes.set(title="validation", ylim=(0, 1))
-        axes.legend()
-    for axes in (losses, rate, *scores):
+            panels[2].plot([entry["epoch"] + 1 for entry in scored], values, marker=".", label=name)
+        panels[2].set(title="validation", ylim=(0, 1))
+        panels[2].legend()
+    for axes in panels:
         axes.set(xlabel="epochs", xlim=(0, None))
         axes.grid(alpha=0.3)
     losses.legend()

@@ -1,5 +1,6 @@
 """What training sees, and what the detector finds: annotations, a batch, detections beside the ground truth."""
 
+import copy
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,14 +59,11 @@ def draw_batch(batch: Mapping[str, Any], class_names: Sequence[str]) -> np.ndarr
 def save_data_images(dataset: DetectionDataset, sampler: AspectRatioBasedSampler, folder: Path) -> None:
     """Write what a training run is about to see: `labels.png`, and the first batch as `batch.png`.
 
-    An image that cannot be drawn or written, as without matplotlib, is a warning. The sampler's position does not
-    change.
+    An image that cannot be drawn or written, as without matplotlib, is a warning.
     """
-    epoch, first_step = sampler.epoch, sampler.first_step
-    numbers = next(sampler.numbered_batches())[:BATCH_LIMIT]
-    sampler.set_epoch(epoch, first_step)
+    numbers = next(copy.copy(sampler).numbered_batches())[:BATCH_LIMIT]
     with optional("batch.png"):
-        batch = collater([read_sample(dataset, sampler.seed, epoch, number) for number in numbers])
+        batch = collater([read_sample(dataset, sampler.seed, sampler.epoch, number) for number in numbers])
         save_image(draw_batch(batch, list(dataset.labels.values())), folder / "batch.png")
     with optional("labels.png"):
         draw_label_chart(dataset, folder / "labels.png")
