@@ -65,7 +65,6 @@ class CocoDataset(DetectionDataset):
         self.image_folders = [*places, *filter(os.path.isdir, folders), folders[0]][:1]
         if crowds_are_objects:
             truth.is_crowd[:] = False
-        self._truth = truth
         corners = truth.corners()
         super().__init__(
             image_files=[image["file_name"] for image in images],
@@ -79,7 +78,9 @@ class CocoDataset(DetectionDataset):
             source=self.annotation_file,
             declared_sizes=_declared_sizes(self.annotation_file, images, report),
             image_ids=[image["id"] for image in images],
+            written_boxes=truth.boxes_xywh,
         )
+        self._truth = truth
         self._report_crowds()
         # Boxes that are inverted or not finite, if they are not fatal, are left out of evaluation, too.
         self._truth = truth.select(np.isfinite(corners).all(axis=1) & (truth.boxes_xywh[:, 2:] >= 0).all(axis=1))
@@ -105,10 +106,6 @@ class CocoDataset(DetectionDataset):
     def image_name(self, index: int) -> str:
         """The annotation file and the image's id."""
         return f"{self.annotation_file}: image {self.image_ids[index]}"
-
-    def box_as_written(self, row: int, box: np.ndarray) -> np.ndarray:
-        """x, y, width, height."""
-        return self._truth.boxes_xywh[row]
 
     def ground_truth(self) -> GroundTruth:
         """The file's annotations, including those that training drops, moved as the training boxes are."""

@@ -48,6 +48,7 @@ class DetectionDataset(Dataset):
             were turned or resized after annotation are moved, see `placing`.
         image_ids: id of each image, for COCO's evaluation; default: 0, 1, ...
         annotation_files: annotation file of each image, for messages; default: `source`.
+        written_boxes: [N, 4] the boxes as their file has them, for messages; default: as in `annotations`.
 
     Attributes:
         annotations, annotation_ids, image_index: as given, without the difficult ones, in the order of the images.
@@ -92,6 +93,7 @@ class DetectionDataset(Dataset):
         declared_sizes: np.ndarray | None = None,
         image_ids: Sequence[int] | None = None,
         annotation_files: Sequence[Path | None] | None = None,
+        written_boxes: np.ndarray | None = None,
     ):
         number, size = len(image_files), len(annotations)
         self.report = report or Report()
@@ -117,7 +119,7 @@ class DetectionDataset(Dataset):
         order = np.argsort(index, kind="stable")
         # Boxes are checked in the files' order, which messages need; a difficult box is no duplicate of another one.
         if report is not None:
-            kept = check_boxes(report, annotations, 2 * index + hard, self.annotation_name, self.box_as_written)
+            kept = check_boxes(report, annotations, 2 * index + hard, self.annotation_name, written_boxes)
             order = order[kept[order]]
         easy, hard = order[~hard[order]], order[hard[order]]
         self.annotations, self.annotation_ids, self.image_index = annotations[easy].astype("f4"), ids[easy], index[easy]
@@ -263,10 +265,6 @@ class DetectionDataset(Dataset):
         """The file and place of an annotation, for messages."""
         file = self.annotation_files[self.image_index[row]] if self.annotation_files else self.source
         return self.annotation_format.format(file, self.annotation_ids[row])
-
-    def box_as_written(self, row: int, box: np.ndarray) -> np.ndarray:
-        """The four numbers of an annotation as its file has them, for messages; `row` counts from the file's first."""
-        return box
 
     def num_classes(self) -> int:
         """Number of classes, without a background class."""

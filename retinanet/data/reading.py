@@ -5,7 +5,7 @@ import gc
 import json
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def check_boxes(
     annotations: np.ndarray,
     groups: np.ndarray,
     where: Callable[[int], str],
-    written: Callable[[int, np.ndarray], Iterable[float]] = lambda _, box: box,
+    written: np.ndarray | None = None,
 ) -> np.ndarray:
     """Report what is wrong with boxes by themselves, without the sizes of their images.
 
@@ -147,7 +147,7 @@ def check_boxes(
         annotations: [N, 5] float64 (x1, y1, x2, y2, label); label -1 is an unknown class, which is reported elsewhere.
         groups: [N]; boxes of different groups, such as images, are no duplicates.
         where: the file and place of a row, for messages.
-        written: the numbers of a row's box as its file has them, for messages.
+        written: [N, 4] the boxes as their file has them, for messages; default: as in `annotations`.
 
     Returns:
         [N] bool: the boxes to keep if nothing is fatal.
@@ -155,7 +155,7 @@ def check_boxes(
     boxes, labels = annotations[:, :4], annotations[:, 4]
 
     def show(row: int) -> str:
-        return ",".join(f"{number:.10g}" for number in written(row, boxes[row]))
+        return ",".join(f"{number:.10g}" for number in (boxes if written is None else written)[row])
 
     finite = (np.abs(boxes) <= MAX_COORDINATE).all(axis=1)  # False for NaN
     with np.errstate(invalid="ignore", over="ignore"):
