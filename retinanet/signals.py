@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 
 
@@ -52,27 +52,18 @@ class StopSignals:
             os._exit(128 + signum)
 
 
-def _wait_for_parent(pause: Callable[[], bool], end: Callable[[], None]) -> None:
-    """Call `end`, in a thread, when the parent process is gone or `pause`, called repeatedly, returns True."""
+def end_with_parent() -> None:
+    """Stop this rank, as SIGTERM does, when torchrun's own process is gone, because nothing else would."""
     parent = os.getppid()
 
     def wait() -> None:
-        while os.getppid() == parent and not pause():
-            pass
-        end()
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """Stop this rank, as SIGTERM does, when torchrun's own process is gone, because nothing else would."""
-
-    def end() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
         os._exit(128 + signal.SIGTERM)
 
-    _wait_for_parent(lambda: bool(time.sleep(1)), end)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -96,13 +87,15 @@ def guard_worker(_: int = 0) -> None:
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # away from the terminal's Ctrl-C
     if hasattr(signal, "sigtimedwait"):
-        starter = multiprocessing.parent_process().pid
+        starter, parent = multiprocessing.parent_process().pid, os.getppid()
 
-        def is_asked() -> bool:
-            received = signal.sigtimedwait(StopSignals.HANDLED, 1)
-            return received is not None and received.si_pid == starter
+        def wait() -> None:
+            received = None
+            while os.getppid() == parent and (received is None or received.si_pid != starter):
+                received = signal.sigtimedwait(StopSignals.HANDLED, 1)
+            os._exit(0)
 
-        _wait_for_parent(is_asked, lambda: os._exit(0))
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def resume_workers() -> None:
