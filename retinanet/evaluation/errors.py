@@ -104,25 +104,29 @@ def _in_regions(detections: Detections, regions: np.ndarray) -> np.ndarray:
     return ((covered >= RIGHT_IOU) & (detections.labels[:, None] == areas[:, 4])).any(dim=1).numpy()
 
 
-def _judge_image(labels: np.ndarray, iou: np.ndarray, box_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Kinds and targets of D detections of one image, best first, from their labels and IoU [D, G] with its boxes."""
+def _judge_image(found: Detections, annotations: np.ndarray, regions: np.ndarray) -> ImageErrors:
+    """Match the detections of one image, best first, with its boxes; wrong ones in a region do not count."""
+    labels, box_labels = found.labels.numpy(), annotations[:, 4]
+    iou = compute_overlap(found.boxes, annotations[:, :4])  # [D, G]
     kinds, targets = np.full(len(labels), "background", dtype="U10"), np.full(len(labels), -1)
-    if iou.size == 0:
-        return kinds, targets
-    same = labels[:, None] == box_labels
-    own, other = iou * same, iou * ~same  # [D, G]
-    found = greedy_match(own, RIGHT_IOU)
-    taken = np.isin(np.arange(len(box_labels)), found)
-    kinds[iou.max(axis=1) > OVERLAP_IOU] = "both"
-    kinds[(own * taken).max(axis=1) >= RIGHT_IOU] = "duplicate"
-    for kind, overlaps, low, high in (("class", other, RIGHT_IOU, 1.01), ("location", own, OVERLAP_IOU, RIGHT_IOU)):
-        best = overlaps.max(axis=1)
-        of_kind = (best >= low) & (best < high)
-        kinds[of_kind] = kind
-        targets[of_kind] = overlaps.argmax(axis=1)[of_kind]
-    kinds[found >= 0] = "right"
-    targets[found >= 0] = found[found >= 0]
-    return kinds, targets
+    if iou.size:
+        same = labels[:, None] == box_labels
+        own, other = iou * same, iou * ~same  # [D, G]
+        right = greedy_match(own, RIGHT_IOU)
+        kinds[iou.max(axis=1) > OVERLAP_IOU] = "both"
+        kinds[(own * np.isin(np.arange(len(box_labels)), right)).max(axis=1) >= RIGHT_IOU] = "duplicate"
+        for kind, overlaps, low, high in (("class", other, RIGHT_IOU, 1.01), ("location", own, OVERLAP_IOU, RIGHT_IOU)):
+            best = overlaps.max(axis=1)
+            of_kind = (best >= low) & (best < high)
+            kinds[of_kind] = kind
+            targets[of_kind] = overlaps.argmax(axis=1)[of_kind]
+        kinds[right >= 0] = "right"
+        targets[right >= 0] = right[right >= 0]
+    # As in COCO, a right detection inside a crowd counts.
+    counted = (kinds == "right") | ~_in_regions(found, regions)
+    found, iou = Detections(*(values[torch.from_numpy(counted)] for values in found)), iou[counted]
+    taken = greedy_match(iou[found.scores.numpy() > CONFUSION_SCORE], RIGHT_IOU)
+    return ImageErrors(found, kinds[counted], targets[counted], taken, iou.max(axis=0, initial=0))
 
 
 def _mean_ap(scores: np.ndarray, labels: np.ndarray, right: np.ndarray, num_boxes: np.ndarray) -> float:
@@ -169,27 +173,17 @@ def analyse(
     confusion = np.zeros((background + 1, background + 1), dtype=np.int64)
     parts, box_labels, num_boxes, images = [], [], 0, {}
     for index in sorted(detections):
-        annotations = dataset.load_annotations(index)
-        image_labels = annotations[:, 4].astype(np.int64)
-        labels = detections[index].labels
+        annotations, labels = dataset.load_annotations(index), detections[index].labels
         rank = (labels[:, None] == labels).tril(-1).sum(dim=1)  # within its class
         found = Detections(*(values[rank < limit] for values in detections[index]))
-        iou = compute_overlap(found.boxes, annotations[:, :4])
-        kinds, targets = _judge_image(found.labels.numpy(), iou, image_labels)
-        # As in COCO, a right detection inside a crowd counts.
-        counted = (kinds == "right") | ~_in_regions(found, dataset.load_difficult(index))
-        found = Detections(*(values[torch.from_numpy(counted)] for values in found))
-        kinds, targets, iou = kinds[counted], targets[counted], iou[counted]
-        scores, labels = found.scores.numpy(), found.labels.numpy()
-        parts.append((scores, labels, kinds, np.where(targets < 0, -1, targets + num_boxes)))
-        box_labels.append(image_labels)
+        one = images[index] = _judge_image(found, annotations, dataset.load_difficult(index))
+        scores, labels, _ = (values.numpy() for values in one.detections)
+        parts.append((scores, labels, one.kinds, np.where(one.targets < 0, -1, one.targets + num_boxes)))
+        box_labels.append(annotations[:, 4].astype(np.int64))
         num_boxes += len(annotations)
-        sure = scores > CONFUSION_SCORE
-        taken = greedy_match(iou[sure], RIGHT_IOU)
-        padded = np.append(image_labels, background)  # so that index -1 is the background
-        np.add.at(confusion, (padded[taken], labels[sure]), 1)
-        np.add.at(confusion, (np.delete(image_labels, taken[taken >= 0]), background), 1)
-        images[index] = ImageErrors(found, kinds, targets, taken, iou.max(axis=0, initial=0))
+        padded = np.append(box_labels[-1], background)  # so that index -1 is the background
+        np.add.at(confusion, (padded[one.taken], labels[: len(one.taken)]), 1)
+        np.add.at(confusion, (np.delete(padded, [-1, *one.taken]), background), 1)  # the boxes that were not taken
 
     judged = _Judged(*map(np.concatenate, zip(*parts, strict=True)))
     labels = np.concatenate(box_labels)
