@@ -239,8 +239,7 @@ def explained(loader: Iterable, precision: torch.dtype) -> Iterator[dict[str, An
                 "--batch_size (and in training raise --accumulate) or the size of the images, or use --precision bf16"
             ) from error
         loader = loader.whole if isinstance(loader, _TiledLoader) else loader
-        message = loader.explain_death(str(error)) if isinstance(loader, _Loader) else None
-        if message:
+        if isinstance(loader, _Loader) and (message := loader.explain_death(str(error))):
             raise WorkerDiedError(message) from error
         raise
 

@@ -203,7 +203,7 @@ def _joined(pairs: list[tuple[float, int, int]], tile_index: Tensor) -> list[lis
         if ours is not theirs and len(both.unique()) == len(both):
             ours += theirs
             objects |= dict.fromkeys(theirs, ours)
-    return list({id(members): members for members in objects.values() if len(members) > 1}.values())
+    return [members for index, members in objects.items() if index == members[0] and len(members) > 1]
 
 
 def overview(image: np.ndarray, limit: int) -> tuple[np.ndarray, float]:
