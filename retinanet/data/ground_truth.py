@@ -87,11 +87,12 @@ def from_coco(entries: list[Any]) -> GroundTruth | None:
         boxes_xywh = np.array(numbers, dtype=np.float64).reshape(-1, 4)
     except (LookupError, TypeError, OverflowError, AttributeError):
         return None
-    ids = np.array(columns)  # [3, N]
-    if ids.dtype == np.float64 and ((ids % 1 == 0) & (np.abs(ids) < MAX_ID)).all():  # some tools write 1.0
-        ids = ids.astype(np.int64)
-    if ids.dtype != np.int64:
-        return None
+    ids = [np.array(column) for column in columns]  # apart: together, 2**60 + 1 beside 1.0 would be rounded
+    for column in ids:
+        is_whole = column.dtype == np.float64 and ((column % 1 == 0) & (np.abs(column) < MAX_ID)).all()
+        if column.dtype != np.int64 and not is_whole:  # some tools write 1.0
+            return None
+    ids = (column.astype(np.int64) for column in ids)
     return GroundTruth(*ids, boxes_xywh, np.array(areas, dtype=np.float64), np.array(is_crowd, dtype=bool))
 
 

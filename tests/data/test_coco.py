@@ -306,6 +306,15 @@ def test_ids_may_be_written_as_floats(tmp_path):
     assert data.coco.dataset == expected.coco.dataset
 
 
+def test_large_ids_beside_ids_written_as_floats_are_exact(tmp_path):
+    def change(content):
+        for entry in content["annotations"]:
+            entry |= {"id": 2**60 + entry["id"], "category_id": float(entry["category_id"])}
+
+    annotations = write(tmp_path, change).coco.dataset["annotations"]
+    assert [entry["id"] - 2**60 for entry in annotations] == [1, 2, 3, 4]
+
+
 def test_problems_are_grouped_by_cause_and_repeated_names_are_listed_with_their_ids(tmp_path):
     def change(content):
         template = content["annotations"][0]
