@@ -142,7 +142,7 @@ def read_image(path: str | Path, pixel_range: PixelRanges = None, pixel_limit: f
     """
     with _open(path, pixel_limit) as image:
         if isinstance(image, RawImage):
-            pixels, orientation = image.decode(pixel_range), image.orientation
+            pixels, orientation = image.decode(pixel_range), 1 if image.is_upright else image.orientation
         else:
             orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow itself turns TIFF upright
             pixels = _decode_jpeg(image) if image.format in ("JPEG", "MPO") and orientation == 1 else None
@@ -216,7 +216,7 @@ def read_header(path: str | Path, pixel_limit: float | None = None) -> ImageHead
     """Read an image's header; errors are those of `read_image`."""
     with _open(path, pixel_limit) as image:
         if isinstance(image, RawImage):
-            size, orientation, is_upright = image.shape[:2], image.orientation, False
+            size, orientation, is_upright = image.shape[:2], image.orientation, image.is_upright
         else:
             size, orientation, is_upright = image.size[::-1], _orientation(image), image.format == "TIFF"
     return ImageHeader(*(size[::-1] if orientation >= 5 and not is_upright else size), orientation)

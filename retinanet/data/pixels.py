@@ -119,7 +119,8 @@ class RawImage:
     declared: PixelRange | None = None  # by the file, unless it is the full range of the data type
     nodata: float | None = None  # the value of missing pixels
     inverted: bool = False  # whether the largest value is black
-    orientation: int = 1  # EXIF's; slices are not turned
+    orientation: int = 1  # EXIF's
+    is_upright: bool = False  # whether the values are turned by it already
     by_parts: bool = False  # whether a slice costs no more than its share of the image
     ranges: PixelRanges = None  # None: the image's own range
 

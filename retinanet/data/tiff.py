@@ -112,8 +112,9 @@ def open_tiff(path: str | Path, by_pillow: Deferred | None = None) -> RawImage |
         orientation = orientation if orientation in range(1, 9) else 1
         whole_bytes = page.bitspersample == 8 * page.dtype.itemsize
         decodable = whole_bytes and page.compression in TIFF.DECOMPRESSORS and page.predictor in TIFF.UNPREDICTORS
-        if by_pillow is not None and not decodable:
-            values, orientation = by_pillow, 1
+        is_upright = by_pillow is not None and not decodable
+        if is_upright:
+            values = by_pillow
         elif page.is_final and whole_bytes:
             planes, _, height, width, samples = page.shaped  # planes or samples: 1
             if page.dataoffsets[0] + page.nbytes > page.parent.filehandle.size:
@@ -125,7 +126,7 @@ def open_tiff(path: str | Path, by_pillow: Deferred | None = None) -> RawImage |
             values = Segments(path, page)
         by_parts = decodable and EXTRASAMPLE.ASSOCALPHA not in page.extrasamples and orientation == 1
         inverted = page.photometric == PHOTOMETRIC.MINISWHITE
-        return RawImage(values, *_declarations(page), inverted, orientation, by_parts)
+        return RawImage(values, *_declarations(page), inverted, orientation, is_upright, by_parts)
 
 
 def _declarations(page: "TiffPage") -> tuple[PixelRange | None, float | None]:

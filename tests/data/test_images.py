@@ -221,6 +221,14 @@ def test_deep_tiff_files_are_turned_upright(tmp_path, orientation):
     assert read_header(path) == (*expected.shape[:2], orientation if orientation < 9 else 1)
 
 
+def test_the_orientation_of_a_deep_tiff_that_pillow_reads_is_known(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(ramp(12)[:, :, 0]).save(path, compression="tiff_lzw", tiffinfo={274: 6})
+    upright = np.rot90(np.rint(ramp(12)[:, :, 0] * (255 / 4095)), -1)
+    np.testing.assert_array_equal(read_image(path, (0, 4095))[:, :, 0], upright)
+    assert read_header(path) == (64, 40, 6)
+
+
 def test_deep_png_files_are_turned_upright(tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(ramp(12)[:, :, 0]).save(path, exif=exif(6))
