@@ -110,16 +110,11 @@ def score_results(
     recall = evaluation.eval["recall"][:, :, 0, -1]  # [IoUs, K]
     annotations = itertools.chain.from_iterable(ground_truth.imgToAnns[image_id] for image_id in image_ids)
     num_boxes = Counter(annotation["category_id"] for annotation in annotations if not annotation["iscrowd"])
-    classes = [
-        ClassScore(
-            ground_truth.cats[category_id]["name"],
-            float(precision[:, :, column].mean()),
-            float(precision[0, :, column].mean()),
-            float(recall[:, column].mean()),
-            num_boxes[category_id],
-        )
-        for column, category_id in enumerate(evaluation.params.catIds)
-    ]
+    classes = []
+    for column, category_id in enumerate(evaluation.params.catIds):
+        name, of_class = ground_truth.cats[category_id]["name"], precision[:, :, column]
+        numbers = of_class.mean(), of_class[0].mean(), recall[:, column].mean()
+        classes.append(ClassScore(name, *map(float, numbers), num_boxes[category_id]))
     present = precision[precision > -1]
     # AP is computed here because pycocotools always reads it at 100 detections, whatever `maxDets` says.
     numbers = [float(present.mean()) if len(present) else -1.0, *np.asarray(evaluation.stats).tolist()[1:]]

@@ -70,16 +70,10 @@ class Evaluation:
     def metrics(self) -> dict:
         """All numbers, by name."""
         *points, over_all = map(self._operating_points, voc.all_rankings(self.voc))
-        classes = [
-            {
-                **row._asdict(),
-                "VOC_AP": result.average_precision,
-                "precision": result.precision,
-                "recall": result.recall,
-                **of_class,
-            }
-            for row, result, of_class in zip(self.coco.classes, self.voc.values(), points, strict=True)
-        ]
+        classes = []
+        for row, result, of_class in zip(self.coco.classes, self.voc.values(), points, strict=True):
+            of_voc = {"VOC_AP": result.average_precision, "precision": result.precision, "recall": result.recall}
+            classes.append(row._asdict() | of_voc | of_class)
         content = {**self.coco.metrics, "mAP": voc.mean_average_precision(self.voc), **over_all, "classes": classes}
         if self.errors:
             content["errors"] = {"AP50": self.errors.ap50, "counts": self.errors.counts, "lost_AP": self.errors.lost}

@@ -107,16 +107,10 @@ def evaluate_detections(
     results = {}
     for label, ranking in rank(dataset, detections, iou_threshold).items():
         found, num_boxes = np.cumsum(ranking.right), int(ranking.boxes.sum())
-        recall = found / max(1, num_boxes)
-        precision = found / np.arange(1, len(found) + 1)
-        results[label] = ClassResult(
-            average_precision(recall, precision, VOC07_RECALLS if eleven_points else None) if num_boxes else 0.0,
-            num_boxes,
-            float(precision[-1]) if len(precision) else 0.0,
-            float(recall[-1]) if len(recall) else 0.0,
-            np.stack([recall, precision]),
-            ranking,
-        )
+        curve = np.stack([found / max(1, num_boxes), found / np.arange(1, len(found) + 1)])
+        recall, precision = curve[:, -1].tolist() if len(found) else (0.0, 0.0)
+        average = average_precision(*curve, VOC07_RECALLS if eleven_points else None) if num_boxes else 0.0
+        results[label] = ClassResult(average, num_boxes, precision, recall, curve, ranking)
     return results
 
 

@@ -64,17 +64,16 @@ def write(
     points = list(map(best_f1, rankings))
     steps = score_steps(rankings, points)
     chosen = choose_images(dataset, analysis, points[-1].score if points[-1] else 0.5)
-    saved = _save_images(dataset, chosen, folder)
+    images, levels = [], np.array(steps["steps"])
+    for index, saved in zip(chosen, _save_images(dataset, chosen, folder), strict=True):
+        images.append(_image_entry(dataset, index, analysis.images[index], saved, levels))
     data = {
         "names": names,
         **steps,
         "iou": evaluation.iou_threshold,
         "near": NEAR_IOU,
         "kinds": {"right": "Right"} | {kind: title for kind, (title, _) in errors.KINDS.items()},
-        "images": [
-            _image_entry(dataset, index, analysis.images[index], one, np.array(steps["steps"]))
-            for index, one in zip(chosen, saved, strict=True)
-        ],
+        "images": images,
         "training": _training_curves(training),
     }
     about = {
@@ -84,15 +83,13 @@ def write(
         "Date": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         "Versions": f"retinanet {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
     }
+    classes = zip(itertools.count(), evaluation.coco.classes, points, strict=False)
     text = _template().render(
         source=source,
         about=about,
         metrics=evaluation.coco.metrics,
         best=points[-1],
-        classes=sorted(  # the lowest AP first
-            zip(itertools.count(), evaluation.coco.classes, points, strict=False),
-            key=lambda entry: (not entry[1].boxes, entry[1].AP),
-        ),
+        classes=sorted(classes, key=lambda entry: (not entry[1].boxes, entry[1].AP)),  # the lowest AP first
         errors=[(kind, *texts, analysis.counts[kind], analysis.lost[kind]) for kind, texts in errors.KINDS.items()],
         ap50=analysis.ap50,
         matrix=confusion_rows(analysis.confusion, names) | {"score": errors.CONFUSION_SCORE},
