@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,23 +86,15 @@ def describe(frame: Frame, found: Detections, names: Sequence[str], of_video: bo
     return entry | {"detections": detections}
 
 
-class Item(NamedTuple):
-    """An image, or a frame of a video, on its way through the detector."""
-
-    path: Path
-    video: Video | None
-    frame: Frame
-
-
 def detect_in_files(
     files: Sequence[Path],
     args: argparse.Namespace,
     by_parts: bool,
     detect: Callable[[Iterator[np.ndarray]], Iterator[tuple[np.ndarray, Detections]]],
     failures: list[str],
-) -> Iterator[tuple[Item, Detections]]:
+) -> Iterator[tuple[Path, Video | None, Frame, Detections]]:
     """Every image and frame with what `detect` finds in it, in order; messages about bad files go to `failures`."""
-    waiting: collections.deque[Item] = collections.deque()  # for their detections
+    waiting = collections.deque()  # file, video or None, and frame, until their detections come
 
     def pixels() -> Iterator[np.ndarray]:
         read = open_image if by_parts else read_image
@@ -111,7 +103,7 @@ def detect_in_files(
                 video = Video(path, args.every) if is_video(path) else None
                 frames = video or [Frame(read(path, args.pixel_range, args.pixel_limit), 0, 0)]
                 for frame in progress(frames, path.name, video.total) if video else frames:
-                    waiting.append(Item(path, video, frame))
+                    waiting.append((path, video, frame))
                     yield frame.image
             except UserError as error:
                 failures.append(str(error))
@@ -120,7 +112,7 @@ def detect_in_files(
     while True:
         try:
             for _, found in detect(images):
-                yield waiting.popleft(), found
+                yield *waiting.popleft(), found
             return
         except UserError as error:  # a part of a large image cannot be read; the next image may be intact
             failures.append(str(error))
@@ -150,11 +142,11 @@ def detect_files(args: argparse.Namespace, net: RetinaNet, info: dict[str, Any],
     results = detect_in_files(files, args, bool(tiling), detect, failures)
     head = {"model": args.model, "class_names": names, **limits}
     with detections_json(folder / "detections.json", head, failures) as add_entry:
-        for (path, video), of_file in itertools.groupby(results, key=lambda result: result[0][:2]):
+        for (path, video), of_file in itertools.groupby(results, key=lambda result: result[:2]):
             target = targets[path]
             target.parent.mkdir(parents=True, exist_ok=True)
             with video_writer(target, video) if video else contextlib.nullcontext() as write:
-                for (*_, frame), found in of_file:
+                for _, _, frame, found in of_file:
                     image, scale = overview(frame.image, DRAWN_SIDE)
                     picture = draw_frame(image, found._replace(boxes=found.boxes * scale), names, bool(video))
                     if video:

@@ -39,9 +39,8 @@ def pooled(rankings: Iterable[Ranking]) -> Ranking:
 def _rates(ranking: Ranking, counts: np.ndarray) -> np.ndarray:
     """[3, T] precision, recall and F1 of the best `counts` [T] detections; precision is NaN without any."""
     right, boxes = np.append(0, np.cumsum(ranking.right))[counts], ranking.boxes.sum()
-    return np.stack(
-        [right / np.where(counts, counts, np.nan), right / max(1, boxes), 2 * right / np.maximum(counts + boxes, 1)]
-    )
+    precision = right / np.where(counts, counts, np.nan)
+    return np.stack([precision, right / max(1, boxes), 2 * right / np.maximum(counts + boxes, 1)])
 
 
 def rates_above(ranking: Ranking, scores: np.ndarray) -> np.ndarray:

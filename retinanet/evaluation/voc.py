@@ -203,8 +203,8 @@ def evaluate(
     show_log()
     if save_path is not None:
         Path(save_path).mkdir(parents=True, exist_ok=True)
-    limits = {"score_threshold": score_threshold, "max_detections": max_detections}
-    results = evaluate_detections(generator, detect_dataset(retinanet, generator, **limits), iou_threshold)
+    found = detect_dataset(retinanet, generator, score_threshold=score_threshold, max_detections=max_detections)
+    results = evaluate_detections(generator, found, iou_threshold)
     log.info("%s", class_table(results, generator))
     if save_path is not None:
         curves = {generator.label_to_name(label): result.curve for label, result in results.items()}
