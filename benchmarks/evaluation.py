@@ -1,7 +1,7 @@
 """Evaluation of a data set, beside the bare network on the same batches plus the time of pycocotools."""
 
 import torch
-from networks import imitate_training, make_networks
+from networks import imitate_training
 from side_by_side import make_parser, measure, parse, report, timed
 
 from retinanet.data.loader import make_loader
@@ -9,6 +9,7 @@ from retinanet.data.shapes import ShapesDataset
 from retinanet.data.transforms import Resizer, normalize
 from retinanet.detection import detect
 from retinanet.evaluation import coco as coco_eval
+from retinanet.model import resnet50
 
 
 def main() -> None:
@@ -18,16 +19,15 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=320, help="side of the images, pixels")
     parser.add_argument("--batch", type=int, default=4, help="images per batch")
     args = parse(parser)
-    device = torch.device(args.device)
-    net = make_networks(80, args.side, args.side, args.device)[0].eval()
+    net = resnet50(80).eval().to(args.device, memory_format=torch.channels_last)
     dataset = ShapesDataset(args.images, size=args.side, transform=Resizer(args.side, args.side))
     dataset.labels = {label: f"class {label}" for label in range(80)}
     dataset.coco_labels = {label: label for label in range(80)}
     loader = make_loader(dataset, args.batch)
-    batches = [normalize(batch["img"].to(device)) for batch in loader]
+    batches = [normalize(batch["img"].to(args.device)) for batch in loader]
     output = net.classificationModel.output
     imitate_training(output, lambda: torch.cat([net.heads(images)[0] for images in batches]))
-    found = detect(net, loader, device)
+    found = detect(net, loader, args.device)
 
     @torch.no_grad()
     def network() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
         coco_eval.score(dataset, found)
 
     def ours() -> None:
-        coco_eval.score(dataset, detect(net, loader, device))
+        coco_eval.score(dataset, detect(net, loader, args.device))
 
     programs = {"ours, all": ours, "bare network": network, "network and detection": detection, "pycocotools": scoring}
     seconds = measure(programs, args.repeats, args.device)

@@ -42,17 +42,15 @@ def main() -> None:
     parser.add_argument("--model", help="checkpoint to measure on --images, beside the bare network of its depth")
     parser.add_argument("--images", nargs="+", help="image files for --model, resized as in training (default: grey)")
     args = parse(parser)
-    device = torch.device(args.device)
-    precision = choose_precision(args.precision, device)
+    precision = choose_precision(args.precision, args.device)
     bounds, extra = {("ours", "floor"): 0.88}, {}
     if args.model:
         ours, floor, batches = load_trained(args)
         programs = {"ours": ours.detect, "floor": floor}
         title = f"detection by {args.model}, images: {len(batches)}, the first of {tuple(batches[0].shape[2:])} pixels"
     else:
-        networks = make_networks(args.classes, args.height, args.width, args.device)
-        ours, theirs, floor = (network.eval() for network in networks)
-        images, _ = make_batch(args.batch, args.height, args.width, args.classes, 1, args.device)
+        ours, theirs, floor = (network.eval() for network in make_networks(args))
+        images, _ = make_batch(args)
         batches, their_head = [images], theirs.head.classification_head
         imitate_training(ours.classificationModel.output, lambda: ours.heads(images)[0])
         imitate_training(their_head.cls_logits, lambda: their_head(list(theirs.backbone(images).values())))
@@ -68,7 +66,7 @@ def main() -> None:
         title = f"detection, {args.batch} x {args.height} x {args.width}, {str(precision).removeprefix('torch.')}"
 
     def run(program) -> None:
-        with torch.no_grad(), autocast(device, precision):
+        with torch.no_grad(), autocast(args.device, precision):
             for images in batches:
                 program(images)
 

@@ -1,5 +1,7 @@
 """The loss, forward and backward, beside its plain form and beside torchvision's focal loss and matcher."""
 
+import argparse
+
 import torch
 from networks import add_size_arguments
 from side_by_side import make_parser, measure, parse, peak_memory, report
@@ -11,14 +13,15 @@ from retinanet.fused_loss import FusedFocalLoss
 from retinanet.losses import FocalLoss
 
 
-def make_inputs(batch: int, height: int, width: int, classes: int, boxes: int, device: str) -> tuple[torch.Tensor, ...]:
+def make_inputs(args: argparse.Namespace, boxes: int) -> tuple[torch.Tensor, ...]:
     """Logits and deltas like those of a network early in training, anchors, and random boxes."""
-    anchors = Anchors()(torch.empty(1, 3, height, width, device=device))
-    logits = (torch.randn(batch, anchors.shape[1], classes, device=device) - 4).requires_grad_()
+    batch, device = args.batch, args.device
+    anchors = Anchors()(torch.empty(1, 3, args.height, args.width, device=device))
+    logits = (torch.randn(batch, anchors.shape[1], args.classes, device=device) - 4).requires_grad_()
     deltas = torch.randn(batch, anchors.shape[1], 4, device=device).requires_grad_()
-    centre = torch.rand(batch, boxes, 2, device=device) * torch.tensor([width, height], device=device)
+    centre = torch.rand(batch, boxes, 2, device=device) * torch.tensor([args.width, args.height], device=device)
     side = 16 * 2 ** (5 * torch.rand(batch, boxes, 2, device=device))
-    labels = torch.randint(0, classes, (batch, boxes, 1), device=device)
+    labels = torch.randint(0, args.classes, (batch, boxes, 1), device=device)
     return logits, deltas, anchors, torch.cat([centre - side / 2, centre + side / 2, labels], dim=-1)
 
 
@@ -42,8 +45,7 @@ def main() -> None:
     parser = make_parser(__doc__, repeats=5)
     add_size_arguments(parser, boxes=15)
     args = parse(parser)
-    inputs = make_inputs(args.batch, args.height, args.width, args.classes, args.boxes, args.device)
-    many = make_inputs(args.batch, args.height, args.width, args.classes, 200, args.device)
+    inputs, many = make_inputs(args, args.boxes), make_inputs(args, 200)
 
     def ours(criterion: FocalLoss, logits: torch.Tensor, deltas: torch.Tensor, *others: torch.Tensor) -> None:
         torch.autograd.grad(sum(criterion(logits, deltas, *others)), (logits, deltas))

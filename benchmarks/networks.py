@@ -54,16 +54,19 @@ class Floor(nn.Module):
         return [head(level) for head in self.heads for level in levels]
 
 
-def make_networks(classes: int, height: int, width: int, device: str) -> tuple[RetinaNet, TorchvisionRetinaNet, Floor]:
-    """The three networks with random weights, frozen BatchNorm and channels_last, on the device; all layers train."""
-    ours = resnet50(classes)
+def make_networks(args: argparse.Namespace) -> tuple[RetinaNet, TorchvisionRetinaNet, Floor]:
+    """The three networks with random weights, frozen BatchNorm and channels_last; all layers train.
+
+    `args` has the flags of `add_size_arguments`.
+    """
+    ours = resnet50(args.classes)
     ours.freeze_bn()
-    size = {"min_size": min(height, width), "max_size": max(height, width)}
+    sides = sorted([args.height, args.width])
     theirs = retinanet_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=classes, trainable_backbone_layers=5, **size
+        weights=None, weights_backbone=None, num_classes=args.classes, min_size=sides[0], max_size=sides[1]
     )
-    networks = ours, theirs, Floor(classes)
-    return tuple(network.to(device, memory_format=torch.channels_last) for network in networks)
+    networks = ours, theirs, Floor(args.classes)
+    return tuple(network.to(args.device, memory_format=torch.channels_last) for network in networks)
 
 
 @torch.no_grad()
@@ -76,13 +79,17 @@ def imitate_training(output: nn.Conv2d, logits: Callable[[], Tensor]) -> None:
     output.bias.fill_(-6)
 
 
-def make_batch(batch: int, height: int, width: int, classes: int, boxes: int, device: str) -> tuple[Tensor, Tensor]:
-    """Random normalised images, channels_last, and boxes as large as COCO's: sides of 24 to 330 pixels at 608 x 800."""
-    images = torch.randn(batch, 3, height, width, device=device).contiguous(memory_format=torch.channels_last)
+def make_batch(args: argparse.Namespace, shrink: int = 1) -> tuple[Tensor, Tensor]:
+    """Random normalised images, channels_last, and boxes as large as COCO's: sides of 24 to 330 pixels at 608 x 800.
+
+    `args` has the flags of `add_size_arguments`; height and width are divided by `shrink`.
+    """
+    height, width, device = args.height // shrink, args.width // shrink, args.device
+    images = torch.randn(args.batch, 3, height, width, device=device).contiguous(memory_format=torch.channels_last)
     size = torch.tensor([width, height], device=device)
-    side = 24 * (330 / 24) ** torch.rand(batch, boxes, 2, device=device) * min(height, width) / 608
-    corner = torch.rand(batch, boxes, 2, device=device) * (size - side).clamp(min=0)
-    labels = torch.randint(0, classes, (batch, boxes, 1), device=device)
+    side = 24 * (330 / 24) ** torch.rand(args.batch, args.boxes, 2, device=device) * min(height, width) / 608
+    corner = torch.rand(args.batch, args.boxes, 2, device=device) * (size - side).clamp(min=0)
+    labels = torch.randint(0, args.classes, (args.batch, args.boxes, 1), device=device)
     return images, torch.cat([corner, corner + side, labels], dim=-1)
 
 

@@ -15,13 +15,15 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler warns 
 import torch
 import torchvision
 
+CPU = torch.device("cpu")
+
 
 def make_parser(description: str, repeats: int) -> argparse.ArgumentParser:
     """A parser with the flags that all benchmarks share."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda")
     parser.add_argument("--repeats", type=int, default=repeats, help="timed rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads on the CPU")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -36,26 +38,26 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def timed(program: Callable[[], object], device: str = "cpu") -> float:
+def timed(program: Callable[[], object], device: torch.device = CPU) -> float:
     """The seconds that a program takes."""
-    if device != "cpu":
+    if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
     program()
-    if device != "cpu":
+    if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def measure(programs: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, float]:
+def measure(programs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device = CPU) -> dict[str, float]:
     """Median seconds of each program; all run in turn `repeats` times, after one warm-up round."""
     rounds = [{name: timed(program, device) for name, program in programs.items()} for _ in range(repeats + 1)]
     return {name: statistics.median(seconds[name] for seconds in rounds[1:]) for name in programs}
 
 
-def peak_memory(program: Callable[[], object], device: str = "cpu") -> int:
+def peak_memory(program: Callable[[], object], device: torch.device) -> int:
     """The largest growth of torch's allocations while a program runs, bytes."""
-    if device != "cpu":
+    if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

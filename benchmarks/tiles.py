@@ -23,11 +23,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="tiles per batch")
     add_precision_argument(parser)
     args = parse(parser)
-    device, tiling = torch.device(args.device), Tiling(args.tile, args.overlap)
-    precision, count = choose_precision(args.precision, device), tiling.count(args.height, args.width)
-    net = resnet(args.depth, 1).eval().to(device, memory_format=torch.channels_last)
+    tiling, precision = Tiling(args.tile, args.overlap), choose_precision(args.precision, args.device)
+    count = tiling.count(args.height, args.width)
+    net = resnet(args.depth, 1).eval().to(args.device, memory_format=torch.channels_last)
     image = np.random.default_rng(0).integers(0, 256, (args.height, args.width, 3), dtype=np.uint8)
-    tile = torch.from_numpy(image[: args.tile, : args.tile].copy()).permute(2, 0, 1)[None].to(device)
+    tile = torch.from_numpy(image[: args.tile, : args.tile].copy()).permute(2, 0, 1)[None].to(args.device)
     batches = [tile.repeat(min(args.batch, count - start), 1, 1, 1) for start in range(0, count, args.batch)]
     with torch.no_grad():  # make the network find 200 candidates per tile
         torch.nn.init.normal_(net.classificationModel.output.weight, std=0.01)
@@ -39,7 +39,7 @@ def main() -> None:
 
     def plain() -> None:
         for images in batches:
-            with autocast(device, precision):
+            with autocast(args.device, precision):
                 net.detect(normalize(images), max_detections=None)
 
     seconds = measure({"tiles": by_tiles, "images of a tile's size": plain}, args.repeats, args.device)

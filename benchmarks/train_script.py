@@ -46,21 +46,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="images per batch")
     parser.add_argument("--workers", type=int, default=2, help="processes of train.py that read images")
     args = parse(parser)
-    device = torch.device(args.device)
-    precision = choose_precision("auto", device)
+    precision = choose_precision("auto", args.device)
     recipe = RECIPES["scratch"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data_flags = write_data(folder, args.images)
         dataset = CSVDataset(folder / "train.csv", folder / "classes.csv", Resizer(args.min_side))
         batches = list(make_loader(dataset, args.batch, 0, AspectRatioBasedSampler(dataset, args.batch)))
-        net = resnet(args.depth, 1).train().to(device, memory_format=torch.channels_last)
+        net = resnet(args.depth, 1).train().to(args.device, memory_format=torch.channels_last)
         optimizer = make_optimizer(net, recipe, recipe.lr)
 
         def bare() -> None:
             for batch in batches:
-                images, annotations = normalize(batch["img"].to(device)), batch["annot"].to(device)
-                with autocast(device, precision):
+                images, annotations = normalize(batch["img"].to(args.device)), batch["annot"].to(args.device)
+                with autocast(args.device, precision):
                     losses = torch.cat(net([images, annotations]))
                 losses.sum().backward()
                 optimizer.step()

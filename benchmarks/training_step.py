@@ -3,6 +3,7 @@
 Floor is the bare network: BatchNorm is a separate operation, and the sum of all outputs is the loss.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -25,15 +26,13 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="also time ours under torch.compile")
     parser.add_argument("--peak", type=float, help="peak TFLOP/s of the device in this precision, from its data sheet")
     args = parse(parser)
-    device = torch.device(args.device)
-    precision = choose_precision(args.precision, device)
-    sizes = args.classes, args.height, args.width
-    ours, theirs, floor = (network.train() for network in make_networks(*sizes, args.device))
-    images, annotations = make_batch(args.batch, args.height, args.width, args.classes, args.boxes, args.device)
+    precision = choose_precision(args.precision, args.device)
+    ours, theirs, floor = (network.train() for network in make_networks(args))
+    images, annotations = make_batch(args)
     targets = torchvision_targets(annotations)
 
     def step(network: nn.Module, loss: Callable[[nn.Module], Tensor], dtype: torch.dtype = precision) -> None:
-        with autocast(device, dtype):
+        with autocast(args.device, dtype):
             value = loss(network)
         value.backward()
         network.zero_grad()
@@ -58,20 +57,20 @@ def main() -> None:
     }
     bounds = {("ours", "floor"): 0.88, ("ours", "ours, dense box head"): 1.02, ("ours", "torchvision"): 0.78}
     if args.plain:
-        plain = make_networks(*sizes, args.device)[1].train().to(memory_format=torch.contiguous_format)
+        plain = copy.deepcopy(theirs).to(memory_format=torch.contiguous_format)
         contiguous = [image.contiguous() for image in images]
         programs["torchvision, default flags"] = lambda: step(
             plain, lambda network: sum(network(contiguous, targets).values()), torch.float32
         )
         bounds["ours", "torchvision, default flags"] = 0.25
     if args.frozen:
-        frozen = make_networks(*sizes, args.device)[0].train()
+        frozen = copy.deepcopy(ours)
         frozen.freeze_bn(affine=True)
         frozen.freeze_stages(2)
         programs["ours, as recipe paper"] = lambda: step(frozen, our_loss)
         bounds["ours, as recipe paper", "ours"] = 0.90
     if args.growth:
-        small = make_batch(args.batch, args.height // 2, args.width // 2, args.classes, args.boxes, args.device)
+        small = make_batch(args, shrink=2)
         programs["ours, a quarter of the pixels"] = lambda: step(
             ours, lambda network: torch.cat(network(list(small))).sum()
         )

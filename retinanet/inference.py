@@ -228,8 +228,7 @@ def as_array(image: AnyImage, pixel_range: PixelRanges = None, pixel_limit: floa
     kind = f"{type(image).__name__} {getattr(image, 'shape', '')}"
     if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or not image.size:
         raise ValueError(f"an image must be a path, an array, a Pillow image or a tensor [3, H, W], not {kind}")
-    image = image[:, :, None] if image.ndim == 2 else image
-    if image.shape[2] not in (1, 3, 4):
+    if image.shape[2:] not in ((), (1,), (3,), (4,)):
         raise ValueError(f"an image must have 1, 3 or 4 channels, last in an array and first in a tensor, not {kind}")
     pixel_range = range_of(pixel_range, image.dtype)
     if image.dtype.kind not in ("uif" if pixel_range else "f") and image.dtype not in (np.uint8, np.uint16):
@@ -240,4 +239,4 @@ def as_array(image: AnyImage, pixel_range: PixelRanges = None, pixel_limit: floa
         if not (image.min() >= 0 and image.max() <= 1):
             text = "a floating-point image must hold numbers from 0 to 1 or have a pixel_range"
             raise ValueError(f"{text}; normalised images are for net.detect")
-    return RawImage(image[:, :, :3]).decode(pixel_range)
+    return RawImage(image).decode(pixel_range)
