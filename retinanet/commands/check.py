@@ -56,8 +56,10 @@ def main(argv: list[str] | None = None) -> int:
         log.info("\nwarnings:\n%s", report.text(warnings))
     if args.skip_bad:
         write_skipped(Path(), found)
-    if errors or broken:
-        log.info("\nerrors:\n%s", "\n".join([*dict.fromkeys(broken), *([report.text(errors)] if errors else [])]))
+    if errors:
+        broken.append(report.text(errors))
+    if broken:
+        log.info("\nerrors:\n%s", "\n".join(dict.fromkeys(broken)))
         log.info("\ntraining would not start")
         return 1
     log.info("\n%s", "training can start" if warnings else "no errors found")

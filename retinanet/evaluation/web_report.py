@@ -167,9 +167,10 @@ def choose_images(dataset: DetectionDataset, analysis: errors.ErrorAnalysis, sco
             elif weight > score:
                 hit.add(target)
         for box, (label, area, near) in enumerate(zip(true_labels, areas.tolist(), one.near.tolist(), strict=True)):
-            for kind in ["missing"] * (box not in hit) + ["odd"] * (near <= NEAR_IOU):
-                groups[kind].append((area, index))
-                groups[kind, label].append((area, index))
+            for kind, applies in (("missing", box not in hit), ("odd", near <= NEAR_IOU)):
+                if applies:
+                    groups[kind].append((area, index))
+                    groups[kind, label].append((area, index))
     queues = [heapq.nlargest(MAX_IMAGES, group) for group in sorted(groups.values(), key=len, reverse=True)]
     rounds = itertools.chain.from_iterable(itertools.zip_longest(*queues))
     chosen = list(dict.fromkeys(entry[1] for entry in rounds if entry))[:MAX_IMAGES]
