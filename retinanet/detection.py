@@ -2,6 +2,7 @@
 
 import itertools
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ def detect(
         Sample index -> Detections, of all ranks and the same on every rank; on the CPU, boxes in pixels of the
         original image.
     """
-    found, tiled = {}, {}
+    found, tiled = {}, defaultdict(_TileDetections)
     with explained(loader, precision) as seen:
         for batch in progress(loader, "detecting"):
             if stop is not None and stop():
@@ -53,7 +54,7 @@ def detect(
                 raise UserError("the samples have no scale and size: end the data set's transform with Resizer")
             detections = detect_batch(model, batch, device, precision, **limits)
             if "tile" in batch:
-                tiled.setdefault(batch["index"][0], _TileDetections()).add(batch["tile"], detections)
+                tiled[batch["index"][0]].add(batch["tile"], detections)
             else:
                 found |= zip(batch["index"], detections, strict=True)
             seen.clear()

@@ -21,17 +21,10 @@ UNASSIGNED = "\uffff"  # never a character: a font draws it like every character
 
 
 def one_line(text: str, limit: int | None = None) -> str:
-    """Text without line breaks and control characters; above `limit` characters, cut with an ellipsis."""
-    line = " ".join("".join(map(_printable, unicodedata.normalize("NFC", text))).split())
+    """Text without line breaks, control and invisible characters; above `limit` characters, cut with an ellipsis."""
+    visible = [letter for letter in unicodedata.normalize("NFC", text) if unicodedata.category(letter) != "Cf"]
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in visible).split())
     return line if limit is None or len(line) <= limit else line[: limit - 1].rstrip() + "…"
-
-
-def _printable(character: str) -> str:
-    """The character itself, nothing for an invisible one, a space for a control character or half a surrogate pair."""
-    category = unicodedata.category(character)
-    if category == "Cf":
-        return ""
-    return " " if category.startswith("C") or category in ("Zl", "Zp") else character
 
 
 def drawable(text: str) -> str:
