@@ -7,6 +7,12 @@ const state = { step: data.start, label: null, kind: "label", cell: null, limit:
 const running = (changes) => { let total = 0; return changes.map((change) => (total += change)); };
 const counts = data.counts.map(running), rights = data.right.map(running);
 const WIDTH = 440, HEIGHT = 300, LEFT = 42, TOP = 10, BOTTOM = HEIGHT - 40;
+for (const image of data.images) { // rows become objects
+  image.found = image.found.map(([x1, y1, x2, y2, label, score, kind, target, took, level]) =>
+    ({ corners: [x1, y1, x2, y2], label, score, kind, target, took, level }));
+  image.truth = image.truth.map(([x1, y1, x2, y2, label, iou, place]) =>
+    ({ corners: [x1, y1, x2, y2], label, iou, place }));
+}
 const fileOf = (path) => path.split(/[\\/]/).at(-1);
 const shortened = (name) => (name.length > 24 ? `${name.slice(0, 23)}…` : name);
 function element(tag, attributes = {}, ...children) {
@@ -89,18 +95,21 @@ function cases() {
   const asked = { false: ["background", "both"], label: ["background"] }[kind] ?? [kind];
   for (const image of data.images) {
     const hit = new Set(), near = new Set(), taken = new Set();
-    image.found.forEach(([, , , , name, weight, what, target, took, level], box) => {
-      if (what === "right" && level > step) hit.add(target);
+    image.found.forEach((one, box) => {
+      const { target, took } = one, isAbove = one.level > step;
+      if (one.kind === "right" && isAbove) hit.add(target);
       near.add(target), taken.add(took);
-      const under = took < 0 ? BACKGROUND : image.truth[took][4];
-      const wanted = cell ? took !== -2 && under === cell[0] && name === cell[1] : level > step && asked.includes(what);
-      const names = [name, cell ? under : what === "class" ? image.truth[target][4] : name];
-      if (wanted && (label === null || names.includes(label))) found.push({ image, box, weight });
+      const under = took < 0 ? BACKGROUND : image.truth[took].label;
+      const wanted = cell ? took !== -2 && under === cell[0] && one.label === cell[1]
+        : isAbove && asked.includes(one.kind);
+      const labels = [one.label, cell ? under : one.kind === "class" ? image.truth[target].label : one.label];
+      if (wanted && (label === null || labels.includes(label))) found.push({ image, box, weight: one.score });
     });
-    image.truth.forEach(([x1, y1, x2, y2, name, iou], box) => {
-      const wanted = cell ? cell[1] === BACKGROUND && name === cell[0] && !taken.has(box)
-        : { missing: !hit.has(box), missed: !near.has(box), label: iou <= data.near }[kind];
-      if (!wanted || (label !== null && name !== label)) return;
+    image.truth.forEach((one, box) => {
+      const wanted = cell ? cell[1] === BACKGROUND && one.label === cell[0] && !taken.has(box)
+        : { missing: !hit.has(box), missed: !near.has(box), label: one.iou <= data.near }[kind];
+      if (!wanted || (label !== null && one.label !== label)) return;
+      const [x1, y1, x2, y2] = one.corners;
       truth.push({ image, box, isTruth: true, weight: (x2 - x1) * (y2 - y1) });
     });
   }
@@ -109,15 +118,15 @@ function cases() {
 }
 function describe({ image, box, isTruth }) {
   if (isTruth) {
-    const [, , , , name, iou, place] = image.truth[box], verdict = iou <= data.near ? "no detection near" : "missed";
+    const { label, iou, place } = image.truth[box], verdict = iou <= data.near ? "no detection near" : "missed";
     const long = `Annotated in ${place}. The nearest detection overlaps it by an IoU of ${iou.toFixed(2)}.`;
-    return { what: data.names[name], verdict: `Annotated, ${verdict}`, where: fileOf(place), long };
+    return { what: data.names[label], verdict: `Annotated, ${verdict}`, where: fileOf(place), long };
   }
-  const [, , , , name, score, kind, target, took] = image.found[box];
+  const { label, score, kind, target, took } = image.found[box];
   const other = image.truth[kind === "class" ? target : state.cell ? took : -1];
-  const verdict = data.kinds[kind] + (other ? `: annotated as ${data.names[other[4]]}` : "");
-  const long = other ? `Annotated in ${other[6]}.` : "";
-  return { what: `${data.names[name]} ${score.toFixed(2)}`, verdict, where: fileOf(image.path), long };
+  const verdict = data.kinds[kind] + (other ? `: annotated as ${data.names[other.label]}` : "");
+  const long = other ? `Annotated in ${other.place}.` : "";
+  return { what: `${data.names[label]} ${score.toFixed(2)}`, verdict, where: fileOf(image.path), long };
 }
 function draw(svg, { image, box, isTruth }, view, withText) {
   const size = Math.max(view[2], view[3]) / (innerWidth < 700 ? 30 : 50), hit = new Set(), boxes = [], texts = [];
@@ -130,15 +139,15 @@ function draw(svg, { image, box, isTruth }, view, withText) {
   else write(view[0] + size, view[1] + 3 * size, 2 * size, "The image cannot be read.");
   image.ignored.forEach((one) => boxes.push([one, "ignored", false, ""]));
   image.found.forEach((one, place) => {
-    const isFocus = !isTruth && place === box, isRight = one[6] === "right";
-    if (!isFocus && one[9] <= state.step) return;
-    if (isRight) hit.add(one[7]);
-    const name = `${shortened(data.names[one[4]])} ${one[5].toFixed(2)}`;
-    boxes.push([one, isRight ? "found-right" : "found-false", isFocus, name]);
+    const isFocus = !isTruth && place === box, isRight = one.kind === "right";
+    if (!isFocus && one.level <= state.step) return;
+    if (isRight) hit.add(one.target);
+    const name = `${shortened(data.names[one.label])} ${one.score.toFixed(2)}`;
+    boxes.push([one.corners, isRight ? "found-right" : "found-false", isFocus, name]);
   });
   image.truth.forEach((one, place) => {
-    const isFocus = isTruth && place === box;
-    boxes.unshift(hit.has(place) ? [one, "truth", isFocus, ""] : [one, "lost", isFocus, shortened(data.names[one[4]])]);
+    const isFocus = isTruth && place === box, name = shortened(data.names[one.label]);
+    boxes.unshift([one.corners, ...(hit.has(place) ? ["truth", isFocus, ""] : ["lost", isFocus, name])]);
   });
   boxes.sort((a, b) => a[2] - b[2]); // the box in question on top
   for (const [[x1, y1, x2, y2], style, isFocus, text] of boxes) {
@@ -152,7 +161,7 @@ function draw(svg, { image, box, isTruth }, view, withText) {
   svg.append(...texts);
 }
 function crop({ image, box, isTruth }) {
-  const [x1, y1, x2, y2] = (isTruth ? image.truth : image.found)[box], [height, width] = image.size;
+  const [x1, y1, x2, y2] = (isTruth ? image.truth : image.found)[box].corners, [height, width] = image.size;
   const across = Math.max(2.2 * (x2 - x1), 2.9 * (y2 - y1), Math.min(96, width)), down = across * 0.75;
   const start = (low, high, span, all) => Math.max(Math.min((low + high - span) / 2, all - span), Math.min(0, (all - span) / 2));
   return [start(x1, x2, across, width), start(y1, y2, down, height), across, down];
@@ -186,12 +195,14 @@ function showWhole(place) {
 }
 function drawWhole() {
   const { image } = state.shown, [height, width] = image.size;
-  const name = (one) => element("th", { scope: "row" }, element("bdi", {}, data.names[one[4]]));
+  const name = (one) => element("th", { scope: "row" }, element("bdi", {}, data.names[one.label]));
   const row = (one, ...texts) =>
-    element("tr", {}, name(one), ...[...texts, one.slice(0, 4).join(", ")].map((text) => element("td", {}, text)));
+    element("tr", {}, name(one), ...[...texts, one.corners.join(", ")].map((text) => element("td", {}, text)));
   draw($("whole-image"), state.shown, [0, 0, width, height], true);
-  $("boxes").tBodies[0].replaceChildren(...image.truth.map((one) => row(one, "–", `annotated in ${fileOf(one[6])}`)),
-    ...image.found.filter((one) => one[9] > state.step).map((one) => row(one, one[5].toFixed(3), data.kinds[one[6]])));
+  const shown = image.found.filter((one) => one.level > state.step);
+  $("boxes").tBodies[0].replaceChildren(
+    ...image.truth.map((one) => row(one, "–", `annotated in ${fileOf(one.place)}`)),
+    ...shown.map((one) => row(one, one.score.toFixed(3), data.kinds[one.kind])));
 }
 // Changes that the user makes.
 let drawing, announcing;
