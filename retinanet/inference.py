@@ -231,10 +231,11 @@ def as_array(image: AnyImage, pixel_range: PixelRanges = None, pixel_limit: floa
     if image.shape[2:] not in ((), (1,), (3,), (4,)):
         raise ValueError(f"an image must have 1, 3 or 4 channels, last in an array and first in a tensor, not {kind}")
     pixel_range = range_of(pixel_range, image.dtype)
-    if image.dtype.kind not in ("uif" if pixel_range else "f") and image.dtype not in (np.uint8, np.uint16):
+    is_float = image.dtype.kind == "f"
+    if not (is_float or image.dtype in (np.uint8, np.uint16) or (pixel_range and image.dtype.kind in "ui")):
         text = "an image must hold uint8, uint16 or floating-point numbers"
         raise ValueError(f"{text}, not {image.dtype}; other types need a pixel_range")
-    if image.dtype.kind == "f" and pixel_range is None:
+    if is_float and pixel_range is None:
         pixel_range = 0, 1
         if not (image.min() >= 0 and image.max() <= 1):
             text = "a floating-point image must hold numbers from 0 to 1 or have a pixel_range"

@@ -44,7 +44,7 @@ class Boxes(NamedTuple):
 
 def resized_boxes(dataset: DetectionDataset, min_side: int, max_side: int) -> Boxes:
     """All boxes of a data set, resized as by Resizer; only the sizes of the images are read."""
-    sizes = np.asarray(dataset.image_sizes).reshape(-1, 2)
+    sizes = dataset.image_sizes
     resized = [resized_size(*size, min_side, max_side) for size in sizes.tolist()]
     scales = np.array([scale for scale, _, _ in resized])
     padded = np.array([size for _, _, size in resized], dtype=np.int64).reshape(-1, 2)

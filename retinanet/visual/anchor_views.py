@@ -139,10 +139,10 @@ def draw_tiles(
     panels = []
     levels = zip(anchors.pyramid_levels, anchors.strides, plan.levels, plan.tiles(), strict=True)
     for level, stride, active, tiles in levels:
-        light, share = np.full(size, 1.0), "computed as a whole"
-        if tiles is not None:
-            light[:] = 0.2
-            corners = tiles[1].tolist()
+        if tiles is None:
+            light, share = np.ones(size), "computed as a whole"
+        else:
+            light, corners = np.full(size, 0.2), tiles[1].tolist()
             for margin, brightness in ((MARGIN, 0.5), (0, 1.0)):
                 for corner in corners:
                     y, x = (slice(max(0, (at - margin) * stride), (at + TILE + margin) * stride) for at in corner)

@@ -152,7 +152,7 @@ def draw_label_chart(dataset: DetectionDataset, path: str | Path) -> None:
     classes.set(title=f"{total}{rest}", xlabel="boxes")
     classes.xaxis.get_major_locator().set_params(integer=True)
     if len(annotations):
-        relative = 100 * annotations[:, :4] / np.tile(np.asarray(dataset.image_sizes)[dataset.image_index, ::-1], 2)
+        relative = 100 * annotations[:, :4] / np.tile(dataset.image_sizes[dataset.image_index, ::-1], 2)
         _draw_density(sizes, *(relative[:, 2:] - relative[:, :2]).T)
         _draw_density(positions, *((relative[:, 2:] + relative[:, :2]) / 2).T)
     sizes.set(title="sizes of boxes", xlabel="width, % of the image", ylabel="height, % of the image")
