@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
@@ -45,17 +46,9 @@ def write_files(folder: Path, images: int, boxes: int, classes: int = 80) -> Non
     (folder / "classes.csv").write_text("".join(f"class{label},{label}\n" for label in range(classes)))
 
 
-class Annotations:
-    """The annotations of a data set without its images, as a data set for DataLoader."""
-
-    def __init__(self, dataset: CocoDataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> int:
-        return len(self.dataset.load_annotations(index))
+def count_boxes(dataset: CocoDataset, indices: list[int]) -> int:
+    """Load the annotations of some images, without the images."""
+    return sum(len(dataset.load_annotations(index)) for index in indices)
 
 
 def private_memory(pid: int) -> float:
@@ -67,7 +60,8 @@ def private_memory(pid: int) -> float:
 def memory_of_workers(dataset: CocoDataset, workers: int) -> float:
     """Memory of this process and its workers near the end of an epoch, as a multiple of this process alone."""
     alone = private_memory(os.getpid())
-    loader = DataLoader(Annotations(dataset), batch_size=64, num_workers=workers, persistent_workers=True)
+    load = functools.partial(count_boxes, dataset)
+    loader = DataLoader(range(len(dataset)), 64, num_workers=workers, collate_fn=load, persistent_workers=True)
     iterator = iter(loader)
     for _ in range(len(loader) - 2 * workers):
         next(iterator)

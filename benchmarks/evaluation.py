@@ -1,5 +1,7 @@
 """Evaluation of a data set, beside the bare network on the same batches plus the time of pycocotools."""
 
+from collections.abc import Callable
+
 import torch
 from networks import imitate_training
 from side_by_side import make_parser, measure, parse, report, timed
@@ -30,22 +32,16 @@ def main() -> None:
     found = detect(net, loader, args.device)
 
     @torch.no_grad()
-    def network() -> None:
+    def run(program: Callable[[torch.Tensor], object]) -> None:
         for images in batches:
-            net.heads(images)
+            program(images)
 
-    @torch.no_grad()
-    def detection() -> None:
-        for images in batches:
-            net.detect(images)
-
-    def scoring() -> None:
-        coco_eval.score(dataset, found)
-
-    def ours() -> None:
-        coco_eval.score(dataset, detect(net, loader, args.device))
-
-    programs = {"ours, all": ours, "bare network": network, "network and detection": detection, "pycocotools": scoring}
+    programs = {
+        "ours, all": lambda: coco_eval.score(dataset, detect(net, loader, args.device)),
+        "bare network": lambda: run(net.heads),
+        "network and detection": lambda: run(net.detect),
+        "pycocotools": lambda: coco_eval.score(dataset, found),
+    }
     seconds = measure(programs, args.repeats, args.device)
     seconds["bare network + pycocotools"] = seconds["bare network"] + seconds["pycocotools"]
     bounds = {("ours, all", "bare network + pycocotools"): 1.15, ("network and detection", "bare network"): 1.05}
