@@ -211,3 +211,14 @@ def test_the_page_fits_and_every_control_has_a_name(page):
     assert page.eval_on_selector_all("button, select, input, table, svg[role]", unnamed) == 0
     broken = "nodes => nodes.filter(node => node.getBBox().width === 0).length"
     assert page.eval_on_selector_all("#cards image, #pr polyline", broken) == 0
+
+
+def test_a_dark_edge_surrounds_every_box_and_the_one_in_question_is_wider(page):
+    page.select_option("#kind", "missing")
+
+    def width(style):
+        selector = f"#cards rect{style}"
+        return float(page.eval_on_selector(selector, "node => getComputedStyle(node).strokeWidth").removesuffix("px"))
+
+    others = [width(f".{style}:not(.focus)") for style in ("truth", "found-right", "found-false")]
+    assert width(".edge:not(.focus)") > max(others) and width(".edge.focus") > width(".lost.focus") > max(others)

@@ -1,44 +1,33 @@
 """report.html: a page that shows what a detector gets wrong and which score threshold to use; it needs no server.
 
 It consists of the page and of the folder `report` beside it, with JPEG images. Python counts detections
-(`score_steps`), and chooses (`choose_images`) and describes the images. The template, style sheet and script are in
-`page/`. The script draws curves and boxes and finds the cases of each kind of mistake, so that they follow the slider.
+(`score_steps`), and chooses and describes the images (`gallery`). The template, style sheet and script are in `page/`.
+The script draws curves and boxes and finds the cases of each kind of mistake, so that they follow the slider.
 """
 
-import collections
 import datetime
-import heapq
 import itertools
-import os
 import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 import torch
-from PIL import Image
 
 from retinanet import __version__
 from retinanet.data.dataset import DetectionDataset
 from retinanet.errors import UserError, escaped, output_file
-from retinanet.evaluation import errors, voc
+from retinanet.evaluation import errors, gallery, voc
 from retinanet.evaluation.report import Evaluation
 from retinanet.evaluation.thresholds import Point, Ranking, best_f1, counts_above, threshold
 
-MAX_IMAGES, MAX_BOXES = 300, 60_000  # of the gallery
-MAX_BYTES = 40_000_000  # of all JPEG files
-# Long side in pixels and JPEG quality, best first: an image gets the first pair whose file is small enough.
-QUALITIES = ((1280, 82), (1280, 65), (960, 60), (640, 50), (320, 40))
 STEPS, RANKS = 100, 20  # steps of the slider: at equal distances, and at equal numbers of detections
 BEST_LIMIT, CURVE_LIMIT = 100, 7  # classes whose best F1 is a step, and whose curves are drawn
 MATRIX_LIMIT, BAR_LIMIT = 20, 40  # classes in the confusion matrix, and in the chart of boxes
-NEAR_IOU = 0.1  # a box that no detection overlaps by more than this may be an annotation error
 SIDES = (0, 16, 32, 64, 96, 128, 256, 512)  # limits of groups of box sizes: square root of the area, pixels
 GRID = 24  # cells per side of the map of positions
 
@@ -63,15 +52,15 @@ def write(
     rankings = voc.all_rankings(evaluation.voc)
     points = list(map(best_f1, rankings))
     steps = score_steps(rankings, points)
-    chosen = choose_images(dataset, analysis, points[-1].score if points[-1] else 0.5)
+    chosen = gallery.choose_images(dataset, analysis, points[-1].score if points[-1] else 0.5)
     images, levels = [], np.array(steps["steps"])
-    for index, saved in zip(chosen, _save_images(dataset, chosen, folder), strict=True):
-        images.append(_image_entry(dataset, index, analysis.images[index], saved, levels))
+    for index, saved in zip(chosen, gallery.save_images(dataset, chosen, folder), strict=True):
+        images.append(gallery.image_entry(dataset, index, analysis.images[index], saved, levels))
     data = {
         "names": names,
         **steps,
         "iou": evaluation.iou_threshold,
-        "near": NEAR_IOU,
+        "near": gallery.NEAR_IOU,
         "kinds": {"right": "Right"} | {kind: title for kind, (title, _) in errors.KINDS.items()},
         "images": images,
         "training": _training_curves(training),
@@ -147,106 +136,6 @@ def score_steps(rankings: Sequence[Ranking], points: Sequence[Point | None]) -> 
         "start": int(np.abs(steps - 0.5).argmin()) if best[-1] is None else best[-1],
         "curves": curves,
     }
-
-
-def choose_images(dataset: DetectionDataset, analysis: errors.ErrorAnalysis, score: float) -> list[int]:
-    """The sample indices of the gallery: the worst images of each kind of error, and of each class in it, in turn.
-
-    A false detection is worse the higher its score is; a box that has no right detection above `score` is worse the
-    larger it is. There are at most MAX_IMAGES images, with at most MAX_BOXES boxes and detections.
-    """
-    groups = collections.defaultdict(list)  # (weight, index) of each error
-    for index, one in analysis.images.items():
-        annotations, hit = dataset.load_annotations(index), set()
-        true_labels, areas = annotations[:, 4].tolist(), (annotations[:, 2:4] - annotations[:, :2]).prod(axis=1)
-        found = one.kinds.tolist(), one.targets.tolist(), one.detections.scores.tolist(), one.detections.labels.tolist()
-        for kind, target, weight, label in zip(*found, strict=True):
-            if kind != "right":
-                groups[kind].append((weight, index))
-                groups[kind, label, kind == "class" and true_labels[target]].append((weight, index))
-            elif weight > score:
-                hit.add(target)
-        for box, (label, area, near) in enumerate(zip(true_labels, areas.tolist(), one.near.tolist(), strict=True)):
-            for kind, applies in (("missing", box not in hit), ("odd", near <= NEAR_IOU)):
-                if applies:
-                    groups[kind].append((area, index))
-                    groups[kind, label].append((area, index))
-    queues = [heapq.nlargest(MAX_IMAGES, group) for group in sorted(groups.values(), key=len, reverse=True)]
-    rounds = itertools.chain.from_iterable(itertools.zip_longest(*queues))
-    chosen = list(dict.fromkeys(entry[1] for entry in rounds if entry))[:MAX_IMAGES]
-    boxes = np.cumsum([len(analysis.images[i].kinds) + len(analysis.images[i].near) for i in chosen])
-    return chosen[: max(1, int((boxes <= MAX_BOXES).sum()))]
-
-
-Saved = tuple[str, tuple[int, int]] | tuple[None, None]  # name, and height and width before downscaling
-
-
-def _save_images(dataset: DetectionDataset, indices: Sequence[int], folder: Path) -> list[Saved]:
-    """Write images as JPEG to a folder, in place of an earlier report's; (None, None) for those that are unreadable."""
-    if folder.is_symlink():
-        raise UserError(f"{folder}: is a link; remove it, or choose another folder")
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("image_[0-9][0-9][0-9].jpg"):
-        old.unlink()
-    paths = [folder / f"image_{number:03}.jpg" for number in range(len(indices))]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        return list(threads.map(partial(_save_image, dataset, MAX_BYTES // max(1, len(indices))), indices, paths))
-
-
-def _save_image(dataset: DetectionDataset, budget: int, index: int, path: Path) -> Saved:
-    """Write one image, if possible in at most `budget` bytes."""
-    try:
-        pixels = dataset.load_image(index)
-    except (UserError, OSError):
-        return None, None
-    image = Image.fromarray(pixels)
-    for side, quality in QUALITIES:
-        image.thumbnail((side, side), Image.Resampling.BILINEAR, reducing_gap=2)
-        image.save(path, quality=quality)
-        if path.stat().st_size <= budget:
-            break
-    return path.name, pixels.shape[:2]
-
-
-def _image_entry(
-    dataset: DetectionDataset, index: int, one: errors.ImageErrors, saved: Saved, steps: np.ndarray
-) -> dict[str, Any]:
-    """The page's data about an image; boxes are rounded to tenths of its pixels.
-
-    For each detection: x1, y1, x2, y2, label, score, kind, the box that it found or should have found, the one that it
-    took (-1: none, -2: its score is too low for the confusion matrix), and the number of steps below its score. For
-    each ground-truth box: x1, y1, x2, y2, label, the highest IoU with a detection, and where the box is in its file.
-    """
-    annotations, regions = dataset.load_annotations(index), dataset.load_difficult(index)
-    scores, boxes = one.detections.scores.double().numpy(), one.detections.boxes.double().numpy()
-    rows = range(dataset.offsets[index], dataset.offsets[index + 1])
-    name, size = saved
-    if size is None:  # the declared size or, if that is unknown too, room for all boxes
-        known = dataset.known_sizes[index]
-        corners = np.concatenate([annotations[:, 2:4], regions[:, 2:4], boxes[:, 2:].clip(0, 1e5)])
-        size = known if known.all() else np.ceil(corners.max(axis=0, initial=1))[::-1]
-    taken = np.full(len(boxes), -2)
-    taken[: len(one.taken)] = one.taken
-    levels = np.searchsorted(steps, scores)
-    columns = one.detections.labels, _finite(scores, 4), one.kinds, one.targets, taken, levels
-    columns = (np.asarray(column).tolist() for column in columns)
-    truth = annotations[:, 4].astype(int).tolist(), _finite(one.near, 3)
-    return {
-        "path": escaped(dataset.expected_path(index)),
-        "file": name,
-        "size": [int(side) for side in size],
-        "found": [[*box, *rest] for box, *rest in zip(_finite(boxes, 1), *columns, strict=True)],
-        "truth": [
-            [*box, label, near, escaped(dataset.annotation_name(row))]
-            for box, label, near, row in zip(_finite(annotations[:, :4], 1), *truth, rows, strict=True)
-        ],
-        "ignored": _finite(regions[:, :4], 1),
-    }
-
-
-def _finite(values: np.ndarray, digits: int) -> list:
-    """Rounded numbers without infinity and NaN, which JSON cannot hold."""
-    return np.nan_to_num(np.asarray(values, dtype=np.float64)).clip(-1e9, 1e9).round(digits).tolist()
 
 
 def _training_curves(entries: Sequence[Mapping[str, float]]) -> dict[str, list]:

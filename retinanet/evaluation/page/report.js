@@ -7,12 +7,6 @@ const state = { step: data.start, label: null, kind: "label", cell: null, limit:
 const running = (changes) => { let total = 0; return changes.map((change) => (total += change)); };
 const counts = data.counts.map(running), rights = data.right.map(running);
 const WIDTH = 440, HEIGHT = 300, LEFT = 42, TOP = 10, BOTTOM = HEIGHT - 40;
-for (const image of data.images) { // rows become objects
-  image.found = image.found.map(([x1, y1, x2, y2, label, score, kind, target, took, level]) =>
-    ({ corners: [x1, y1, x2, y2], label, score, kind, target, took, level }));
-  image.truth = image.truth.map(([x1, y1, x2, y2, label, iou, place]) =>
-    ({ corners: [x1, y1, x2, y2], label, iou, place }));
-}
 const fileOf = (path) => path.split(/[\\/]/).at(-1);
 const shortened = (name) => (name.length > 24 ? `${name.slice(0, 23)}…` : name);
 function element(tag, attributes = {}, ...children) {
@@ -152,8 +146,7 @@ function draw(svg, { image, box, isTruth }, view, withText) {
   boxes.sort((a, b) => a[2] - b[2]); // the box in question on top
   for (const [[x1, y1, x2, y2], style, isFocus, text] of boxes) {
     const place = { x: x1, y: y1, width: Math.max(0, x2 - x1), height: Math.max(0, y2 - y1) };
-    const end = isFocus ? " focus" : "";
-    svg.append(...["edge", style].map((name) => element("rect", { ...place, class: name + end })));
+    svg.append(...["edge", style].map((name) => element("rect", { ...place, class: name + (isFocus ? " focus" : "") })));
     if (!withText || !(isFocus || boxes.length <= 60)) continue;
     if (style === "lost") write(x2, Math.min(y2 + size, height - size / 4), size, text, "end");
     else write(Math.max(x1, 0), Math.max(y1 - size / 3, size), size, text);
@@ -176,8 +169,7 @@ function drawCards() {
     draw(svg, one, crop(one), false);
     return element("li", {}, element("button", { type: "button", class: "card", "data-case": place }, svg, ...lines));
   }));
-  $("more").hidden = more <= 0;
-  $("more").textContent = `Show ${Math.min(PAGE, more)} of ${more} more`;
+  Object.assign($("more"), { hidden: more <= 0, textContent: `Show ${Math.min(PAGE, more)} of ${more} more` });
   for (const text of all(".count")) text.textContent = `${list.length} ${list.length === 1 ? "case" : "cases"}`;
   clearTimeout(announcing); // screen readers announce where the slider stops, not every step
   announcing = setTimeout(() => {
@@ -227,8 +219,7 @@ function choose(label) {
   $("now-class").querySelector("bdi").textContent = data.names[label] ?? "";
   $("now-class").dataset.row = label ?? ALL;
   $("now-class").hidden = label === null;
-  $("best-class").hidden = best === null;
-  $("best-class").textContent = `of the class: ${data.steps[best]}`;
+  Object.assign($("best-class"), { hidden: best === null, textContent: `of the class: ${data.steps[best]}` });
   drawCurves();
   moveTo(state.step);
 }
