@@ -113,6 +113,7 @@ class Plan:
         ]
 
 
+@torch.compiler.disable  # with a varying number of tiles, torch 2.14 expects gradients of another memory layout
 def run(head: nn.Module, pyramid: Sequence[Tensor], plan: Plan) -> Tensor:
     """The box head's deltas [B, A, 4]: equal to the dense head's for the needed anchors.
 

@@ -116,3 +116,17 @@ def test_losses_at_full_size_equal_the_dense_ones():
     images, annotations = batch((7, 2), (608, 800))
     dense = FocalLoss()(*net.heads(images), annotations)
     torch.testing.assert_close(net([images, annotations]), dense, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_has_the_same_losses_and_gradients():
+    net = resnet18(3).train()
+    images, annotations = torch.randn(2, 3, 96, 96), torch.tensor([[[10.0, 10, 50, 50, 1]], [[20.0, 20, 70, 60, 0]]])
+    losses, gradients = [], []
+    for network in (net, torch.compile(net)):
+        net.zero_grad()
+        losses.append(torch.cat(network([images, annotations])))
+        losses[-1].sum().backward()
+        gradients.append([weight.grad.clone() for weight in net.parameters()])
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
