@@ -184,17 +184,18 @@ def choose_device(name: str) -> torch.device:
     Raises:
         UserError: the device does not exist here.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    chosen = next(kind for kind in available if available[kind]) if name == "auto" else name
+    # Asked only if it matters, because the question starts CUDA and warns of an old driver.
+    is_available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    chosen = next(kind for kind, answer in is_available.items() if answer()) if name == "auto" else name
     if chosen == "cuda":
         chosen = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(chosen)
     except RuntimeError as error:
         raise UserError(f"--device {name}: {error}") from error
-    if device.type not in available:
+    if device.type not in is_available:
         raise UserError(f"--device {name}: only cpu, cuda and mps are supported")
-    if not available[device.type]:
+    if not is_available[device.type]():
         what = "CUDA device" if device.type == "cuda" else "Apple GPU"
         raise UserError(f"--device {name}: torch finds no {what}; try --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

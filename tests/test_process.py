@@ -215,6 +215,14 @@ def test_auto_is_this_processs_gpu_or_apples_or_else_the_cpu(monkeypatch):
     assert process.choose_device("cuda:1") == torch.device("cuda:1")
 
 
+def test_the_cpu_is_chosen_without_a_question_to_cuda(monkeypatch):
+    def fail() -> bool:
+        raise AssertionError("an old driver warns here")
+
+    monkeypatch.setattr(torch.cuda, "is_available", fail)
+    assert process.choose_device("cpu") == torch.device("cpu")
+
+
 @pytest.mark.parametrize(
     ("name", "gpus", "message"),
     [
