@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import glob
+import itertools
 import os
 import re
 import struct
@@ -62,7 +63,7 @@ def _plain_names(folder: str) -> dict[str, str]:
 
 def missing_folder(path: str) -> str:
     """The topmost folder of a path that does not exist; empty if all exist."""
-    missing = [parent for parent in Path(path).parents if not os.path.isdir(parent)]  # noqa: PTH112
+    missing = [*itertools.takewhile(lambda parent: not os.path.isdir(parent), Path(path).parents)]  # noqa: PTH112
     return str(missing[-1]) if missing else ""
 
 

@@ -1,5 +1,6 @@
 import csv
 import logging
+import os
 
 import pytest
 from helpers import gradient, in_memory, save, truncate, write_coco_data, write_csv_data
@@ -9,6 +10,7 @@ from retinanet.commands import check, convert
 from retinanet.data import checks, placing
 from retinanet.data.coco import CocoDataset
 from retinanet.data.csv import CSVDataset
+from retinanet.data.files import missing_folder
 from retinanet.data.report import DataError, Report
 from retinanet.data.shapes import ShapesDataset
 from retinanet.process import log
@@ -290,6 +292,14 @@ def test_missing_images_are_grouped_by_the_topmost_missing_folder(tmp_path):
     report = checks.check_dataset(CSVDataset(*write_csv_data(tmp_path, lines)))
     (problem,) = report.examples["missing image"]
     assert problem.count == 50 and problem.message.count(f"its folder '{tmp_path}/imgs'") == 1
+
+
+def test_a_folder_that_exists_is_looked_for_once_for_each_missing_image(tmp_path, monkeypatch):
+    asked, is_folder = [], os.path.isdir
+    monkeypatch.setattr(os.path, "isdir", lambda path: asked.append(str(path)) or is_folder(path))
+    assert missing_folder(f"{tmp_path}/a.png") == "" and asked == [str(tmp_path)]
+    assert missing_folder(f"{tmp_path}/b/c/a.png") == f"{tmp_path}/b"
+    assert missing_folder("b" * 999 + "/a.png") == "b" * 999 and missing_folder("a.png") == ""
 
 
 @pytest.mark.parametrize(("number", "message"), [(1, "1 bad image or annotation was left"), (2, "2 bad images and")])
