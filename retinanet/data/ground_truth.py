@@ -62,8 +62,14 @@ def coco_content(dataset: "DetectionDataset", file_names: Sequence[str] | None =
             image |= {"height": height, "width": width}
     categories = [{"id": category_ids[label], "name": name} for label, name in dataset.labels.items()]
     annotations = [
-        {"id": number, "image_id": image_ids[index], "category_id": category_ids[label], "bbox": box, "area": area}
-        | {"iscrowd": int(is_crowd)}
+        {
+            "id": number,
+            "image_id": image_ids[index],
+            "category_id": category_ids[label],
+            "bbox": box,
+            "area": area,
+            "iscrowd": int(is_crowd),
+        }
         for number, index, label, box, area, is_crowd in zip(*(column.tolist() for column in truth), strict=True)
     ]
     return {"images": images, "categories": categories, "annotations": annotations}

@@ -121,7 +121,7 @@ class AspectRatioBasedSampler(Sampler[list[int]]):
             steps.append(self._sorted(rest))  # always the last, because it has fewer batches than the others
         for images in steps[first_step:]:
             parts = self._num_batches(len(images)) * self.world_size
-            # Repeated if there are few: every process needs a batch, or the others would wait for it forever.
-            images = np.resize(images, max(parts, len(images)))
+            if len(images) < parts:  # every process needs a batch, or the others would wait for it forever
+                images = np.resize(images, parts)
             for batch in np.array_split(images, parts)[self.rank :: self.world_size]:
                 yield batch.tolist()
