@@ -74,12 +74,14 @@ def detect_batch(
     weights = next((weight.dtype for weight in model.parameters()), torch.float32)
     images = normalize(batch["img"].to(device, non_blocking=device.type == "cuda")).to(weights)
     was_training = model.training
-    model.eval()
+    if was_training:  # asked, because switching walks through all modules
+        model.eval()
     try:
         with autocast(device, precision if weights == torch.float32 else torch.float32):  # float32 means no autocast
             found = model.detect(images, image_sizes=batch["size"], **limits)
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
     results = []
     for (scores, labels, boxes), scale in zip(found, batch["scale"], strict=True):
         above = slice(None)

@@ -63,6 +63,10 @@ class _Judged(NamedTuple):
     kinds: np.ndarray
     boxes: np.ndarray  # their targets, as indices of all boxes of the data set; -1 for none
 
+    def targeted(self) -> np.ndarray:
+        """The boxes that are some detection's target: they were found, or nearly found."""
+        return np.unique(self.boxes[self.boxes >= 0])
+
 
 def greedy_match(iou: np.ndarray, threshold: float) -> np.ndarray:
     """Assign boxes to detections: each detection, best first, takes the free box that it overlaps most.
@@ -149,7 +153,7 @@ def _fixed_ap(judged: _Judged, kind: str, box_labels: np.ndarray) -> float:
     right, wrong = judged.kinds == "right", judged.kinds == kind
     num_boxes, labels, kept = np.bincount(box_labels), judged.labels.copy(), ~wrong
     if kind == "missed":
-        num_boxes = np.bincount(box_labels[np.setdiff1d(judged.boxes, -1)])
+        num_boxes = np.bincount(box_labels[judged.targeted()])
     elif kind in ("class", "location"):
         candidates = np.flatnonzero(~right & (judged.boxes >= 0))
         candidates = candidates[~np.isin(judged.boxes[candidates], judged.boxes[right])]
@@ -174,22 +178,23 @@ def analyse(
     parts, box_labels, num_boxes, images = [], [], 0, {}
     for index in sorted(detections):
         annotations, labels = dataset.load_annotations(index), detections[index].labels
+        image_labels = annotations[:, 4].astype(np.int64)
         rank = (labels[:, None] == labels).tril(-1).sum(dim=1)  # within its class
         found = Detections(*(values[rank < limit] for values in detections[index]))
         one = images[index] = _judge_image(found, annotations, dataset.load_difficult(index))
         scores, labels, _ = (values.numpy() for values in one.detections)
         parts.append((scores, labels, one.kinds, np.where(one.targets < 0, -1, one.targets + num_boxes)))
-        box_labels.append(annotations[:, 4].astype(np.int64))
+        box_labels.append(image_labels)
         num_boxes += len(annotations)
-        padded = np.append(box_labels[-1], background)  # so that index -1 is the background
-        np.add.at(confusion, (padded[one.taken], labels[: len(one.taken)]), 1)
-        np.add.at(confusion, (np.delete(padded, [-1, *one.taken]), background), 1)  # the boxes that were not taken
+        padded = np.append(image_labels, background)  # so that index -1 is the background
+        np.add.at(confusion, (padded[one.taken], labels[scores > CONFUSION_SCORE]), 1)
+        np.add.at(confusion, (np.delete(image_labels, one.taken[one.taken >= 0]), background), 1)
 
     judged = _Judged(*map(np.concatenate, zip(*parts, strict=True)))
     labels = np.concatenate(box_labels)
     ap50 = _mean_ap(judged.scores, judged.labels, judged.kinds == "right", np.bincount(labels))
     counts = {kind: int((judged.kinds == kind).sum()) for kind in KINDS}
-    counts["missed"] = num_boxes - len(np.setdiff1d(judged.boxes, -1))  # boxes that are no detection's target
+    counts["missed"] = num_boxes - len(judged.targeted())
     lost = {kind: max(0.0, _fixed_ap(judged, kind, labels) - ap50) for kind in KINDS}
     return ErrorAnalysis(ap50, counts, lost, confusion, images)
 

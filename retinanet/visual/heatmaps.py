@@ -79,8 +79,9 @@ class AnchorLosses(NamedTuple):
 def anchor_losses(net: RetinaNet, images: Tensor, annotations: Tensor) -> AnchorLosses:
     """Split the class loss of images [1, 3, H, W] with annotations [G, 5] into the parts of the anchors."""
     criterion = net.focalLoss
-    (logits,), _, anchors = net.heads(images)  # [A, K]
-    (labels,), _ = criterion.assign(anchors, annotations[None].to(anchors.device), net.num_classes)  # [A]
+    logits, _, anchors = net.heads(images)
+    labels, _ = criterion.assign(anchors, annotations[None].to(anchors.device), net.num_classes)
+    logits, labels = logits[0], labels[0]  # [A, K], [A]
     losses = focal_loss(logits, labels, criterion.alpha, criterion.gamma)
     losses = losses / (labels >= 0).sum().clamp(min=1)  # as the criterion does
     return AnchorLosses(logits.float().cpu(), labels.cpu(), losses.cpu())
