@@ -31,6 +31,7 @@ def tab():
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
         page, problems = browser.new_page(), []
         page.set_default_timeout(120_000)  # for busy machines
+        expect.set_options(timeout=120_000)
         page.on("console", lambda message: problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("dialog", lambda dialog: problems.append(dialog.message))
